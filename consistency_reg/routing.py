@@ -1,0 +1,223 @@
+"""What the routers of one forward pass decided, and the one place where such input is checked."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from consistency_reg.functional.segments import document_positions
+
+SCORE_FUNCTIONS = ("softmax", "sigmoid")
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """The routing of one MoE layer: B rows, T tokens, K active of E routed experts.
+
+    Attributes:
+        name: where the router stands in the model.
+        expert_ids: [B, T, K] int64, the router's own choice, in its order.
+        num_experts: E.
+        scores: [B, T, E] what the router selects by, graph kept; None where only ids are known.
+        logits: [B, T, E] the router's raw output, graph kept; None where only ids are known.
+        score_function: how logits become weights, "softmax" or "sigmoid".
+    """
+
+    name: str
+    expert_ids: Tensor
+    num_experts: int
+    scores: Tensor | None = None
+    logits: Tensor | None = None
+    score_function: str = "softmax"
+
+    @property
+    def top_k(self) -> int:
+        """K, the experts that are active per token."""
+        return self.expert_ids.shape[-1]
+
+    @property
+    def probabilities(self) -> Tensor:
+        """[B, T, E] the router's distribution over experts, in fp32 or better; sigmoid weights are normalized to sum 1."""
+        if self.logits is None:
+            raise ValueError(f"layer {self.name!r}: this needs the router's logits, but the trace holds expert ids only")
+        logits = self.logits if self.logits.dtype == torch.float64 else self.logits.float()
+        if self.score_function == "softmax":
+            return logits.softmax(dim=-1)
+        weights = logits.sigmoid()
+        return weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class RoutingTrace:
+    """The routing of every MoE layer on one batch. Layers may differ in E and K.
+
+    Args:
+        expert_ids: a [B, T, K] integer tensor for each layer.
+        num_experts: E, one number for all layers or one for each.
+        scores: a [B, T, E] tensor for each layer, what the router selects by; the logits when None.
+        logits: a [B, T, E] tensor for each layer, the router's raw output; optional.
+        valid: [B, T] bool, True for real tokens; all when None.
+        document_ids: [B, T] integers; one document a row when None.
+        layer_names: one for each layer; "layer_00", ... when None.
+        score_functions: "softmax" or "sigmoid" for each layer; softmax when None.
+
+    Raises:
+        TypeError: ids, masks or scores of a wrong dtype.
+        ValueError: shapes that do not match, K > E. Values are checked by :meth:`check_values`, which reads the data.
+
+    Example:
+        >>> trace = RoutingTrace([torch.tensor([[[0, 1], [1, 2]]])], num_experts=4)
+        >>> len(trace), trace.shape, trace.layers[0].top_k
+        (1, (1, 2), 2)
+    """
+
+    expert_ids: Sequence[Tensor]
+    num_experts: Sequence[int] | int
+    scores: Sequence[Tensor] | None = None
+    logits: Sequence[Tensor] | None = None
+    valid: Tensor | None = None
+    document_ids: Tensor | None = None
+    layer_names: Sequence[str] | None = None
+    score_functions: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.expert_ids, Tensor):
+            raise TypeError("expert_ids must be a sequence with a [B, T, K] tensor for each layer, got one tensor: write [expert_ids]")
+        L = len(self.expert_ids)
+        if L == 0:
+            raise ValueError("expert_ids must hold at least one layer, got none")
+        if isinstance(self.num_experts, int):
+            object.__setattr__(self, "num_experts", (self.num_experts,) * L)
+        if self.scores is None:
+            object.__setattr__(self, "scores", self.logits)
+        if self.layer_names is None:
+            object.__setattr__(self, "layer_names", tuple(f"layer_{i:02d}" for i in range(L)))
+        if self.score_functions is None:
+            object.__setattr__(self, "score_functions", ("softmax",) * L)
+        for field in ("expert_ids", "num_experts", "scores", "logits", "layer_names", "score_functions"):
+            values = getattr(self, field)
+            if values is None:
+                continue
+            if len(values) != L:
+                raise ValueError(f"{field} must have one entry for each of the {L} layers of expert_ids, got {len(values)}")
+            object.__setattr__(self, field, tuple(values))
+        for layer in self.layers:
+            _check_layer(layer, self.shape)
+        check_masks(self.shape, self.valid, self.document_ids)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T)."""
+        B, T = self.expert_ids[0].shape[:2]
+        return B, T
+
+    @property
+    def layers(self) -> tuple[LayerRouting, ...]:
+        """The layers, in the model's order."""
+        assert self.layer_names is not None and self.score_functions is not None and not isinstance(self.num_experts, int)
+        none = (None,) * len(self.expert_ids)
+        columns = zip(
+            self.layer_names,
+            self.expert_ids,
+            self.num_experts,
+            self.scores or none,
+            self.logits or none,
+            self.score_functions,
+            strict=True,
+        )
+        return tuple(LayerRouting(*column) for column in columns)
+
+    def __len__(self) -> int:
+        return len(self.expert_ids)
+
+    def __iter__(self) -> Iterator[LayerRouting]:
+        return iter(self.layers)
+
+    @property
+    def positions(self) -> Tensor:
+        """[B, T] int64: index of every token within its document, -1 on padding."""
+        return document_positions(self.shape, self.valid, self.document_ids, device=self.expert_ids[0].device)
+
+    @property
+    def valid_mask(self) -> Tensor:
+        """[B, T] bool, True for real tokens."""
+        if self.valid is not None:
+            return self.valid
+        return torch.ones(self.shape, dtype=torch.bool, device=self.expert_ids[0].device)
+
+    def detach(self) -> "RoutingTrace":
+        """The same trace without its autograd graph."""
+        return replace(
+            self,
+            scores=None if self.scores is None else [scores.detach() for scores in self.scores],
+            logits=None if self.logits is None else [logits.detach() for logits in self.logits],
+        )
+
+    def check_values(self) -> None:
+        """Read the data and raise ValueError on ids out of range or repeated within a token, or NaN scores."""
+        for layer in self.layers:
+            check_expert_ids(layer.expert_ids, layer.num_experts, self.valid, name=layer.name)
+            if layer.scores is not None and bool(layer.scores.isnan().any()):
+                raise ValueError(f"scores of layer {layer.name!r} must be numbers, got NaN")
+
+
+def check_masks(shape: tuple[int, int], valid: Tensor | None, document_ids: Tensor | None) -> None:
+    """Raise if ``valid`` is not bool [B, T] or ``document_ids`` is not integer [B, T]."""
+    if valid is not None:
+        if valid.dtype != torch.bool:
+            raise TypeError(f"valid must be a bool tensor, True for real tokens, got {valid.dtype}")
+        if valid.shape != shape:
+            raise ValueError(f"valid must have shape [B, T] = {list(shape)}, got {list(valid.shape)}")
+    if document_ids is not None:
+        if document_ids.is_floating_point() or document_ids.dtype == torch.bool:
+            raise TypeError(f"document_ids must be an integer tensor, got {document_ids.dtype}")
+        if document_ids.shape != shape:
+            raise ValueError(f"document_ids must have shape [B, T] = {list(shape)}, got {list(document_ids.shape)}")
+
+
+def check_id_shape(expert_ids: Tensor, num_experts: int, name: str = "expert_ids") -> None:
+    """Raise if ``expert_ids`` is not int64 [B, T, K] with 1 <= K <= E. Looks at no values, so it never waits for a GPU."""
+    if expert_ids.dtype != torch.int64:
+        raise TypeError(f"{name} must be an int64 tensor, got {expert_ids.dtype}")
+    if expert_ids.dim() != 3:
+        raise ValueError(f"{name} must have shape [B, T, K], got {list(expert_ids.shape)}")
+    if not 1 <= expert_ids.shape[-1] <= num_experts:
+        raise ValueError(f"{name} must have between 1 and num_experts={num_experts} experts per token, got K={expert_ids.shape[-1]}")
+
+
+def check_expert_ids(expert_ids: Tensor, num_experts: int, valid: Tensor | None = None, *, name: str = "expert_ids") -> None:
+    """Raise if the ids of a valid token are out of range or repeated. Reads the data."""
+    check_id_shape(expert_ids, num_experts, name)
+    ids_NK = expert_ids.flatten(0, 1) if valid is None else expert_ids[valid]
+    if ids_NK.numel() == 0:
+        return
+    low, high = (int(bound) for bound in ids_NK.aminmax())
+    if low < 0 or high >= num_experts:
+        raise ValueError(f"{name} must lie in 0..{num_experts - 1} (num_experts={num_experts}), got ids from {low} to {high}")
+    ordered_NK = ids_NK.sort(dim=-1).values
+    repeated_N = (ordered_NK[:, 1:] == ordered_NK[:, :-1]).any(dim=-1)
+    if bool(repeated_N.any()):
+        first = int(repeated_N.nonzero()[0])
+        raise ValueError(f"{name} must not repeat an expert within a token, got {ids_NK[first].tolist()} (valid token {first})")
+
+
+def _check_layer(layer: LayerRouting, shape: tuple[int, int]) -> None:
+    check_id_shape(layer.expert_ids, layer.num_experts, f"expert_ids of layer {layer.name!r}")
+    if layer.expert_ids.shape[:2] != shape:
+        raise ValueError(
+            f"expert_ids of layer {layer.name!r} must have [B, T] = {list(shape)} as the first layer has, "
+            f"got {list(layer.expert_ids.shape[:2])}"
+        )
+    for field in ("scores", "logits"):
+        values = getattr(layer, field)
+        if values is None:
+            continue
+        if not values.is_floating_point():
+            raise TypeError(f"{field} of layer {layer.name!r} must be floating point, got {values.dtype}")
+        if values.shape != (*shape, layer.num_experts):
+            raise ValueError(
+                f"{field} of layer {layer.name!r} must have shape [B, T, E] = {[*shape, layer.num_experts]}, got {list(values.shape)}"
+            )
+    if layer.score_function not in SCORE_FUNCTIONS:
+        raise ValueError(f"score_functions of layer {layer.name!r} must be one of {SCORE_FUNCTIONS}, got {layer.score_function!r}")
