@@ -38,9 +38,11 @@ class LayerRouting:
 
     @property
     def probabilities(self) -> Tensor:
-        """[B, T, E] the router's distribution over experts, in fp32 or better; sigmoid weights are normalized to sum 1."""
+        """[B, T, E] the router's distribution over experts, in fp32 or better (sigmoid weights normalized)."""
         if self.logits is None:
-            raise ValueError(f"layer {self.name!r}: this needs the router's logits, but the trace holds expert ids only")
+            raise ValueError(
+                f"layer {self.name!r}: this needs the router's logits, but the trace holds expert ids only"
+            )
         logits = self.logits if self.logits.dtype == torch.float64 else self.logits.float()
         if self.score_function == "softmax":
             return logits.softmax(dim=-1)
@@ -83,7 +85,9 @@ class RoutingTrace:
 
     def __post_init__(self) -> None:
         if isinstance(self.expert_ids, Tensor):
-            raise TypeError("expert_ids must be a sequence with a [B, T, K] tensor for each layer, got one tensor: write [expert_ids]")
+            raise TypeError(
+                "expert_ids must be a sequence, a [B, T, K] tensor for each layer, got one tensor: write [expert_ids]"
+            )
         L = len(self.expert_ids)
         if L == 0:
             raise ValueError("expert_ids must hold at least one layer, got none")
@@ -100,7 +104,9 @@ class RoutingTrace:
             if values is None:
                 continue
             if len(values) != L:
-                raise ValueError(f"{field} must have one entry for each of the {L} layers of expert_ids, got {len(values)}")
+                raise ValueError(
+                    f"{field} must have one entry for each of the {L} layers of expert_ids, got {len(values)}"
+                )
             object.__setattr__(self, field, tuple(values))
         for layer in self.layers:
             _check_layer(layer, self.shape)
@@ -115,7 +121,9 @@ class RoutingTrace:
     @property
     def layers(self) -> tuple[LayerRouting, ...]:
         """The layers, in the model's order."""
-        assert self.layer_names is not None and self.score_functions is not None and not isinstance(self.num_experts, int)
+        assert (
+            self.layer_names is not None and self.score_functions is not None and not isinstance(self.num_experts, int)
+        )
         none = (None,) * len(self.expert_ids)
         columns = zip(
             self.layer_names,
@@ -177,16 +185,20 @@ def check_masks(shape: tuple[int, int], valid: Tensor | None, document_ids: Tens
 
 
 def check_id_shape(expert_ids: Tensor, num_experts: int, name: str = "expert_ids") -> None:
-    """Raise if ``expert_ids`` is not int64 [B, T, K] with 1 <= K <= E. Looks at no values, so it never waits for a GPU."""
+    """Raise if ``expert_ids`` is not int64 [B, T, K] with 1 <= K <= E. Reads no values: no wait for a GPU."""
     if expert_ids.dtype != torch.int64:
         raise TypeError(f"{name} must be an int64 tensor, got {expert_ids.dtype}")
     if expert_ids.dim() != 3:
         raise ValueError(f"{name} must have shape [B, T, K], got {list(expert_ids.shape)}")
     if not 1 <= expert_ids.shape[-1] <= num_experts:
-        raise ValueError(f"{name} must have between 1 and num_experts={num_experts} experts per token, got K={expert_ids.shape[-1]}")
+        raise ValueError(
+            f"{name} must have between 1 and num_experts={num_experts} experts per token, got K={expert_ids.shape[-1]}"
+        )
 
 
-def check_expert_ids(expert_ids: Tensor, num_experts: int, valid: Tensor | None = None, *, name: str = "expert_ids") -> None:
+def check_expert_ids(
+    expert_ids: Tensor, num_experts: int, valid: Tensor | None = None, *, name: str = "expert_ids"
+) -> None:
     """Raise if the ids of a valid token are out of range or repeated. Reads the data."""
     check_id_shape(expert_ids, num_experts, name)
     ids_NK = expert_ids.flatten(0, 1) if valid is None else expert_ids[valid]
@@ -194,12 +206,16 @@ def check_expert_ids(expert_ids: Tensor, num_experts: int, valid: Tensor | None 
         return
     low, high = (int(bound) for bound in ids_NK.aminmax())
     if low < 0 or high >= num_experts:
-        raise ValueError(f"{name} must lie in 0..{num_experts - 1} (num_experts={num_experts}), got ids from {low} to {high}")
+        raise ValueError(
+            f"{name} must lie in 0..{num_experts - 1} (num_experts={num_experts}), got ids from {low} to {high}"
+        )
     ordered_NK = ids_NK.sort(dim=-1).values
     repeated_N = (ordered_NK[:, 1:] == ordered_NK[:, :-1]).any(dim=-1)
     if bool(repeated_N.any()):
         first = int(repeated_N.nonzero()[0])
-        raise ValueError(f"{name} must not repeat an expert within a token, got {ids_NK[first].tolist()} (valid token {first})")
+        raise ValueError(
+            f"{name} must not repeat an expert within a token, got {ids_NK[first].tolist()} (valid token {first})"
+        )
 
 
 def _check_layer(layer: LayerRouting, shape: tuple[int, int]) -> None:
@@ -217,7 +233,10 @@ def _check_layer(layer: LayerRouting, shape: tuple[int, int]) -> None:
             raise TypeError(f"{field} of layer {layer.name!r} must be floating point, got {values.dtype}")
         if values.shape != (*shape, layer.num_experts):
             raise ValueError(
-                f"{field} of layer {layer.name!r} must have shape [B, T, E] = {[*shape, layer.num_experts]}, got {list(values.shape)}"
+                f"{field} of layer {layer.name!r} must have shape [B, T, E] = {[*shape, layer.num_experts]}, "
+                f"got {list(values.shape)}"
             )
     if layer.score_function not in SCORE_FUNCTIONS:
-        raise ValueError(f"score_functions of layer {layer.name!r} must be one of {SCORE_FUNCTIONS}, got {layer.score_function!r}")
+        raise ValueError(
+            f"score_functions of layer {layer.name!r} must be one of {SCORE_FUNCTIONS}, got {layer.score_function!r}"
+        )

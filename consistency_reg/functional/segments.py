@@ -11,7 +11,11 @@ from torch import Tensor
 
 
 def document_positions(
-    shape: tuple[int, int], valid: Tensor | None = None, document_ids: Tensor | None = None, *, device: torch.device | None = None
+    shape: tuple[int, int],
+    valid: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    *,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Index of every token within its document, and -1 on padding.
 
@@ -101,4 +105,8 @@ def covering_sums(values: Tensor, segment_length: int) -> Tensor:
         >>> covering_sums(torch.tensor([[[0], [1], [2], [4]]]), 2).flatten().tolist()
         [1, 3, 6, 4]
     """
-    return window_sums(values.flip(1), segment_length).flip(1)
+    total = values.cumsum(dim=1, dtype=values.dtype)
+    ahead = segment_length - 1
+    out = torch.cat([total[:, ahead:], total[:, -1:].expand(-1, min(ahead, values.shape[1]), -1)], dim=1)
+    out[:, 1:] -= total[:, :-1]
+    return out

@@ -1,0 +1,300 @@
+"""Find the routers of a model, listen to them during a forward pass, and hand over what they decided.
+
+All knowledge of model internals lives here: which module is a router, what it returns, what it selects by.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from consistency_reg.routing import RoutingTrace
+
+
+def selection_scores(router: nn.Module, logits: Tensor) -> Tensor:
+    """What a top-k router selects by, [..., E] with the graph of the logits.
+
+    A softmax keeps the order of the logits, so these are the scores. With a correction bias (DeepSeek-V3) selection
+    is by ``sigmoid(logits) + bias``, and experts outside the best groups are ruled out (minus infinity).
+    """
+    bias = getattr(router, "e_score_correction_bias", None)
+    if bias is None:
+        return logits
+    scores = logits.sigmoid() + bias
+    groups, kept = getattr(router, "num_group", 1), getattr(router, "topk_group", 1)
+    if kept >= groups:
+        return scores
+    grouped = scores.unflatten(-1, (groups, -1))
+    best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(kept, dim=-1).indices
+    ruled_out = scores.new_ones(grouped.shape[:-1]).scatter(-1, best, 0).bool()
+    return grouped.masked_fill(ruled_out[..., None], -float("inf")).flatten(-2)
+
+
+@dataclass(frozen=True)
+class RouterAdapter:
+    """How to read one kind of router from its forward output.
+
+    Args:
+        pattern: regular expression that the router's class name must match (``re.search``).
+        logits: position of the [..., E] router logits in the output.
+        expert_ids: position of the [..., K] chosen expert ids in the output.
+        scores: ``(router, logits) -> [..., E]``, what the router selects by.
+    """
+
+    pattern: str
+    logits: int = 0
+    expert_ids: int = 2
+    scores: Callable[[nn.Module, Tensor], Tensor] = selection_scores
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether ``module`` is of this kind."""
+        return re.search(self.pattern, type(module).__name__) is not None
+
+
+# transformers >= 5: (router_logits, routing_weights, expert_ids)
+DEFAULT_ADAPTERS = (RouterAdapter(r"Top[kK]Router$"),)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    logits: Tensor
+    expert_ids: Tensor
+    scores: Tensor
+    score_function: str
+
+
+class RouterCapture:
+    """Listens to every router of a model; a context manager, or :meth:`attach` and :meth:`detach`.
+
+    Each forward of the model replaces what the one before it left. Only a forward is recorded: when activation
+    checkpointing runs layers again in the backward pass, that is not counted again. A copy or a pickle of the model
+    does not carry the capture with it.
+
+    Args:
+        model: any module that contains routers.
+        adapters: kinds of routers to look for, before the built-in ones.
+
+    Raises:
+        ValueError: the model has no router that an adapter knows; the message says what was found.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> class ToyTopKRouter(nn.Linear):
+        ...     def forward(self, x):
+        ...         logits = super().forward(x)
+        ...         weights, ids = logits.softmax(-1).topk(2)
+        ...         return logits, weights, ids
+        >>> import torch
+        >>> model = nn.Sequential(ToyTopKRouter(8, 4))
+        >>> with RouterCapture(model) as capture:
+        ...     _ = model(torch.randn(3, 5, 8))
+        >>> capture.trace().layers[0].expert_ids.shape
+        torch.Size([3, 5, 2])
+    """
+
+    def __init__(self, model: nn.Module, adapters: Sequence[RouterAdapter] = ()) -> None:
+        self.model = model
+        self._routers = _find_routers(model, (*adapters, *DEFAULT_ADAPTERS))
+        self._handles: list[RemovableHandle] = []
+        self._readings: dict[str, list[_Reading]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._depth = 0  # of nested forwards that are being recorded
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The routers' names in the model, in its order."""
+        return tuple(self._routers)
+
+    @property
+    def routers(self) -> dict[str, nn.Module]:
+        """The router modules by name."""
+        return {name: router for name, (router, _) in self._routers.items()}
+
+    def attach(self) -> "RouterCapture":
+        """Start to listen; without effect when attached already."""
+        if self._handles:
+            return self
+        hook = self.model.register_forward_pre_hook(_Hook(self, "_begin"))
+        self._handles.append(hook)
+        self._handles.append(self.model.register_forward_hook(_Hook(self, "_end"), always_call=True))
+        for name, (router, _) in self._routers.items():
+            block = self.model.get_submodule(name.rpartition(".")[0])
+            self._handles.append(block.register_forward_pre_hook(_Hook(self, "_see_block", name)))
+            self._handles.append(router.register_forward_hook(_Hook(self, "_read", name)))
+        return self
+
+    def detach(self) -> None:
+        """Stop to listen and forget; without effect when not attached."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._readings.clear()
+
+    def __enter__(self) -> "RouterCapture":
+        return self.attach()
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()  # what was read stays for trace()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record all that runs inside as one forward, for callers that do not call ``model`` itself."""
+        self._begin()
+        try:
+            yield
+        finally:
+            self._end()
+
+    def trace(self, valid: Tensor | None = None, document_ids: Tensor | None = None) -> RoutingTrace:
+        """The routing of the last forward, graph kept where there was one.
+
+        Args:
+            valid: [B, T] bool, True for real tokens; all when None.
+            document_ids: [B, T] integers; one document a row when None.
+
+        Raises:
+            RuntimeError: there was no forward, or a router ran not exactly once in it.
+        """
+        counts = {name: len(self._readings.get(name, ())) for name in self._routers}
+        if any(count != 1 for count in counts.values()):
+            raise RuntimeError(_explain(counts, attached=bool(self._handles)))
+        B, T = self._batch_shape(valid)
+        readings = {name: self._readings[name][0] for name in self._routers}
+        return RoutingTrace(
+            expert_ids=[reading.expert_ids.reshape(B, T, -1) for reading in readings.values()],
+            num_experts=[reading.logits.shape[-1] for reading in readings.values()],
+            scores=[reading.scores.reshape(B, T, -1) for reading in readings.values()],
+            logits=[reading.logits.reshape(B, T, -1) for reading in readings.values()],
+            valid=valid,
+            document_ids=document_ids,
+            layer_names=tuple(readings),
+            score_functions=[reading.score_function for reading in readings.values()],
+        )
+
+    def clear(self) -> None:
+        """Forget the last forward, which frees its tensors."""
+        self._readings.clear()
+
+    def _batch_shape(self, valid: Tensor | None) -> tuple[int, int]:
+        if valid is not None and valid.dim() == 2:
+            B, T = valid.shape
+        else:
+            shape = next(iter(self._shapes.values()), ())
+            if len(shape) < 3:
+                raise RuntimeError(
+                    "the rows of the batch cannot be told from the routers' flat input: give `valid` to trace()"
+                )
+            B, T = shape[:2]
+        first = self._readings[self.layer_names[0]][0].expert_ids
+        tokens = first.numel() // first.shape[-1]
+        if tokens != B * T:
+            raise ValueError(f"valid must cover the tokens of the forward, got {B} x {T} for {tokens} routed tokens")
+        return B, T
+
+    def _begin(self, *_: Any) -> None:
+        if self._depth == 0:
+            self._readings.clear()
+            self._shapes.clear()
+        self._depth += 1
+
+    def _end(self, *_: Any) -> None:
+        self._depth -= 1
+
+    def _see_block(self, name: str, block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if self._depth and inputs and isinstance(inputs[0], Tensor):
+            self._shapes[name] = tuple(inputs[0].shape)
+
+    def _read(self, name: str, router: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if not self._depth:
+            return
+        if inputs and isinstance(inputs[0], Tensor) and inputs[0].dim() == 3:
+            self._shapes[name] = tuple(inputs[0].shape)
+        _, adapter = self._routers[name]
+        try:
+            logits, expert_ids = output[adapter.logits], output[adapter.expert_ids]
+            if logits.shape[:-1] != expert_ids.shape[:-1] or expert_ids.is_floating_point():
+                raise TypeError
+        except (TypeError, IndexError, AttributeError):
+            raise TypeError(
+                f"router {name!r} ({type(router).__name__}) must return logits [..., E] at position {adapter.logits} "
+                f"and integer expert ids [..., K] at position {adapter.expert_ids}, got {_describe(output)}: "
+                "pass a RouterAdapter that fits"
+            ) from None
+        sigmoid = getattr(router, "e_score_correction_bias", None) is not None
+        reading = _Reading(
+            logits, expert_ids.long(), adapter.scores(router, logits), "sigmoid" if sigmoid else "softmax"
+        )
+        self._readings.setdefault(name, []).append(reading)
+
+
+class _Hook:
+    """A forward hook that belongs to one capture on one model: copies and pickles of it do nothing."""
+
+    def __init__(self, capture: RouterCapture | None, method: str, name: str | None = None) -> None:
+        self.capture = capture
+        self.method = method
+        self.name = name
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        if self.capture is None:
+            return
+        leading = () if self.name is None else (self.name,)
+        getattr(self.capture, self.method)(*leading, module, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
+        return _Hook(None, self.method, self.name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (None, self.method, self.name)
+
+
+def _find_routers(model: nn.Module, adapters: Sequence[RouterAdapter]) -> dict[str, tuple[nn.Module, RouterAdapter]]:
+    routers = {}
+    for name, module in model.named_modules():
+        adapter = next((adapter for adapter in adapters if adapter.matches(module)), None)
+        if adapter is not None:
+            routers[name] = (module, adapter)
+    if not routers:
+        alike = sorted(
+            {type(m).__name__ for m in model.modules() if re.search(r"rout|gate|expert|moe", type(m).__name__, re.I)}
+        )
+        raise ValueError(
+            f"model must contain mixture-of-experts routers, got {type(model).__name__} without one that an adapter "
+            f"knows (class names that match {[adapter.pattern for adapter in adapters]}). "
+            + (
+                f"Modules that look like a part of one: {alike}; name the router in a RouterAdapter."
+                if alike
+                else "It looks dense."
+            )
+        )
+    return routers
+
+
+def _explain(counts: dict[str, int], *, attached: bool) -> str:
+    found = f"{sum(count > 0 for count in counts.values())} of {len(counts)} routers were captured"
+    if not any(counts.values()):
+        reason = "run a forward of the model first" if attached else "attach the capture before the forward"
+        return f"{found}: {reason} (a fused or replaced MoE block that does not call its router cannot be captured)"
+    missing = [name for name, count in counts.items() if count == 0]
+    if missing:
+        return f"{found}: {missing} did not run, so a fused or replaced MoE block may bypass them"
+    repeated = {name: count for name, count in counts.items() if count > 1}
+    return f"{found}, some more than once in one forward ({repeated}): take a trace after each forward of the model"
+
+
+def _describe(output: Any) -> str:
+    if isinstance(output, Tensor):
+        return f"one tensor of shape {list(output.shape)}"
+    if isinstance(output, (tuple, list)):
+        return (
+            "("
+            + ", ".join(f"{list(o.shape)} {o.dtype}" if isinstance(o, Tensor) else type(o).__name__ for o in output)
+            + ")"
+        )
+    return type(output).__name__

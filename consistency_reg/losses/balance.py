@@ -1,0 +1,156 @@
+"""The load-balance loss and the router z-loss, per layer, never pooled over layers."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from consistency_reg.functional.segments import active_experts
+from consistency_reg.losses.base import RoutingLoss
+from consistency_reg.losses.consistency import SCOPES
+from consistency_reg.losses.distributed import all_sum
+from consistency_reg.routing import LayerRouting, RoutingTrace
+
+
+class LoadBalanceLoss(RoutingLoss):
+    """Switch's ``E/K * sum_e share_e * prob_e`` for each layer, 1 when usage is uniform.
+
+    ``share_e`` is the share of tokens that expert e is active on (sums to K, no gradient), ``prob_e`` the mean router
+    probability of e over the valid tokens of this batch (gradient).
+
+    Args:
+        scope: where usage is counted. "sequence": in each row by itself; "batch": in the batch of this process;
+            "global": summed over the data-parallel processes and over the micro-batches of an accumulation so far.
+        running: decay r in [0, 1) of a running average of the usage over steps, ``(1 - r) * sum_i r^i * share[n - i]``
+            divided by its weight so far. Balance is then held over about ``1 / (1 - r)`` steps of data instead of one,
+            which leaves room for local consistency. 0 uses the present step only. Training calls move the average,
+            evaluation uses the present batch; the average is in the state dict.
+        accumulation_steps: training-mode calls (micro-batches) that make one optimizer step; the average moves after the
+            last of them.
+
+    Source: arXiv 2101.03961 (the form), 2501.11873 (global scope).
+
+    Example:
+        >>> logits = torch.eye(4)[None] * 9
+        >>> trace = RoutingTrace([logits.topk(1).indices], num_experts=4, logits=[logits])
+        >>> round(LoadBalanceLoss(scope="batch")(trace).item(), 4)
+        1.0
+    """
+
+    def __init__(
+        self,
+        scope: Literal["global", "batch", "sequence"] = "global",
+        running: float = 0.0,
+        *,
+        accumulation_steps: int = 1,
+    ) -> None:
+        super().__init__()
+        if scope not in SCOPES:
+            raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
+        if not 0 <= running < 1:
+            raise ValueError(f"running must lie in [0, 1), got {running}")
+        if accumulation_steps < 1:
+            raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
+        self.scope = scope
+        self.running = float(running)
+        self.accumulation_steps = accumulation_steps
+        self._average: dict[str, Tensor] = {}  # layer -> [E] running average before division by its weight
+        self._pending: dict[str, Tensor] = {}  # layer -> [E + 1] uses of each expert and tokens since the last step
+        self._calls = 0
+        self._steps = 0
+
+    def layer_loss(self, layer: LayerRouting, trace: RoutingTrace) -> Tensor:
+        """The loss of one layer; in training mode its usage joins the present step."""
+        valid_BT = trace.valid_mask
+        active_BTE = active_experts(layer.expert_ids, layer.num_experts, valid_BT)
+        uses_BE, tokens_B = active_BTE.sum(dim=1), valid_BT.sum(dim=1)
+        share_GE = self._share(layer.name, uses_BE, tokens_B).to(valid_BT.device)
+        rows_G = tokens_B if self.scope == "sequence" else tokens_B.sum(dim=0, keepdim=True)
+        probability_BE = (layer.probabilities * valid_BT[:, :, None]).sum(dim=1)
+        if self.scope != "sequence":
+            probability_BE = probability_BE.sum(dim=0, keepdim=True)
+        mean_probability_GE = probability_BE / rows_G.clamp_min(1)[:, None]
+        loss_G = (
+            layer.num_experts / layer.top_k * (share_GE.to(mean_probability_GE.dtype) * mean_probability_GE).sum(dim=-1)
+        )
+        return loss_G.sum() / (rows_G > 0).sum().clamp_min(1)
+
+    def per_layer(self, trace: RoutingTrace) -> Tensor:
+        """[L] the loss of every layer; a training-mode call counts as one micro-batch."""
+        losses_L = super().per_layer(trace)
+        if self.training:
+            self._calls += 1
+            if self._calls == self.accumulation_steps:
+                self._end_step()
+        return losses_L
+
+    @torch.no_grad()
+    def _share(self, name: str, uses: Tensor, tokens: Tensor) -> Tensor:
+        """[G, E] the usage that the loss multiplies with: G = B rows for "sequence", else 1."""
+        total = torch.cat([uses.sum(dim=0), tokens.sum(dim=0, keepdim=True)])  # [E + 1]
+        if self.scope == "global":
+            (total,) = all_sum(total)
+        if self.training:
+            pending = self._pending.get(name)
+            self._pending[name] = total if pending is None else pending.to(total) + total
+            if self.scope == "global":
+                total = self._pending[name]
+        if self.scope == "sequence":
+            share = uses / tokens.clamp_min(1)[:, None]
+        else:
+            share = (total[:-1] / total[-1].clamp_min(1))[None]
+        if not (self.training and self.running):
+            return share
+        past = self._average[name].to(share) if name in self._average else torch.zeros_like(share[0])
+        return (self.running * past + (1 - self.running) * share) / (1 - self.running ** (self._steps + 1))
+
+    @torch.no_grad()
+    def _end_step(self) -> None:
+        for name, pending in self._pending.items():
+            share = pending[:-1].float() / pending[-1].clamp_min(1)
+            past = self._average[name].to(share) if name in self._average else torch.zeros_like(share)
+            self._average[name] = self.running * past + (1 - self.running) * share
+        self._pending = {}
+        self._calls = 0
+        self._steps += 1
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What the state dict keeps: the running average and the counts of an unfinished accumulation."""
+        return {
+            "average": self._average,
+            "pending": self._pending,
+            "calls": self._calls,
+            "steps": self._steps,
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`get_extra_state`."""
+        self._average, self._pending = dict(state["average"]), dict(state["pending"])
+        self._calls, self._steps = state["calls"], state["steps"]
+
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        return f"scope={self.scope!r}, running={self.running}"
+
+
+class RouterZLoss(RoutingLoss):
+    """``mean over valid tokens of logsumexp(logits)^2``, which keeps the router's logits small.
+
+    Source: arXiv 2202.08906.
+
+    Example:
+        >>> logits = torch.zeros(1, 2, 4)
+        >>> trace = RoutingTrace([logits.topk(1).indices], num_experts=4, logits=[logits])
+        >>> round(RouterZLoss()(trace).item(), 3)  # log(4)^2
+        1.922
+    """
+
+    def layer_loss(self, layer: LayerRouting, trace: RoutingTrace) -> Tensor:
+        """The z-loss of one layer."""
+        if layer.logits is None:
+            raise ValueError(
+                f"layer {layer.name!r}: the z-loss needs the router's logits, but the trace holds expert ids only"
+            )
+        squared_BT = layer.logits.float().logsumexp(dim=-1) ** 2
+        valid_BT = trace.valid_mask
+        return (squared_BT * valid_BT).sum() / valid_BT.sum().clamp_min(1)

@@ -1,0 +1,26 @@
+"""What every routing loss has in common: a value for each layer, averaged over the layers."""
+
+import torch
+from torch import Tensor, nn
+
+from consistency_reg.routing import LayerRouting, RoutingTrace
+
+
+class RoutingLoss(nn.Module):
+    """A differentiable scalar of a :class:`~consistency_reg.RoutingTrace`, unweighted: the caller applies the weight.
+
+    A subclass writes :meth:`layer_loss`; layers are never pooled before it (trap 3 of the design: a mean over layers
+    hides what each of them does).
+    """
+
+    def layer_loss(self, layer: LayerRouting, trace: RoutingTrace) -> Tensor:
+        """The loss of one layer, a scalar."""
+        raise NotImplementedError
+
+    def per_layer(self, trace: RoutingTrace) -> Tensor:
+        """[L] the loss of every layer, graph kept."""
+        return torch.stack([self.layer_loss(layer, trace) for layer in trace])
+
+    def forward(self, trace: RoutingTrace) -> Tensor:
+        """The mean over the layers."""
+        return self.per_layer(trace).mean()

@@ -1,0 +1,233 @@
+"""The local-consistency losses: SRP, or the hit rate of a cache of known size, by the envelope theorem."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from consistency_reg.functional.consistency import (
+    Marginals,
+    count_histogram,
+    hit_rate_marginals,
+    lru_residents,
+    margin_membership,
+    srp_marginals,
+)
+from consistency_reg.functional.segments import active_experts, window_ends, window_sums
+from consistency_reg.losses.base import RoutingLoss
+from consistency_reg.losses.distributed import all_sum, world_size
+from consistency_reg.routing import LayerRouting, RoutingTrace
+
+SCOPES = ("global", "batch", "sequence")
+MEMBERSHIPS = ("margin", "probability")
+
+
+class EnvelopeLoss(RoutingLoss):
+    """1 - value, where the value is optimal in what it holds fixed, so that only the activations move it.
+
+    A subclass says what the value is and what each activation is worth (:meth:`marginals`); this class makes the hard
+    activations soft, keeps the gradient from favouring an expert everywhere, and attaches it to the router.
+
+    Args:
+        membership: how a score becomes a soft activation. "margin": ``sigmoid((score - theta) / temperature)``, theta
+            halfway between the K-th and the (K+1)-th score, no gradient through it. "probability": K times the
+            router's probability.
+        temperature: width of the margin, in units of the router's score. Only for "margin".
+        balance_neutral: subtract from each expert's marginals their mean over the valid tokens, so that the loss
+            cannot raise its value by making an expert popular everywhere. "slope" weights this mean by the squared
+            slope of the membership: then a gradient step on the scores leaves each expert's soft usage where it is,
+            to first order.
+        scope: what shares one value. "global": the batch over all data-parallel processes; "batch": the batch of this
+            process; "sequence": each row by itself, averaged over the rows.
+    """
+
+    def __init__(
+        self,
+        *,
+        membership: Literal["margin", "probability"] = "margin",
+        temperature: float = 1.0,
+        balance_neutral: bool | Literal["slope"] = True,
+        scope: Literal["global", "batch", "sequence"] = "global",
+    ) -> None:
+        super().__init__()
+        if membership not in MEMBERSHIPS:
+            raise ValueError(f"membership must be one of {MEMBERSHIPS}, got {membership!r}")
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be a positive number, got {temperature}")
+        if balance_neutral not in (True, False, "slope"):
+            raise ValueError(f"balance_neutral must be True, False or 'slope', got {balance_neutral!r}")
+        if scope not in SCOPES:
+            raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
+        self.membership = membership
+        self.temperature = float(temperature)
+        self.balance_neutral = balance_neutral
+        self.scope = scope
+
+    def marginals(self, layer: LayerRouting, position: Tensor) -> Iterator[Marginals]:
+        """The values to average, one at a time, each with its derivative by the activations; no graph."""
+        raise NotImplementedError
+
+    def layer_loss(self, layer: LayerRouting, trace: RoutingTrace) -> Tensor:
+        """1 - value of one layer, with the surrogate's gradient."""
+        if layer.scores is None:
+            raise ValueError(
+                f"layer {layer.name!r}: the loss needs the router's scores, but the trace holds expert ids only"
+            )
+        with torch.no_grad():
+            misses, marginal_BTE, counted = layer.scores.new_zeros((), dtype=torch.float64), None, 0
+            for term in self.marginals(layer, trace.positions):
+                misses = misses + (1 - term.value) * term.counted
+                marginal_BTE = term.marginal if marginal_BTE is None else marginal_BTE.add_(term.marginal)
+                counted = counted + term.counted
+            assert marginal_BTE is not None
+            terms = torch.as_tensor(counted).clamp_min(1)
+        return self._attach(misses / terms, marginal_BTE.div_(terms), layer, trace.valid_mask)
+
+    def _attach(self, value: Tensor, marginal: Tensor, layer: LayerRouting, valid: Tensor) -> Tensor:
+        """``value``, with the gradient of ``-sum(marginal * membership)``."""
+        source = layer.scores if self.membership == "margin" else layer.logits
+        assert source is not None
+        if not (source.requires_grad and torch.is_grad_enabled()):
+            return value.to(torch.promote_types(source.dtype, torch.float32))
+        with torch.enable_grad():
+            leaf = source.detach().requires_grad_()
+            soft = self._soft_activations(leaf, layer)
+            (slope,) = (
+                torch.autograd.grad(soft.sum(), leaf, retain_graph=True) if self.balance_neutral == "slope" else (None,)
+            )
+        if self.balance_neutral:
+            marginal = self._neutral(marginal, valid, slope)
+        (gradient,) = torch.autograd.grad(soft, leaf, -marginal.to(soft.dtype))
+        if self.scope == "global":
+            gradient = gradient * world_size()  # data-parallel training averages the processes' gradients
+        return _Attach.apply(source, gradient, value.to(soft.dtype))
+
+    def _soft_activations(self, source: Tensor, layer: LayerRouting) -> Tensor:
+        if self.membership == "margin":
+            return margin_membership(source, layer.expert_ids, self.temperature)
+        return layer.top_k * replace(layer, logits=source).probabilities
+
+    def _neutral(self, marginal: Tensor, valid: Tensor, slope: Tensor | None) -> Tensor:
+        """The marginals less each expert's (weighted) mean over the valid tokens of its group; 0 on padding."""
+        weight_BTE = valid[:, :, None].to(marginal.dtype)
+        if slope is not None:
+            weight_BTE = weight_BTE * slope.to(marginal.dtype) ** 2
+        group = (1,) if self.scope == "sequence" else (0, 1)
+        weighted = (marginal * weight_BTE).sum(dim=group, keepdim=True)
+        total = weight_BTE.expand_as(marginal).sum(dim=group, keepdim=True)
+        if self.scope == "global":
+            weighted, total = all_sum(weighted, total)
+        mean = weighted / total.clamp_min(torch.finfo(total.dtype).tiny)
+        return (marginal - mean) * valid[:, :, None]
+
+
+class LocalConsistencyLoss(EnvelopeLoss):
+    r"""1 - SRP of the batch, averaged over segment lengths and layers, with the gradient of the envelope theorem.
+
+    With the activations ``a[e, t]``, the window counts ``f[e, w]``, the best threshold and its resident sets
+    ``R[e, w] = [f[e, w] >= threshold]``: ``dSRP/df[e, w] = (2*R[e, w] - SRP) / D``, ``D = m*sum(R) + sum(f)``.
+    Summed over the windows that cover t this is ``g[e, t]``, what activating e on t is worth, and the surrogate is
+    ``-sum(g * s)`` with soft memberships s. The value is exactly ``1 - SRP``.
+
+    Args:
+        segment_lengths: m, in tokens; those longer than every document of a batch are left out of its mean.
+        temperature: see :class:`EnvelopeLoss`, as are the options below.
+
+    Example:
+        >>> logits = torch.tensor([[[2.0, 1.0, 0.0]] * 8], requires_grad=True)
+        >>> trace = RoutingTrace([logits.topk(1).indices], num_experts=3, logits=[logits])
+        >>> LocalConsistencyLoss(segment_lengths=(4,))(trace).item()  # the same expert all along: SRP is 1
+        0.0
+    """
+
+    def __init__(
+        self,
+        segment_lengths: Sequence[int] = (4, 16, 64),
+        temperature: float = 1.0,
+        balance_neutral: bool | Literal["slope"] = True,
+        *,
+        membership: Literal["margin", "probability"] = "margin",
+        scope: Literal["global", "batch", "sequence"] = "global",
+    ) -> None:
+        super().__init__(membership=membership, temperature=temperature, balance_neutral=balance_neutral, scope=scope)
+        self.segment_lengths = check_segment_lengths(segment_lengths)
+
+    def marginals(self, layer: LayerRouting, position: Tensor) -> Iterator[Marginals]:
+        """SRP of each segment length."""
+        active = active_experts(layer.expert_ids, layer.num_experts, position >= 0)
+        for m in self.segment_lengths:
+            counts = window_sums(active, m)
+            histogram = count_histogram(counts, window_ends(position, m), m, by_row=self.scope == "sequence")
+            if self.scope == "global":
+                (histogram,) = all_sum(histogram)
+            yield srp_marginals(counts, position, histogram, m)
+
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        return f"segment_lengths={self.segment_lengths}, membership={self.membership!r}, temperature={self.temperature}"
+
+
+class CacheConsistencyLoss(EnvelopeLoss):
+    """1 - hit rate of an LRU cache of known size, the sibling of :class:`LocalConsistencyLoss` for a known device.
+
+    Resident before t are the experts that the simulated cache holds, and
+    ``g[e, t] = (2*R[e, t] - hit rate) / (2*accesses)``. The value is the miss rate over all accesses of the batch, the
+    first uses of a document included (nothing is resident before them).
+
+    Args:
+        cache_ratio: rho, cache slots as a multiple of K; ``C = round(rho * K)``, at most E.
+        temperature: see :class:`EnvelopeLoss`, as are the options below.
+    """
+
+    def __init__(
+        self,
+        cache_ratio: float = 2.0,
+        temperature: float = 1.0,
+        balance_neutral: bool | Literal["slope"] = True,
+        *,
+        membership: Literal["margin", "probability"] = "margin",
+        scope: Literal["global", "batch", "sequence"] = "global",
+    ) -> None:
+        super().__init__(membership=membership, temperature=temperature, balance_neutral=balance_neutral, scope=scope)
+        if not 0 < cache_ratio < float("inf"):
+            raise ValueError(f"cache_ratio must be a positive number, got {cache_ratio}")
+        self.cache_ratio = float(cache_ratio)
+
+    def marginals(self, layer: LayerRouting, position: Tensor) -> Iterator[Marginals]:
+        """The hit rate."""
+        slots = min(max(round(self.cache_ratio * layer.top_k), 1), layer.num_experts)
+        active = active_experts(layer.expert_ids, layer.num_experts, position >= 0)
+        residents = lru_residents(layer.expert_ids, layer.num_experts, position, slots)
+        group = (1, 2) if self.scope == "sequence" else (0, 1, 2)
+        hits, accesses = (active * residents).sum(dim=group).view(-1), active.sum(dim=group).view(-1)
+        if self.scope == "global":
+            hits, accesses = all_sum(hits, accesses)
+        yield hit_rate_marginals(residents, active, hits, accesses)
+
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        return f"cache_ratio={self.cache_ratio}, membership={self.membership!r}, temperature={self.temperature}"
+
+
+class _Attach(torch.autograd.Function):
+    """A value whose gradient by ``source`` is already known: the graph holds that gradient and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient.to(source.dtype))
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_outputs[0].to(gradient.dtype), None, None
+
+
+def check_segment_lengths(segment_lengths: Sequence[int]) -> tuple[int, ...]:
+    """The lengths as a tuple; ValueError unless there is at least one and all are distinct integers of at least 2."""
+    lengths = tuple(segment_lengths)
+    if not lengths or len(set(lengths)) != len(lengths) or any(not isinstance(m, int) or m < 2 for m in lengths):
+        raise ValueError(f"segment_lengths must be distinct integers of at least 2, got {list(lengths)}")
+    return lengths

@@ -1,0 +1,23 @@
+"""Sums over data-parallel processes."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of data-parallel processes, 1 outside of a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_sum(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The sums over all processes of tensors of one dtype without a graph, in one message.
+
+    With one process these are the tensors themselves.
+    """
+    if world_size() == 1:
+        return tensors
+    message = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(message)
+    parts = message.split([tensor.numel() for tensor in tensors])
+    return tuple(part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True))
