@@ -1,13 +1,39 @@
-"""Segment routing best performance (SRP): how well one fixed set of experts a segment could serve a router's choices.
+"""Segment routing best performance (SRP): how well a fixed set of experts per segment could serve a router's choices.
 
-Source: arXiv 2505.16056. N sequences, T tokens, E routed experts of the layer, K active per token, m segment length,
-``f[e, p]`` the number of tokens of the window p on which expert e is active.
+Source: arXiv 2505.16056. N sequences, T tokens, E routed experts of a layer, K active per token, m segment length;
+``f[e, p]`` is the number of tokens of the window p (m consecutive tokens of one document) on which e is active.
+
+The way from ids to SRP has three steps, each a function: :func:`srp_counts` (integers that add up over batches),
+:func:`best_f1` (the threshold), :func:`layer_srp` and :func:`model_srp` (the result).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from consistency_reg.functional.segments import active_experts, document_positions
+from consistency_reg.routing import RoutingTrace, check_id_shape, check_masks
+
+CHUNK_TOKENS = 8192  # with 64 experts a chunk is a megabyte: it stays in a CPU's cache
+
+
+@dataclass(frozen=True)
+class SRPCounts:
+    """All that SRP needs to know of one layer: integers, so that they add up over batches and processes exactly.
+
+    Attributes:
+        windows: for each segment length m, [E, m+1] int64; ``[e, j]`` is the number of windows with ``f[e] = j``.
+        sequence_windows: for each m, [N, m+1] int64, the same for each sequence over all experts; None unless asked.
+        usage: [E] int64, valid tokens on which each expert is active.
+    """
+
+    windows: dict[int, Tensor]
+    sequence_windows: dict[int, Tensor] | None
+    usage: Tensor
 
 
 @dataclass(frozen=True)
@@ -15,7 +41,7 @@ class BestF1:
     """The best segment router of each group of (expert, window) pairs; every tensor has the groups' shape.
 
     Attributes:
-        f1: float64, ``max_a 2 TP(a) / (P(a) + A)``, which is the SRP of the group; 0 where it is never active.
+        f1: float64, ``max_a 2 TP(a) / (P(a) + A)``, the SRP of the group; 0 where it is never active.
         threshold: int64, a*, the first threshold that reaches the maximum.
         loaded: int64, ``P(a*)``, tokens x experts that the segment router keeps ready.
         hits: int64, ``TP(a*)``, those of them that the router uses.
@@ -34,14 +60,204 @@ class BestF1:
         return torch.where(self.active > 0, self.loaded / self.active.clamp_min(1).double(), 0.0)
 
 
-def best_f1(histogram: Tensor, segment_length: int) -> BestF1:
-    """The threshold on f that predicts activations best, one for each group, from how often each f occurs.
+@dataclass(frozen=True)
+class SRPResult:
+    """SRP of one layer for one segment length; ratios are float64 scalars.
 
-    ``TP(a) = sum_{j>=a} j H[j]``, ``P(a) = m sum_{j>=a} H[j]``, ``A = sum_j j H[j]``, ``F1(a) = 2 TP(a) / (P(a) + A)``
-    for a = 0..m. Reads no value on the host and carries no gradient.
+    Attributes:
+        srp: F1 of the best segment router with one threshold for all experts of the layer.
+        size_ratio: rho_hat, the experts that this router loads for one that is used.
+        threshold: int64, it loads an expert that is active on at least so many tokens of the segment.
+        static_srp: F1 of the best set of experts that serves the whole data.
+        local_gain: ``srp - static_srp``, the consistency that is not imbalance.
+        per_expert: [E], SRP of each expert with a threshold of its own.
+        histogram: [E, m+1] int64, the windows counted by expert and f.
+        interval: [2], 95% bootstrap interval of ``srp``; None where there was no bootstrap.
+    """
+
+    srp: Tensor
+    size_ratio: Tensor
+    threshold: Tensor
+    static_srp: Tensor
+    local_gain: Tensor
+    per_expert: Tensor
+    histogram: Tensor
+    interval: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ModelSRP:
+    """SRP of a whole model for one segment length: one threshold for the experts of all layers.
+
+    Attributes:
+        srp, size_ratio, threshold, static_srp, local_gain, interval: as in :class:`SRPResult`, all layers pooled.
+        histogram: [m+1] int64, over the experts of all layers.
+        layers: the result of each layer, with a threshold of its own.
+    """
+
+    srp: Tensor
+    size_ratio: Tensor
+    threshold: Tensor
+    static_srp: Tensor
+    local_gain: Tensor
+    histogram: Tensor
+    layers: tuple[SRPResult, ...]
+    interval: Tensor | None = None
+
+
+@overload
+def srp(
+    expert_ids: Tensor,
+    num_experts: int,
+    segment_length: int,
+    valid: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> SRPResult: ...
+@overload
+def srp(
+    expert_ids: Tensor,
+    num_experts: int,
+    segment_length: Sequence[int],
+    valid: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> dict[int, SRPResult]: ...
+@overload
+def srp(
+    expert_ids: Sequence[Tensor],
+    num_experts: int | Sequence[int],
+    segment_length: int,
+    valid: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> ModelSRP: ...
+@overload
+def srp(
+    expert_ids: Sequence[Tensor],
+    num_experts: int | Sequence[int],
+    segment_length: Sequence[int],
+    valid: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> dict[int, ModelSRP]: ...
+def srp(
+    expert_ids: Tensor | Sequence[Tensor],
+    num_experts: int | Sequence[int],
+    segment_length: int | Sequence[int],
+    valid: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> SRPResult | ModelSRP | dict[int, SRPResult] | dict[int, ModelSRP]:
+    """SRP of one layer, or of a model when a list of layers is given.
 
     Args:
-        histogram: [..., m+1] integers; ``H[j]`` of a group is the number of its (expert, window) pairs with f = j.
+        expert_ids: [N, T, K] int64, or a list of them with one for each layer.
+        num_experts: E; one for all layers or one for each.
+        segment_length: m in tokens; several of them in one call give a result for each.
+        valid: [N, T] bool, True for real tokens; all when None.
+        document_ids: [N, T] integers; one document a row when None. No window leaves its document.
+
+    Returns:
+        The result of the layer or of the model; a dict from m to results when several m are given.
+
+    Raises:
+        TypeError: ids that are not int64, masks of a wrong dtype.
+        ValueError: shapes that do not match, K > E, ids out of range or repeated within a token, m < 1.
+
+    Example:
+        >>> result = srp(torch.tensor([[[0], [0], [1], [1]]]), num_experts=2, segment_length=2)
+        >>> [round(float(value), 4) for value in (result.srp, result.size_ratio, result.static_srp, result.local_gain)]
+        [0.8571, 1.3333, 0.6667, 0.1905]
+    """
+    layers = [expert_ids] if isinstance(expert_ids, Tensor) else expert_ids
+    trace = RoutingTrace(layers, num_experts, valid=valid, document_ids=document_ids)
+    trace.check_values()
+    lengths = check_segment_lengths(segment_length)
+    counts = [srp_counts(layer.expert_ids, layer.num_experts, lengths, valid, document_ids) for layer in trace]
+    usage, tokens = [layer.usage for layer in counts], trace.valid_mask.sum()
+    models = {m: model_srp([layer.windows[m] for layer in counts], usage, tokens) for m in lengths}
+    results = {m: model.layers[0] for m, model in models.items()} if isinstance(expert_ids, Tensor) else models
+    return results[segment_length] if isinstance(segment_length, int) else results
+
+
+def srp_counts(
+    expert_ids: Tensor,
+    num_experts: int,
+    segment_lengths: Sequence[int],
+    valid: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    *,
+    per_sequence: bool = False,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> SRPCounts:
+    """Count the windows of one layer by expert and f, for several segment lengths in one pass.
+
+    Memory beyond the result is bounded by ``chunk_tokens`` x E (or one row, if that is longer) whatever N is.
+    On CUDA the host does not wait, so ids are not checked: see :func:`consistency_reg.routing.check_expert_ids`.
+
+    Args:
+        expert_ids: [N, T, K] int64.
+        num_experts: E.
+        segment_lengths: the m.
+        valid, document_ids: [N, T], see :func:`srp`.
+        per_sequence: count the windows of each sequence too, for a bootstrap.
+        chunk_tokens: tokens that are worked on at a time.
+
+    Example:
+        >>> counts = srp_counts(torch.tensor([[[0], [0], [1], [1]]]), num_experts=2, segment_lengths=[2])
+        >>> counts.windows[2].tolist(), counts.usage.tolist()
+        ([[1, 1, 1], [1, 1, 1]], [2, 2])
+    """
+    check_id_shape(expert_ids, num_experts)
+    N, T, _ = expert_ids.shape
+    check_masks((N, T), valid, document_ids)
+    device = expert_ids.device
+    E = num_experts
+    position_NT = document_positions((N, T), valid, document_ids, device=device)
+    windows = {m: torch.zeros(E, m + 1, dtype=torch.int64, device=device) for m in segment_lengths}
+    sequences = {m: torch.zeros(N, m + 1, dtype=torch.int64, device=device) for m in segment_lengths if per_sequence}
+    usage_E = torch.zeros(E, dtype=torch.int64, device=device)
+    sum_dtype = torch.int16 if T < 2**15 else torch.int32
+
+    rows = max(1, chunk_tokens // max(T, 1))
+    for first in range(0, N, rows):
+        chunk = slice(first, first + rows)
+        active_BTE = active_experts(expert_ids[chunk], E, None if valid is None else valid[chunk])
+        before_BTE = pad(active_BTE.cumsum(dim=1, dtype=sum_dtype), (0, 0, 1, 0))  # [B, T+1, E]
+        usage_E += before_BTE[:, -1].sum(dim=0)
+        for m in segment_lengths:
+            if m > T:
+                continue
+            f_BWE = before_BTE[:, m:] - before_BTE[:, :-m]
+            whole_BW = position_NT[chunk, m - 1 :] >= m - 1
+            windows[m] += _count_rows(f_BWE, torch.arange(E, device=device), whole_BW, (E, m + 1))
+            if per_sequence:
+                sequence_B11 = torch.arange(len(f_BWE), device=device)[:, None, None]
+                sequences[m][chunk] = _count_rows(f_BWE, sequence_B11, whole_BW, (len(f_BWE), m + 1))
+    return SRPCounts(windows, sequences if per_sequence else None, usage_E)
+
+
+def _count_rows(f_BWE: Tensor, row: Tensor, whole_BW: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Histogram of f over whole windows, one for each value of ``row``, which broadcasts against f. -> [rows, m+1]."""
+    count = _bincount if f_BWE.device.type == "cpu" else _scatter_count
+    return count(f_BWE + (row * shape[1]).to(torch.int32), whole_BW, shape[0] * shape[1]).view(shape)
+
+
+def _bincount(bin_BWE: Tensor, keep_BW: Tensor, bins: int) -> Tensor:
+    kept = bin_BWE if bool(keep_BW.all()) else bin_BWE[keep_BW]
+    return torch.bincount(kept.flatten(), minlength=bins)
+
+
+def _scatter_count(bin_BWE: Tensor, keep_BW: Tensor, bins: int) -> Tensor:
+    """As :func:`_bincount`, without a wait of the host for the device."""
+    counts = torch.zeros(bins, dtype=torch.int64, device=bin_BWE.device)
+    return counts.scatter_add_(0, bin_BWE.flatten().long(), keep_BW[..., None].expand_as(bin_BWE).flatten().long())
+
+
+def best_f1(histogram: Tensor, segment_length: int) -> BestF1:
+    """The threshold on f that predicts activations best, for each group, from how often each f occurs.
+
+    ``TP(a) = sum_{j>=a} j H[j]``, ``P(a) = m sum_{j>=a} H[j]``, ``A = sum_j j H[j]``,
+    ``F1(a) = 2 TP(a) / (P(a) + A)`` for a = 0..m. Reads no value on the host and carries no gradient.
+
+    Args:
+        histogram: [..., m+1] integers; ``H[j]`` is the number of (expert, window) pairs of a group with f = j.
         segment_length: m.
 
     Raises:
@@ -56,13 +272,13 @@ def best_f1(histogram: Tensor, segment_length: int) -> BestF1:
     if histogram.is_floating_point() or histogram.dtype == torch.bool:
         raise TypeError(f"histogram must be an integer tensor, got {histogram.dtype}")
     if histogram.dim() == 0 or histogram.shape[-1] != segment_length + 1:
-        raise ValueError(f"histogram must have shape [..., m+1] with m+1={segment_length + 1}, got {list(histogram.shape)}")
+        shape = list(histogram.shape)
+        raise ValueError(f"histogram must have shape [..., m+1] with m={segment_length}, got {shape}")
     count = torch.arange(segment_length + 1, device=histogram.device)
     loaded = segment_length * _sum_from(histogram)
     hits = _sum_from(histogram * count)
     active = hits[..., 0]
-    f1 = 2 * hits / (loaded + active[..., None]).clamp_min(1).double()
-    best, threshold = f1.max(dim=-1)
+    best, threshold = _f1(hits, loaded + active[..., None]).max(dim=-1)
     at_best = threshold[..., None]
     return BestF1(
         f1=best,
@@ -73,6 +289,75 @@ def best_f1(histogram: Tensor, segment_length: int) -> BestF1:
     )
 
 
+def static_srp(usage: Tensor, tokens: Tensor) -> Tensor:
+    """F1 of the best set of experts that is never changed: ``max_S 2 sum_S q / (|S| + K)``, ``q = usage / tokens``.
+
+    Args:
+        usage: [..., E] integers, tokens on which each expert is active. For a model: of all layers side by side.
+        tokens: valid tokens, a scalar or [...].
+
+    Returns:
+        [...] float64; 0 where nothing is used.
+
+    Example:
+        >>> static_srp(torch.tensor([4, 2, 2]), torch.tensor(4))
+        tensor(0.8000, dtype=torch.float64)
+    """
+    hits = usage.sort(dim=-1, descending=True).values.cumsum(dim=-1)
+    size = torch.arange(1, usage.shape[-1] + 1, device=usage.device)
+    return _f1(hits, size * tokens[..., None] + hits[..., -1:]).amax(dim=-1)
+
+
+def layer_srp(windows: Tensor, usage: Tensor, tokens: Tensor) -> SRPResult:
+    """The result of one layer from its counts: windows [E, m+1], usage [E], tokens a scalar."""
+    m = windows.shape[-1] - 1
+    layer = best_f1(windows.sum(dim=0), m)
+    static = static_srp(usage, tokens)
+    return SRPResult(
+        srp=layer.f1,
+        size_ratio=layer.size_ratio,
+        threshold=layer.threshold,
+        static_srp=static,
+        local_gain=layer.f1 - static,
+        per_expert=best_f1(windows, m).f1,
+        histogram=windows,
+    )
+
+
+def model_srp(windows: Sequence[Tensor], usage: Sequence[Tensor], tokens: Tensor) -> ModelSRP:
+    """The result of a model from the counts of its layers: windows [E, m+1] and usage [E] of each, tokens a scalar."""
+    pooled = torch.stack([layer.sum(dim=0) for layer in windows]).sum(dim=0)
+    model = best_f1(pooled, len(pooled) - 1)
+    static = static_srp(torch.cat(list(usage)), tokens)
+    return ModelSRP(
+        srp=model.f1,
+        size_ratio=model.size_ratio,
+        threshold=model.threshold,
+        static_srp=static,
+        local_gain=model.f1 - static,
+        histogram=pooled,
+        layers=tuple(layer_srp(*layer, tokens) for layer in zip(windows, usage, strict=True)),
+    )
+
+
+def check_segment_lengths(segment_lengths: int | Sequence[int]) -> tuple[int, ...]:
+    """One or several segment lengths as a tuple; raise unless they are distinct integers of at least 1."""
+    lengths = tuple(segment_lengths) if isinstance(segment_lengths, Sequence) else (segment_lengths,)
+    if not lengths or len(set(lengths)) != len(lengths):
+        raise ValueError(f"segment_length must be one or several distinct lengths, got {segment_lengths}")
+    for m in lengths:
+        if not isinstance(m, int) or isinstance(m, bool):
+            raise TypeError(f"segment_length must be an integer number of tokens, got {m!r}")
+        if m < 1:
+            raise ValueError(f"segment_length must be at least 1 token, got {m}")
+    return lengths
+
+
 def _sum_from(values: Tensor) -> Tensor:
     """``out[..., a] = sum_{j>=a} values[..., j]`` in int64."""
     return values.flip(-1).cumsum(-1, dtype=torch.int64).flip(-1)
+
+
+def _f1(hits: Tensor, predicted_and_active: Tensor) -> Tensor:
+    """``2 hits / (predicted + active)`` in float64, correctly rounded; 0 where both are 0."""
+    return 2 * hits / predicted_and_active.clamp_min(1).double()
