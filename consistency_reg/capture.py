@@ -6,9 +6,11 @@ All knowledge of model internals lives here: which module is a router, what it r
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -65,6 +67,25 @@ class _Reading:
     expert_ids: Tensor
     scores: Tensor
     score_function: str
+    inputs: Tensor | None
+
+
+class FrozenRouter(nn.Module):
+    """A copy of a router that never learns: [N, H] router inputs -> [N, E] logits, no gradient."""
+
+    def __init__(self, router: nn.Module, adapter: RouterAdapter) -> None:
+        super().__init__()
+        self.router = deepcopy(router).requires_grad_(False).eval()
+        self._position = adapter.logits
+
+    @torch.no_grad()
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The logits of the router as it was."""
+        return self.router(inputs)[self._position]
+
+    def train(self, mode: bool = True) -> "FrozenRouter":
+        """Without effect: the copy stays in evaluation mode."""
+        return self
 
 
 class RouterCapture:
@@ -77,6 +98,8 @@ class RouterCapture:
     Args:
         model: any module that contains routers.
         adapters: kinds of routers to look for, before the built-in ones.
+        keep_inputs: also keep what each router was given (its first positional argument, no graph), which an anchor
+            to earlier routers needs.
 
     Raises:
         ValueError: the model has no router that an adapter knows; the message says what was found.
@@ -96,8 +119,9 @@ class RouterCapture:
         torch.Size([3, 5, 2])
     """
 
-    def __init__(self, model: nn.Module, adapters: Sequence[RouterAdapter] = ()) -> None:
+    def __init__(self, model: nn.Module, adapters: Sequence[RouterAdapter] = (), *, keep_inputs: bool = False) -> None:
         self.model = model
+        self.keep_inputs = keep_inputs
         self._routers = _find_routers(model, (*adapters, *DEFAULT_ADAPTERS))
         self._handles: list[RemovableHandle] = []
         self._readings: dict[str, list[_Reading]] = {}
@@ -113,6 +137,10 @@ class RouterCapture:
     def routers(self) -> dict[str, nn.Module]:
         """The router modules by name."""
         return {name: router for name, (router, _) in self._routers.items()}
+
+    def frozen_routers(self) -> dict[str, FrozenRouter]:
+        """Copies of the routers as they are now, by name, for :class:`~consistency_reg.losses.RouterAnchorLoss`."""
+        return {name: FrozenRouter(router, adapter) for name, (router, adapter) in self._routers.items()}
 
     def attach(self) -> "RouterCapture":
         """Start to listen; without effect when attached already."""
@@ -175,6 +203,7 @@ class RouterCapture:
             document_ids=document_ids,
             layer_names=tuple(readings),
             score_functions=[reading.score_function for reading in readings.values()],
+            inputs=self._inputs(readings, (B, T)) if self.keep_inputs else None,
         )
 
     def clear(self) -> None:
@@ -196,6 +225,16 @@ class RouterCapture:
         if tokens != B * T:
             raise ValueError(f"valid must cover the tokens of the forward, got {B} x {T} for {tokens} routed tokens")
         return B, T
+
+    def _inputs(self, readings: dict[str, _Reading], shape: tuple[int, int]) -> list[Tensor]:
+        inputs = {name: reading.inputs for name, reading in readings.items()}
+        missing = [name for name, value in inputs.items() if value is None]
+        if missing:
+            raise RuntimeError(
+                f"keep_inputs needs routers that take their input as the first positional argument, "
+                f"which {missing} did not"
+            )
+        return [value.reshape(*shape, -1) for value in inputs.values() if value is not None]
 
     def _begin(self, *_: Any) -> None:
         if self._depth == 0:
@@ -227,8 +266,9 @@ class RouterCapture:
                 "pass a RouterAdapter that fits"
             ) from None
         sigmoid = getattr(router, "e_score_correction_bias", None) is not None
+        given = inputs[0].detach() if self.keep_inputs and inputs and isinstance(inputs[0], Tensor) else None
         reading = _Reading(
-            logits, expert_ids.long(), adapter.scores(router, logits), "sigmoid" if sigmoid else "softmax"
+            logits, expert_ids.long(), adapter.scores(router, logits), "sigmoid" if sigmoid else "softmax", given
         )
         self._readings.setdefault(name, []).append(reading)
 

@@ -22,6 +22,7 @@ class LayerRouting:
         scores: [B, T, E] what the router selects by, graph kept; None where only ids are known.
         logits: [B, T, E] the router's raw output, graph kept; None where only ids are known.
         score_function: how logits become weights, "softmax" or "sigmoid".
+        inputs: [B, T, H] the router's input, no graph; None where it was not captured.
     """
 
     name: str
@@ -30,6 +31,7 @@ class LayerRouting:
     scores: Tensor | None = None
     logits: Tensor | None = None
     score_function: str = "softmax"
+    inputs: Tensor | None = None
 
     @property
     def top_k(self) -> int:
@@ -39,15 +41,27 @@ class LayerRouting:
     @property
     def probabilities(self) -> Tensor:
         """[B, T, E] the router's distribution over experts, in fp32 or better (sigmoid weights normalized)."""
-        if self.logits is None:
-            raise ValueError(
-                f"layer {self.name!r}: this needs the router's logits, but the trace holds expert ids only"
-            )
-        logits = self.logits if self.logits.dtype == torch.float64 else self.logits.float()
+        logits = self._exact_logits
         if self.score_function == "softmax":
             return logits.softmax(dim=-1)
         weights = logits.sigmoid()
         return weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+
+    @property
+    def log_probabilities(self) -> Tensor:
+        """[B, T, E] the logarithm of :attr:`probabilities`, finite also where those underflow."""
+        logits = self._exact_logits
+        if self.score_function == "softmax":
+            return logits.log_softmax(dim=-1)
+        return torch.nn.functional.logsigmoid(logits).log_softmax(dim=-1)
+
+    @property
+    def _exact_logits(self) -> Tensor:
+        if self.logits is None:
+            raise ValueError(
+                f"layer {self.name!r}: this needs the router's logits, but the trace holds expert ids only"
+            )
+        return self.logits if self.logits.dtype == torch.float64 else self.logits.float()
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,7 @@ class RoutingTrace:
         document_ids: [B, T] integers; one document a row when None.
         layer_names: one for each layer; "layer_00", ... when None.
         score_functions: "softmax" or "sigmoid" for each layer; softmax when None.
+        inputs: a [B, T, H] tensor for each layer, what the router was given; optional.
 
     Raises:
         TypeError: ids, masks or scores of a wrong dtype.
@@ -82,6 +97,7 @@ class RoutingTrace:
     document_ids: Tensor | None = None
     layer_names: Sequence[str] | None = None
     score_functions: Sequence[str] | None = None
+    inputs: Sequence[Tensor] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.expert_ids, Tensor):
@@ -99,7 +115,7 @@ class RoutingTrace:
             object.__setattr__(self, "layer_names", tuple(f"layer_{i:02d}" for i in range(L)))
         if self.score_functions is None:
             object.__setattr__(self, "score_functions", ("softmax",) * L)
-        for field in ("expert_ids", "num_experts", "scores", "logits", "layer_names", "score_functions"):
+        for field in ("expert_ids", "num_experts", "scores", "logits", "layer_names", "score_functions", "inputs"):
             values = getattr(self, field)
             if values is None:
                 continue
@@ -121,9 +137,9 @@ class RoutingTrace:
     @property
     def layers(self) -> tuple[LayerRouting, ...]:
         """The layers, in the model's order."""
-        assert (
-            self.layer_names is not None and self.score_functions is not None and not isinstance(self.num_experts, int)
-        )
+        assert self.layer_names is not None
+        assert self.score_functions is not None
+        assert not isinstance(self.num_experts, int)
         none = (None,) * len(self.expert_ids)
         columns = zip(
             self.layer_names,
@@ -132,6 +148,7 @@ class RoutingTrace:
             self.scores or none,
             self.logits or none,
             self.score_functions,
+            self.inputs or none,
             strict=True,
         )
         return tuple(LayerRouting(*column) for column in columns)
@@ -160,6 +177,7 @@ class RoutingTrace:
             self,
             scores=None if self.scores is None else [scores.detach() for scores in self.scores],
             logits=None if self.logits is None else [logits.detach() for logits in self.logits],
+            inputs=None if self.inputs is None else [inputs.detach() for inputs in self.inputs],
         )
 
     def check_values(self) -> None:
@@ -236,6 +254,11 @@ def _check_layer(layer: LayerRouting, shape: tuple[int, int]) -> None:
                 f"{field} of layer {layer.name!r} must have shape [B, T, E] = {[*shape, layer.num_experts]}, "
                 f"got {list(values.shape)}"
             )
+    if layer.inputs is not None and (layer.inputs.dim() != 3 or layer.inputs.shape[:2] != shape):
+        raise ValueError(
+            f"inputs of layer {layer.name!r} must have shape [B, T, H] with [B, T] = {list(shape)}, "
+            f"got {list(layer.inputs.shape)}"
+        )
     if layer.score_function not in SCORE_FUNCTIONS:
         raise ValueError(
             f"score_functions of layer {layer.name!r} must be one of {SCORE_FUNCTIONS}, got {layer.score_function!r}"
