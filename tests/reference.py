@@ -71,3 +71,91 @@ def static_f1_oracle(usage, tokens):
         hits += count
         best = max(best, Fraction(2 * hits, size * tokens + total) if tokens else Fraction(0))
     return best
+
+
+# --- caches -------------------------------------------------------------------------------------------------------
+
+
+def cache_hits_oracle(document, size, policy, m=None):
+    """Hits of one document, [T, K] ids, with a cache of ``size`` slots that is really simulated.
+
+    ``policy`` is "lru", "lfu", "belady" or "sch" with its window of m tokens.
+    """
+    T = len(document)
+    resident, used_at, uses, hits = set(), {}, {}, 0
+
+    def next_use(e, t, served):
+        return next((u for u in range(t, T) if e in document[u] and not (u == t and e in served)), T)
+
+    def window_uses(e, t, served):
+        return sum(1 for u in range(t, min(t + m, T)) if e in document[u] and not (u == t and e in served))
+
+    def priority(e, t, served):
+        first = {
+            "lru": lambda: 0,
+            "lfu": lambda: uses[e],
+            "belady": lambda: -next_use(e, t, served),
+            "sch": lambda: window_uses(e, t, served),
+        }[policy]()
+        return first, used_at[e]
+
+    for t in range(T):
+        before, known, first_uses = set(resident), set(uses), 0
+        for e in document[t]:
+            if e in known:
+                hits += e in before
+            else:
+                hits += size > len(known) + first_uses
+                first_uses += 1
+        served = set()
+        for k, e in enumerate(document[t]):
+            served.add(e)
+            uses[e] = uses.get(e, 0) + 1
+            used_at[e] = (t, k)
+            if e not in resident:
+                if len(resident) == size:
+                    resident.remove(min(resident, key=lambda r: priority(r, t, served)))
+                resident.add(e)
+    return hits
+
+
+def fixed_set_hits_oracle(corpus, num_experts):
+    """Hits of each document, for every size of a fixed set of the most used experts; the lower id first on ties."""
+    usage = [sum(e in token for document in corpus for token in document) for e in range(num_experts)]
+    by_usage = sorted(range(num_experts), key=lambda e: (-usage[e], e))
+    return [
+        [sum(e in by_usage[:size] for token in document for e in token) for size in range(1, num_experts + 1)]
+        for document in corpus
+    ]
+
+
+# --- balance ------------------------------------------------------------------------------------------------------
+
+
+def cv_oracle(values):
+    """Standard deviation over mean; 0 when the mean is 0."""
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / len(values)
+    return variance**0.5 / mean if mean else 0.0
+
+
+def local_cv_oracle(expert_ids, num_experts, m, valid, document_ids):
+    """Mean over all windows of m tokens (all documents when m is None) of the CV of the experts' usage in it."""
+    found = []
+    for n, first, end in documents(valid, document_ids):
+        length = end - first if m is None else m
+        for p in range(first, end - length + 1):
+            found.append(
+                cv_oracle([sum(e in expert_ids[n, t] for t in range(p, p + length)) for e in range(num_experts)])
+            )
+    return sum(found) / len(found) if found else 0.0
+
+
+def overlap_oracle(expert_ids, valid, document_ids):
+    """(experts that a token shares with its predecessor, experts of tokens that have one), summed."""
+    shared = accesses = 0
+    for n, first, end in documents(valid, document_ids):
+        for t in range(first + 1, end):
+            shared += len(set(expert_ids[n, t]) & set(expert_ids[n, t - 1]))
+            accesses += len(expert_ids[n, t])
+    return shared, accesses

@@ -1,0 +1,210 @@
+"""How evenly the experts are used: over the whole data, within a segment or a document, and from token to token.
+
+Global balance can coexist with consistency, local balance cannot (arXiv 2505.16056): look at both. B rows, T tokens,
+K active of E routed experts of one layer.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from consistency_reg.functional.segments import active_experts, document_positions, window_ends
+from consistency_reg.routing import check_expert_ids, check_id_shape, check_masks
+
+CHUNK_TOKENS = 8192  # bounds the memory whatever B is
+
+
+@dataclass(frozen=True)
+class UsageBalance:
+    """Balance of the usage shares ``q[e] = usage[e] / tokens``, which sum to K; float64, of the layers' shape.
+
+    Attributes:
+        sd: standard deviation of the shares in percentage points, the paper's "LB".
+        cv: the standard deviation over the mean; 0 for perfect balance, ``sqrt(E/K - 1)`` for a collapsed router.
+        max_over_mean: the largest share over the fair share K/E.
+        min_share: the smallest share over the fair share K/E; 0 when an expert is dead.
+    """
+
+    sd: Tensor
+    cv: Tensor
+    max_over_mean: Tensor
+    min_share: Tensor
+
+
+@dataclass(frozen=True)
+class Mean:
+    """An average that adds up over batches: what was counted and how often.
+
+    Attributes:
+        total: a scalar.
+        count: int64, a scalar.
+    """
+
+    total: Tensor
+    count: Tensor
+
+    @property
+    def value(self) -> Tensor:
+        """total / count in float64; 0 where nothing was counted."""
+        return self.total.double() / self.count.clamp_min(1)
+
+
+def usage_counts(expert_ids: Tensor, num_experts: int, valid: Tensor | None = None) -> Tensor:
+    """Valid tokens on which each expert is active: [B, T, K] ids -> [E] int64. The host waits for no device.
+
+    Example:
+        >>> usage_counts(torch.tensor([[[0, 1], [1, 2]]]), num_experts=4)
+        tensor([1, 2, 1, 0])
+    """
+    check_id_shape(expert_ids, num_experts)
+    ids = expert_ids if valid is None else expert_ids.where(valid[..., None], num_experts)  # a bin for padding
+    bins = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_ids.device)
+    return bins.scatter_add_(0, ids.flatten(), torch.ones_like(ids).flatten())[:num_experts]
+
+
+def usage_balance(usage: Tensor, tokens: Tensor) -> UsageBalance:
+    """Balance over the whole data, from the counts of :func:`usage_counts`.
+
+    Args:
+        usage: [..., E] integers, tokens on which each expert is active.
+        tokens: valid tokens, a scalar or [...].
+
+    Returns:
+        float64 [...]; 0 throughout where there are no tokens.
+
+    Example:
+        >>> balance = usage_balance(torch.tensor([3, 1, 0, 0]), torch.tensor(4))
+        >>> [round(float(x), 3) for x in (balance.sd, balance.cv, balance.max_over_mean, balance.min_share)]
+        [30.619, 1.225, 3.0, 0.0]
+    """
+    share = usage / tokens.clamp_min(1).double()[..., None]
+    mean = share.mean(dim=-1)
+    sd = share.std(dim=-1, correction=0)
+    fair = mean.where(mean > 0, 1.0)
+    return UsageBalance(100 * sd, sd / fair, share.amax(dim=-1) / fair, share.amin(dim=-1) / fair)
+
+
+def local_cv(
+    expert_ids: Tensor,
+    num_experts: int,
+    segment_length: int | None = None,
+    valid: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> Tensor:
+    """Mean CV of the experts' usage within a segment (or a document): what balance is, locally. A float64 scalar.
+
+    ``CV = sqrt(E sum_e f[e]^2 / (sum_e f[e])^2 - 1)`` with f the usage within the segment, averaged over all segments.
+
+    Args:
+        expert_ids: [B, T, K] int64.
+        num_experts: E.
+        segment_length: m, over every window of m tokens of a document; None for one value per document.
+        valid: [B, T] bool, True for real tokens.
+        document_ids: [B, T] integers.
+
+    Raises:
+        TypeError, ValueError: as :func:`consistency_reg.routing.check_expert_ids`; m < 1.
+
+    Example:
+        >>> ids = torch.tensor([[[0], [0], [1], [1]]])
+        >>> float(local_cv(ids, num_experts=2)), round(float(local_cv(ids, 2, segment_length=2)), 3)
+        (0.0, 0.667)
+    """
+    check_expert_ids(expert_ids, num_experts, valid)
+    return local_cv_mean(expert_ids, num_experts, segment_length, valid, document_ids).value
+
+
+def local_cv_mean(
+    expert_ids: Tensor,
+    num_experts: int,
+    segment_length: int | None = None,
+    valid: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    *,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Mean:
+    """:func:`local_cv` as a sum and a count that add up over batches. The host waits for no device."""
+    if segment_length is not None and segment_length < 1:
+        raise ValueError(f"segment_length must be at least 1 token or None for whole documents, got {segment_length}")
+    check_id_shape(expert_ids, num_experts)
+    B, T, _ = expert_ids.shape
+    check_masks((B, T), valid, document_ids)
+    position_BT = document_positions((B, T), valid, document_ids, device=expert_ids.device)
+    total = torch.zeros((), dtype=torch.float64, device=expert_ids.device)
+    count = torch.zeros((), dtype=torch.int64, device=expert_ids.device)
+    for chunk in _row_chunks(B, T, chunk_tokens):
+        active_BTE = active_experts(expert_ids[chunk], num_experts, None if valid is None else valid[chunk])
+        position = position_BT[chunk]
+        if segment_length is None:
+            ends, length = document_ends(position), position + 1
+        else:
+            ends, length = window_ends(position, segment_length), torch.full_like(position, segment_length)
+        cv_BT = _cv(_usage_up_to(active_BTE, length.where(ends, 0)))
+        total += cv_BT.where(ends, 0.0).sum()
+        count += ends.sum()
+    return Mean(total, count)
+
+
+def overlap_rate(
+    expert_ids: Tensor, num_experts: int, valid: Tensor | None = None, document_ids: Tensor | None = None
+) -> Tensor:
+    """Share of a token's experts that its predecessor in the document used too. A float64 scalar.
+
+    Example:
+        >>> float(overlap_rate(torch.tensor([[[0, 1], [1, 2], [1, 2]]]), num_experts=4))
+        0.75
+    """
+    check_expert_ids(expert_ids, num_experts, valid)
+    return overlap_mean(expert_ids, num_experts, valid, document_ids).value
+
+
+def overlap_mean(
+    expert_ids: Tensor,
+    num_experts: int,
+    valid: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    *,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Mean:
+    """:func:`overlap_rate` as integers that add up over batches. The host waits for no device."""
+    check_id_shape(expert_ids, num_experts)
+    B, T, K = expert_ids.shape
+    check_masks((B, T), valid, document_ids)
+    follows_BT = document_positions((B, T), valid, document_ids, device=expert_ids.device)[:, 1:] >= 1
+    shared = torch.zeros((), dtype=torch.int64, device=expert_ids.device)
+    for chunk in _row_chunks(B, T, chunk_tokens):
+        active_BTE = active_experts(expert_ids[chunk], num_experts, None if valid is None else valid[chunk])
+        shared_BT = (active_BTE[:, 1:] & active_BTE[:, :-1]).sum(dim=-1)
+        shared += shared_BT.where(follows_BT[chunk], 0).sum()
+    return Mean(shared, K * follows_BT.sum())
+
+
+def document_ends(position: Tensor) -> Tensor:
+    """The last token of every document: [B, T] positions -> [B, T] bool.
+
+    Example:
+        >>> document_ends(torch.tensor([[0, 1, 0, -1, 0, 1]]))
+        tensor([[False,  True,  True, False, False,  True]])
+    """
+    return (position >= 0) & (pad(position[:, 1:], (0, 1)) <= 0)
+
+
+def _row_chunks(B: int, T: int, chunk_tokens: int) -> list[slice]:
+    rows = max(1, chunk_tokens // max(T, 1))
+    return [slice(first, first + rows) for first in range(0, B, rows)]
+
+
+def _usage_up_to(active_BTE: Tensor, length_BT: Tensor) -> Tensor:
+    """Usage over the ``length`` tokens that end at each token: [B, T, E] int32."""
+    B, T, _ = active_BTE.shape
+    before_BTE = pad(active_BTE.cumsum(dim=1, dtype=torch.int32), (0, 0, 1, 0))  # [B, T+1, E]
+    token_BT = torch.arange(B * (T + 1), device=active_BTE.device).view(B, T + 1)[:, 1:]  # in before_BTE, flattened
+    return before_BTE[:, 1:] - before_BTE.flatten(0, 1)[token_BT - length_BT]  # whole rows: faster than a gather
+
+
+def _cv(usage: Tensor) -> Tensor:
+    """CV over the last dimension, from exact sums; 0 where nothing is used."""
+    squares, total = usage.double().square().sum(dim=-1), usage.sum(dim=-1)
+    return (usage.shape[-1] * squares / total.double().square().clamp_min(1)).sub(1).clamp_min(0).sqrt()

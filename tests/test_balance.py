@@ -1,0 +1,101 @@
+"""Balance: global, local and from token to token, against the oracles."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import cv_oracle, local_cv_oracle, overlap_oracle, usage_oracle
+from strategies import routings
+
+from consistency_reg.functional.balance import (
+    document_ends,
+    local_cv,
+    local_cv_mean,
+    overlap_mean,
+    overlap_rate,
+    usage_balance,
+    usage_counts,
+)
+
+
+def assert_equals_oracle(routing, m, chunk_tokens):
+    ids, E = routing.expert_ids, routing.num_experts
+    usage = usage_oracle(ids.numpy(), E, routing.valid.numpy())
+    assert usage_counts(ids, E, routing.valid).tolist() == usage.tolist()
+    for length in (m, None):
+        expected = local_cv_oracle(ids.numpy(), E, length, *routing.arrays)
+        assert float(local_cv(ids, E, length, **routing.masks)) == pytest.approx(expected, abs=1e-12)
+        chunked = local_cv_mean(ids, E, length, **routing.masks, chunk_tokens=chunk_tokens)
+        assert float(chunked.value) == pytest.approx(expected, abs=1e-12)
+    shared, accesses = overlap_oracle(ids.numpy(), *routing.arrays)
+    overlap = overlap_mean(ids, E, **routing.masks, chunk_tokens=chunk_tokens)
+    assert (int(overlap.total), int(overlap.count)) == (shared, accesses)
+    assert float(overlap_rate(ids, E, **routing.masks)) == pytest.approx(shared / max(accesses, 1), abs=1e-12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(routings(), st.integers(1, 8), st.integers(1, 40))
+def test_balance_equals_the_oracle(routing, m, chunk_tokens):
+    assert_equals_oracle(routing, m, chunk_tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@settings(max_examples=10_000, deadline=None)
+@given(routings(), st.integers(1, 8), st.integers(1, 40))
+def test_balance_equals_the_oracle_on_many_cases(routing, m, chunk_tokens):
+    assert_equals_oracle(routing, m, chunk_tokens)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=8), st.integers(20, 40))
+def test_global_balance_is_that_of_the_shares(usage, tokens):
+    balance = usage_balance(torch.tensor(usage), torch.tensor(tokens))
+    share = np.array(usage) / tokens
+    fair = share.mean() or 1.0
+    assert float(balance.sd) == pytest.approx(100 * share.std(), abs=1e-12)
+    assert float(balance.cv) == pytest.approx(cv_oracle(usage), abs=1e-12)
+    assert float(balance.max_over_mean) == pytest.approx(share.max() / fair, abs=1e-12)
+    assert float(balance.min_share) == pytest.approx(share.min() / fair, abs=1e-12)
+
+
+def test_layers_are_judged_one_by_one():
+    usage = torch.tensor([[2, 2], [4, 0]])
+    assert usage_balance(usage, torch.tensor([4, 4])).cv.tolist() == [0.0, 1.0]
+
+
+def test_a_router_may_be_balanced_globally_and_not_locally():
+    ids = torch.arange(4).repeat_interleave(16)[None, :, None]
+    assert float(usage_balance(usage_counts(ids, 4), torch.tensor(64)).cv) == 0
+    assert float(local_cv(ids, 4)) == 0
+    assert float(local_cv(ids, 4, 8)) > 1
+
+
+def test_no_tokens_give_zeros():
+    balance = usage_balance(torch.zeros(4, dtype=torch.int64), torch.tensor(0))
+    assert [float(x) for x in (balance.sd, balance.cv, balance.max_over_mean, balance.min_share)] == [0, 0, 0, 0]
+    assert float(local_cv(torch.zeros(0, 3, 1, dtype=torch.int64), 4)) == 0
+    assert float(overlap_rate(torch.zeros(2, 0, 1, dtype=torch.int64), 4)) == 0
+
+
+def test_a_pad_and_a_new_document_end_a_document():
+    assert document_ends(torch.tensor([[0, 1, -1, 0, 0, 1]])).tolist() == [[False, True, False, True, False, True]]
+
+
+def test_counting_never_reads_the_device():
+    ids = torch.zeros(2, 6, 2, dtype=torch.int64, device="meta")  # a meta tensor has no values to read
+    valid = torch.ones(2, 6, dtype=torch.bool, device="meta")
+    assert usage_counts(ids, 4, valid).shape == (4,)
+    assert local_cv_mean(ids, 4, 2, valid).value.shape == ()
+    assert local_cv_mean(ids, 4, None, valid).value.shape == ()
+    assert overlap_mean(ids, 4, valid).value.shape == ()
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="segment_length must be at least 1 token or None for whole documents, got 0"):
+        local_cv(torch.tensor([[[0]]]), 2, 0)
+    with pytest.raises(ValueError, match=r"must lie in 0\.\.1"):
+        overlap_rate(torch.tensor([[[2]]]), 2)
+    with pytest.raises(TypeError, match="int64"):
+        usage_counts(torch.tensor([[[0.5]]]), 2)
