@@ -159,3 +159,105 @@ def overlap_oracle(expert_ids, valid, document_ids):
             shared += len(set(expert_ids[n, t]) & set(expert_ids[n, t - 1]))
             accesses += len(expert_ids[n, t])
     return shared, accesses
+
+
+# --- published losses ---------------------------------------------------------------------------------------------
+
+
+def _mean(values):
+    return sum(values) / len(values) if values else 0.0
+
+
+def _sym_kl(p, q):
+    return 0.5 * float(np.sum(p * np.log(p / q)) + np.sum(q * np.log(q / p)))
+
+
+def _pairs(valid, document_ids, distance):
+    for n, first, end in documents(valid, document_ids):
+        for t in range(first + distance, end):
+            yield n, t
+
+
+def remoe_oracle(p, expert_ids, valid, document_ids, *, smooth, lag, working_set, distances, window):
+    """ReMoE's loss on distributions p [N, T, E]."""
+    K = expert_ids.shape[-1]
+    shares = [sum(p[n, t, e] for e in expert_ids[n, t - 1]) / K for n, t in _pairs(valid, document_ids, 1)]
+    loss = -np.log(_mean(shares) + 1e-8) if shares else 0.0
+
+    def divergences(d):
+        return [_sym_kl(p[n, t], p[n, t - d]) for n, t in _pairs(valid, document_ids, d)]
+
+    loss += smooth * _mean(divergences(1))
+    loss += lag * _mean([_mean(divergences(d)) for d in distances if divergences(d)])
+    entropies = []
+    for n, first, end in documents(valid, document_ids):
+        for start in range(first, end - window + 1, window):
+            q = np.mean([p[n, t] for t in range(start, start + window)], axis=0)
+            entropies.append(-float(np.sum(q * np.log(q))))
+    return loss + working_set * _mean(entropies)
+
+
+def sticky_oracle(p, valid, document_ids, *, smooth, anchor, window):
+    """StickyMoE's soft-hard loss on distributions p [N, T, E]."""
+    costs = []
+    for n, first, end in documents(valid, document_ids):
+        for t in range(first + 1, end):
+            s = first + (t - first) // window * window
+            step = np.sum((p[n, t] - p[n, t - 1]) ** 2)
+            drift = np.sum((p[n, t] - p[n, s]) ** 2)
+            costs.append(smooth * step + anchor * (t - s) / window * drift)
+    return _mean(costs)
+
+
+def adjacent_oracle(p, valid, document_ids):
+    """1 - <p_t, p_{t-1}> on distributions p [N, T, E]."""
+    return _mean([1 - float(p[n, t] @ p[n, t - 1]) for n, t in _pairs(valid, document_ids, 1)])
+
+
+def melinoe_oracle(requests, kept, valid, document_ids, *, top_k, slots, decay):
+    """MELINOE's soft misses per token; ``kept`` [N, T, E] is what the cache takes up of the ``requests``."""
+    E = requests.shape[-1]
+    misses = []
+    for n, first, end in documents(valid, document_ids):
+        c, Z = np.full(E, slots / E), 1.0
+        for t in range(first, end):
+            misses.append(float(requests[n, t] @ (1 - c)))
+            Z_next = decay * Z + top_k / slots
+            c = (decay * Z * c + kept[n, t]) / Z_next
+            Z = Z_next
+    return _mean(misses)
+
+
+def anchor_oracle(p, p_ref, valid):
+    """KL(p ‖ p_ref) averaged over the valid tokens."""
+    return _mean([float(np.sum(p[n, t] * np.log(p[n, t] / p_ref[n, t]))) for n, t in np.argwhere(valid)])
+
+
+# --- specialization -----------------------------------------------------------------------------------------------
+
+
+def grouped_usage_oracle(expert_ids, num_experts, group_ids, num_groups, valid):
+    """How many valid tokens of each group each expert is active on: [G, E]."""
+    usage = np.zeros((num_groups, num_experts), dtype=np.int64)
+    for n, t in np.argwhere(valid):
+        for e in expert_ids[n, t]:
+            usage[group_ids[n, t], e] += 1
+    return usage
+
+
+def domain_specialization_oracle(usage, tokens):
+    """For each expert, the CV over the domains that have tokens of its usage share; NaN if it is never used."""
+    found = []
+    for e in range(usage.shape[1]):
+        shares = [usage[d, e] / tokens[d] for d in range(len(tokens)) if tokens[d]]
+        found.append(cv_oracle(shares) if any(shares) else float("nan"))
+    return found
+
+
+def vocabulary_specialization_oracle(usage, favourites):
+    """For each expert, the share of its activations that its most frequent token ids hold; NaN if it is never used."""
+    found = []
+    for e in range(usage.shape[1]):
+        counts = sorted(usage[:, e], reverse=True)
+        found.append(sum(counts[:favourites]) / sum(counts) if sum(counts) else float("nan"))
+    return found
