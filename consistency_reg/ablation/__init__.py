@@ -1,0 +1,8 @@
+"""``consistency-reg ablate``: a resumable grid of runs over any keys of a recipe, each in its own process."""
+
+from consistency_reg.ablation.command import main
+from consistency_reg.ablation.grid import Cell, Grid
+from consistency_reg.ablation.scheduler import Outcome, run_cells
+from consistency_reg.ablation.schema import load_grid
+
+__all__ = ["Cell", "Grid", "Outcome", "load_grid", "main", "run_cells"]

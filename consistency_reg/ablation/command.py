@@ -1,0 +1,114 @@
+"""The command ``consistency-reg ablate``."""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from consistency_reg.ablation.folder import (
+    LOG,
+    fit_arguments,
+    is_finished,
+    log_tail,
+    refuse_other_settings,
+    write_config,
+)
+from consistency_reg.ablation.grid import Cell, Grid
+from consistency_reg.ablation.progress import LiveDisplay
+from consistency_reg.ablation.scheduler import FIT, Outcome, run_cells
+from consistency_reg.ablation.schema import load_grid
+from consistency_reg.ablation.sweep import export_sweep
+
+EXAMPLE = """\
+example:
+  consistency-reg ablate recipes/ablations/demo.yaml --jobs 2
+  consistency-reg report runs/demo
+
+Stopped, it goes on where it was when the same command runs again; finished cells are not run twice.
+"""
+
+
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    command: Sequence[str] = FIT,
+    check: Callable[[list[str]], None] | None = None,
+) -> int:
+    """Run ``consistency-reg ablate``; 0 when every cell is finished.
+
+    Args:
+        argv: the command's arguments; those of the process when None.
+        command: what trains a cell, with the arguments of ``consistency-reg fit``.
+        check: raises ValueError on arguments that ``command`` would refuse; that of ``consistency-reg fit`` when None.
+    """
+    options = _parser().parse_args(argv)
+    if options.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
+    grid = load_grid(options.grid)
+    cells = grid.select(options.only)
+    if options.export_sweep is not None:
+        export_sweep(grid, options.export_sweep)
+        print(f"written: start it with `wandb sweep {options.export_sweep}`")
+        return 0
+    check_cells(grid, cells, check)
+    refuse_other_settings(grid, cells)
+    if options.dry_run:
+        for cell in cells:
+            print(f"{cell.name}: {'finished' if is_finished(cell) else 'to run'}")
+        return 0
+    with LiveDisplay(options.jobs) as display:
+        outcomes = run_cells(grid, cells, display, jobs=options.jobs, command=command)
+    return report_outcomes(grid, outcomes)
+
+
+def check_cells(grid: Grid, cells: Sequence[Cell], check: Callable[[list[str]], None] | None = None) -> None:
+    """Raise ValueError, naming the cell, if ``fit`` would refuse a cell's recipe. Seeds share a recipe."""
+    if check is None:
+        from consistency_reg.lm.fit import check_config
+
+        check = check_config
+    checked = set[tuple[str, ...]]()
+    with tempfile.TemporaryDirectory() as scratch:
+        for cell in cells:
+            if (labels := tuple(cell.labels.values())) in checked:
+                continue
+            checked.add(labels)
+            config = Path(scratch, "cell.yaml")
+            write_config(cell, config)
+            try:
+                check(fit_arguments(grid, cell, config))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{grid.path}: cell {cell.name}: {error}") from error
+
+
+def report_outcomes(grid: Grid, outcomes: Sequence[Outcome]) -> int:
+    """Say how the cells ended, of the failed ones the end of their logs; 1 if one failed."""
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    for outcome in failed:
+        print(
+            f"\n{outcome.cell.name} failed: {outcome.error}; the end of {outcome.cell.folder / LOG}:", file=sys.stderr
+        )
+        for line in log_tail(outcome.cell):
+            print(f"    {line}", file=sys.stderr)
+    ran = sum(outcome.ran and outcome.error is None for outcome in outcomes)
+    before = sum(not outcome.ran for outcome in outcomes)
+    print(f"{grid.runs}: {ran} cells run, {before} finished before, {len(failed)} failed")
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="consistency-reg ablate",
+        description="Train every cell of a grid over a recipe's keys, each in a folder of its own.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("grid", type=Path, metavar="GRID", help="YAML: recipe, runs, seeds, and grid or cells")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time, threads divided (default 1)")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="AXIS=LABEL", help="only the cells with these values; also seed=N"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check the grid and list its cells")
+    parser.add_argument("--export-sweep", type=Path, metavar="FILE", help="write the grid as a wandb sweep and stop")
+    return parser

@@ -1,0 +1,112 @@
+"""An ablation: which recipe, which keys take which values, which seeds; and the cells that follow from it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+Overrides = dict[str, Any]
+Axes = dict[str, dict[str, Overrides]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of an ablation.
+
+    Attributes:
+        labels: axis -> label of the value that this cell takes.
+        overrides: dotted recipe key -> value, what differs from the recipe.
+        seed: of the initial weights and the data order.
+        folder: of the run.
+    """
+
+    labels: dict[str, str]
+    overrides: Overrides
+    seed: int
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """The folder's name: the labels and the seed."""
+        return self.folder.name
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the cell adds to the recipe, as a recipe."""
+        return nest({**self.overrides, "seed_everything": self.seed})
+
+
+@dataclass(frozen=True)
+class Grid:
+    """An ablation: every value of every axis with every other, or a list of cells, each with every seed.
+
+    Attributes:
+        path: the YAML it came from.
+        recipes: the recipe that every cell starts from; later files override earlier ones.
+        runs: folder of the cells.
+        seeds: the seeds of every cell.
+        axes: axis -> label -> what it sets. A list of cells is one axis, "cell".
+    """
+
+    path: Path
+    recipes: tuple[Path, ...]
+    runs: Path
+    seeds: tuple[int, ...]
+    axes: Axes
+
+    @property
+    def name(self) -> str:
+        """What the runs of this ablation have in common; the wandb group."""
+        return self.runs.name
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """Every cell, the seeds of a cell side by side."""
+        cells = []
+        for labels in product(*self.axes.values()):
+            values = dict(zip(self.axes, labels, strict=True))
+            overrides: Overrides = {}
+            for axis, label in values.items():
+                overrides |= self.axes[axis][label]
+            for seed in self.seeds:
+                cells.append(Cell(values, overrides, seed, self.runs / "-".join([*labels, f"seed{seed}"])))
+        return tuple(cells)
+
+    def select(self, conditions: Iterable[str]) -> tuple[Cell, ...]:
+        """The cells for which every ``AXIS=LABEL`` (or ``seed=N``) of ``conditions`` holds.
+
+        Raises:
+            ValueError: an axis or a label that the grid does not have.
+        """
+        cells = self.cells
+        for condition in conditions:
+            axis, _, label = condition.partition("=")
+            known = {axis: list(values) for axis, values in self.axes.items()} | {
+                "seed": [str(seed) for seed in self.seeds]
+            }
+            if label not in known.get(axis, ()):
+                choices = "; ".join(f"{axis}={'|'.join(labels)}" for axis, labels in known.items())
+                raise ValueError(f"--only takes {choices}; got {condition!r}")
+            cells = tuple(cell for cell in cells if {**cell.labels, "seed": str(cell.seed)}[axis] == label)
+        return cells
+
+
+def nest(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys as nested mappings; a longer key goes into the value of a shorter one.
+
+    Example:
+        >>> nest({"a.b.c": 1, "a.b": {"d": 2}})
+        {'a': {'b': {'d': 2, 'c': 1}}}
+    """
+    nested: dict[str, Any] = {}
+    for key in sorted(overrides, key=lambda key: key.count(".")):
+        *parents, last = key.split(".")
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"{key} cannot be set inside {parent}, which is set to {place!r}")
+        value = overrides[key]
+        place[last] = dict(value) if isinstance(value, dict) else value
+    return nested
