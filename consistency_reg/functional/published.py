@@ -120,7 +120,7 @@ def mean_window_drift(probability: Tensor, position: Tensor, window: int) -> Ten
     since_start = position % window
     start = (torch.arange(T, device=position.device) - since_start).clamp_min(0)
     drift = (probability - probability.gather(1, start[:, :, None].expand_as(probability))).square().sum(dim=-1)
-    return masked_mean(since_start / window * drift, position >= 1)
+    return masked_mean(since_start.to(drift.dtype) / window * drift, position >= 1)
 
 
 def discounted_sums(values: Tensor, position: Tensor, decay: float) -> Tensor:
