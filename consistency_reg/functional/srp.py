@@ -27,12 +27,12 @@ class SRPCounts:
 
     Attributes:
         windows: for each segment length m, [E, m+1] int64; ``[e, j]`` is the number of windows with ``f[e] = j``.
-        sequence_windows: for each m, [N, m+1] int64, the same for each sequence over all experts; None unless asked.
+        sequence_windows: for each m, [N, m+1] int64, those of each sequence over all experts; empty unless asked for.
         usage: [E] int64, valid tokens on which each expert is active.
     """
 
     windows: dict[int, Tensor]
-    sequence_windows: dict[int, Tensor] | None
+    sequence_windows: dict[int, Tensor]
     usage: Tensor
 
 
@@ -230,7 +230,7 @@ def srp_counts(
             if per_sequence:
                 sequence_B11 = torch.arange(len(f_BWE), device=device)[:, None, None]
                 sequences[m][chunk] = _count_rows(f_BWE, sequence_B11, whole_BW, (len(f_BWE), m + 1))
-    return SRPCounts(windows, sequences if per_sequence else None, usage_E)
+    return SRPCounts(windows, sequences, usage_E)
 
 
 def _count_rows(f_BWE: Tensor, row: Tensor, whole_BW: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -1,0 +1,134 @@
+"""SRP of a model as a metric."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from consistency_reg.functional.bootstrap import percentile_interval
+from consistency_reg.functional.srp import ModelSRP, best_f1, check_segment_lengths, model_srp, srp_counts
+from consistency_reg.metrics.base import RoutingMetric
+from consistency_reg.metrics.plots import interval_plot
+from consistency_reg.routing import RoutingTrace
+
+
+class SegmentRoutingPerformance(RoutingMetric):
+    """SRP, static SRP and local gain of every layer and of the model, for several segment lengths at once.
+
+    ``compute()`` gives ``static_srp`` and, for each m, ``srp_m16``, ``size_ratio_m16``, ``threshold_m16``,
+    ``local_gain_m16`` of the model and ``srp_m16_layer_00`` of each layer, and with a bootstrap ``srp_m16_low`` and
+    ``srp_m16_high``. ``results()`` gives a :class:`~consistency_reg.functional.srp.ModelSRP` for each m, which holds
+    the layers and, in them, the experts. See :mod:`consistency_reg.functional.srp` for what is measured.
+
+    Args:
+        num_experts: E of each layer, in the model's order.
+        segment_lengths: the m.
+        replicates: bootstrap replicates for the 95% intervals; 0 for none.
+        options: see :class:`~consistency_reg.metrics.base.RoutingMetric`.
+
+    Example:
+        >>> from consistency_reg.routing import RoutingTrace
+        >>> metric = SegmentRoutingPerformance([4, 4], segment_lengths=[2])
+        >>> ids = torch.tensor([[[0], [0], [1], [1]]])
+        >>> metric.update(RoutingTrace([ids, ids], num_experts=4))
+        >>> {name: round(float(value), 3) for name, value in metric.compute().items() if "layer" not in name}
+        {'static_srp': 0.667, 'srp_m2': 0.857, 'size_ratio_m2': 1.333, 'threshold_m2': 1.0, 'local_gain_m2': 0.19}
+    """
+
+    higher_is_better = True
+    usage: Tensor
+    tokens: Tensor
+    resampled: Tensor
+
+    def __init__(
+        self,
+        num_experts: int | Sequence[int],
+        segment_lengths: int | Sequence[int] = (4, 16, 64),
+        *,
+        replicates: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_experts, replicates=replicates, **options)
+        self.segment_lengths = check_segment_lengths(segment_lengths)
+        experts, layers = sum(self.num_experts), len(self.num_experts)
+        self.add_sum("usage", experts)
+        self.add_sum("tokens")
+        for m in self.segment_lengths:
+            self.add_sum(f"windows_{m}", experts, m + 1)
+        if replicates:
+            self.add_sum("resampled", replicates, layers, sum(m + 1 for m in self.segment_lengths))
+
+    def update(self, trace: RoutingTrace, sequence_index: Tensor | None = None) -> None:
+        """Count the windows of a batch. On a GPU the host does not wait."""
+        for part in self._sequences(trace, sequence_index):
+            valid, document_ids = part.trace.valid, part.trace.document_ids
+            counts = [
+                srp_counts(
+                    layer.expert_ids,
+                    layer.num_experts,
+                    self.segment_lengths,
+                    valid,
+                    document_ids,
+                    per_sequence=self.replicates > 0,
+                )
+                for layer in part.trace
+            ]
+            self.usage = self.usage + torch.cat([layer.usage for layer in counts])
+            self.tokens = self.tokens + part.trace.valid_mask.sum()
+            for m in self.segment_lengths:
+                self._add(f"windows_{m}", torch.cat([layer.windows[m] for layer in counts]))
+            if self.replicates:
+                by_sequence = [
+                    torch.cat([layer.sequence_windows[m] for m in self.segment_lengths], 1) for layer in counts
+                ]
+                self._add("resampled", self._resampled(torch.stack(by_sequence, dim=1), part.index))
+
+    def plot(self, val: dict[int, ModelSRP] | None = None, ax: Any = None) -> Any:
+        """SRP by segment length: the model with its interval, the layers behind it. -> (figure, axes)."""
+        results = self.results() if val is None else val
+        return interval_plot(
+            x=list(results),
+            model=[float(result.srp) for result in results.values()],
+            layers=[[float(layer.srp) for layer in result.layers] for result in results.values()],
+            intervals=[None if result.interval is None else result.interval.tolist() for result in results.values()],
+            labels=("segment length m [tokens]", "SRP"),
+            ax=ax,
+        )
+
+    def _results(self) -> dict[int, ModelSRP]:
+        usage = [self.usage[experts] for experts in self.experts]
+        results = {}
+        for m in self.segment_lengths:
+            windows = getattr(self, f"windows_{m}")
+            results[m] = model_srp([windows[experts] for experts in self.experts], usage, self.tokens)
+        return self._add_intervals(results) if self._with_intervals else results
+
+    def _add_intervals(self, results: dict[int, ModelSRP]) -> dict[int, ModelSRP]:
+        bins = [m + 1 for m in results]
+        found = {}
+        for (m, result), windows_RLJ in zip(results.items(), self.resampled.split(bins, dim=-1), strict=True):
+            intervals = _interval(windows_RLJ.movedim(0, 1), m)
+            layers = [
+                replace(layer, interval=low_high) for layer, low_high in zip(result.layers, intervals, strict=True)
+            ]
+            found[m] = replace(result, interval=_interval(windows_RLJ.sum(dim=1), m), layers=tuple(layers))
+        return found
+
+    def _scalars(self, results: dict[int, ModelSRP]) -> dict[str, Tensor]:
+        scalars = {"static_srp": next(iter(results.values())).static_srp}
+        for m, result in results.items():
+            for name in ("srp", "size_ratio", "threshold", "local_gain"):
+                scalars[f"{name}_m{m}"] = getattr(result, name)
+            if result.interval is not None:
+                scalars[f"srp_m{m}_low"], scalars[f"srp_m{m}_high"] = result.interval
+            for name, layer in zip(self.layer_names, result.layers, strict=True):
+                scalars[f"srp_m{m}_{name}"] = layer.srp
+        return scalars
+
+
+def _interval(windows: Tensor, m: int) -> Tensor:
+    """95% interval of SRP from histograms [..., R, m+1]; replicates that drew no sequence are left out."""
+    replicates = best_f1(windows, m)
+    return percentile_interval(replicates.f1.where(replicates.active > 0, torch.nan))
