@@ -1,0 +1,179 @@
+"""``consistency-reg fit``: train one recipe into one run folder, through LightningCLI."""
+
+import netrc
+import os
+import secrets
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from consistency_reg.optional import require
+
+with require("lightning"):
+    import yaml
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.loggers import CSVLogger, Logger
+
+from consistency_reg.callbacks import ConsistencyRegularizer, RoutingMonitor
+from consistency_reg.lm.data import TextDataModule
+from consistency_reg.lm.model import count_parameters
+from consistency_reg.lm.module import CausalMoE
+from consistency_reg.lm.run import RunProgress, git_commit, package_versions, write_json
+
+
+class RecipeCLI(LightningCLI):
+    """A recipe: ``model``, ``data``, ``trainer``, ``consistency`` (the regularizer), ``monitor``, ``run_dir``.
+
+    The seed decides initial weights and data order, so that runs with one seed are pairs.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The callbacks as keys of their own, and values that follow from others."""
+        parser.add_lightning_class_args(ConsistencyRegularizer, "consistency")
+        parser.add_lightning_class_args(RoutingMonitor, "monitor")
+        parser.add_argument("--run_dir", type=str, default="runs/run", help="folder of the run")
+        parser.add_argument("--wandb_project", type=str, default="consistency-reg", help="empty for no wandb")
+        parser.add_argument("--checkpoint_every", type=int, default=50, help="optimizer steps between two checkpoints")
+        parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments("seed_everything", "model.model.init_args.seed")
+        parser.link_arguments("data.vocab_size", "model.model.init_args.vocab_size")
+        parser.link_arguments("data.sequence_length", "model.model.init_args.context_length")
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what could only fail later, and a folder that holds another run."""
+        config = self.config
+        loss = {} if config.consistency.loss is None else config.consistency.loss.init_args
+        lengths = [*loss.get("segment_lengths", ()), *config.monitor.segment_lengths]
+        if lengths and max(lengths) > config.data.sequence_length:
+            raise ValueError(
+                "segment_lengths of consistency.loss and monitor must not exceed the context, "
+                f"data.sequence_length={config.data.sequence_length}, got {sorted(set(lengths))}"
+            )
+        claim_folder(Path(config.run_dir), self.parser.dump(config, skip_none=False))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The recipe's trainer, with the loggers, checkpoints and progress of a run folder."""
+        run_dir = Path(self.config.run_dir)
+        self.progress = RunProgress(run_dir)
+        checkpoints = ModelCheckpoint(
+            run_dir / "checkpoints",
+            save_last=True,
+            save_top_k=0,
+            every_n_train_steps=self.config.checkpoint_every,
+            save_on_exception=True,
+        )
+        self.trainer_defaults["callbacks"] = [checkpoints, self.progress]
+        kwargs = {"logger": run_loggers(run_dir, self.config.wandb_project), "default_root_dir": str(run_dir)} | kwargs
+        return super().instantiate_trainer(**kwargs)
+
+
+def claim_folder(run_dir: Path, config: str) -> None:
+    """Write ``config.yaml`` into the folder of a new run; ValueError if it holds a run of another recipe."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        path.write_text(config)
+        return
+    old, new = (_flatten(yaml.safe_load(text)) for text in (path.read_text(), config))
+    differences = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    if differences:
+        said = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in differences[:5])
+        raise ValueError(f"run_dir {str(run_dir)!r} holds a run of another recipe ({said}): choose another folder")
+
+
+def run_loggers(run_dir: Path, wandb_project: str) -> list[Logger]:
+    """metrics.csv in the folder, and wandb unless the project is empty; offline where there is no login."""
+    loggers: list[Logger] = [CSVLogger(run_dir, name="", version="")]
+    if not wandb_project:
+        return loggers
+    with require("wandb"):
+        import wandb  # noqa: F401
+        from lightning.pytorch.loggers import WandbLogger
+    if "WANDB_MODE" not in os.environ and not wandb_login_found():
+        os.environ["WANDB_MODE"] = "offline"  # never a prompt
+    identity = run_dir / "wandb-id"
+    if not identity.exists():
+        identity.write_text(secrets.token_hex(4))
+    return [*loggers, WandbLogger(name=run_dir.name, project=wandb_project, save_dir=run_dir, id=identity.read_text())]
+
+
+def wandb_login_found() -> bool:
+    """Whether wandb would find an API key without asking."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train (or go on with) the run that ``argv`` describes; 0 when it is finished.
+
+    Raises:
+        ValueError: the recipe cannot be trained; nothing has been trained then.
+    """
+    cli = RecipeCLI(
+        CausalMoE,
+        TextDataModule,
+        args=list(argv),
+        run=False,
+        seed_everything_default=0,
+        save_config_callback=None,
+        parser_kwargs={"prog": "consistency-reg fit"},
+    )
+    run_dir = Path(cli.config.run_dir)
+    if (run_dir / "result.json").exists():
+        print(f"{run_dir} is finished: see {run_dir / 'result.json'}")
+        return 0
+    began = time.time()
+    last = run_dir / "checkpoints" / "last.ckpt"
+    try:
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last if last.exists() else None)
+    except SystemExit:  # how Lightning ends a fit that Ctrl-C stopped, after it has saved a checkpoint
+        if not cli.trainer.interrupted:
+            raise
+        print(f"interrupted: the same command goes on from {last}", file=sys.stderr)
+        return 130
+    cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+    if cli.trainer.is_global_zero:
+        write_json(run_dir / "result.json", _result(cli, run_dir, argv, time.time() - began))
+    return 0
+
+
+def _result(cli: RecipeCLI, run_dir: Path, argv: Sequence[str], seconds: float) -> dict[str, Any]:
+    total, active = count_parameters(cli.model.model)
+    return {
+        "name": run_dir.name,
+        "seed": cli.config.seed_everything,
+        "command": shlex.join(["consistency-reg", "fit", *argv]),
+        "git_commit": git_commit(),
+        "versions": package_versions(),
+        "corpus": cli.datamodule.sha256,
+        "parameters": {"total": total, "active": active},
+        "steps": cli.trainer.global_step,
+        "tokens": cli.progress.tokens,
+        "tokens_per_s": cli.progress.tokens_per_second,
+        "wall_time_s": seconds,
+        "wandb_dir": str(run_dir / "wandb"),
+        "metrics": {
+            name: float(value) for name, value in cli.trainer.callback_metrics.items() if name.startswith("val/")
+        },
+        "config": yaml.safe_load(cli.parser.dump(cli.config, skip_none=False)),
+    }
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        key: value
+        for name, branch in tree.items()
+        for key, value in _flatten(branch, f"{prefix}.{name}".strip(".")).items()
+    }

@@ -1,0 +1,95 @@
+"""The small mixture-of-experts language models that recipes train, built from transformers configurations."""
+
+import hashlib
+
+import torch
+from torch import nn
+from transformers import GraniteMoeSharedConfig, GraniteMoeSharedForCausalLM, PreTrainedModel
+
+
+def small_moe(
+    vocab_size: int = 4096,
+    hidden_size: int = 128,
+    num_layers: int = 4,
+    num_heads: int = 4,
+    expert_size: int = 64,
+    num_experts: int = 32,
+    top_k: int = 4,
+    shared_experts: int = 0,
+    context_length: int = 512,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A decoder whose every layer is a mixture of experts, with or without shared experts.
+
+    One architecture (GraniteMoeShared: SwiGLU experts, softmax over the chosen experts' logits) serves both sides of the
+    shared-expert question. Shared experts take the place of routed ones, as in arXiv 2505.16056: 64 experts of which 8
+    are active become 63/7 + 1 shared or 62/6 + 2 shared, so total and active parameters stay equal up to the router's
+    rows.
+
+    Args:
+        vocab_size: tokens of the vocabulary; embeddings are tied.
+        hidden_size: width of the residual stream.
+        num_layers: L.
+        num_heads: attention heads.
+        expert_size: hidden width of one expert.
+        num_experts: experts of a layer, shared ones included.
+        top_k: experts that work on a token, shared ones included.
+        shared_experts: how many of them are always on instead of routed.
+        context_length: longest row.
+        seed: of the initial weights, drawn for each parameter by its name: two models share every parameter whose name
+            and shape agree.
+
+    Raises:
+        ValueError: no expert or no choice is left to the router.
+    """
+    routed, active = num_experts - shared_experts, top_k - shared_experts
+    if shared_experts < 0 or active < 1 or active > routed:
+        raise ValueError(
+            "num_experts, top_k and shared_experts must leave the router at least one active expert of those it routes, "
+            f"got num_experts={num_experts}, top_k={top_k}, shared_experts={shared_experts}"
+        )
+    config = GraniteMoeSharedConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=expert_size,
+        shared_intermediate_size=shared_experts * expert_size,
+        num_local_experts=routed,
+        num_experts_per_tok=active,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads,
+        attention_multiplier=(hidden_size // num_heads) ** -0.5,
+        max_position_embeddings=context_length,
+        tie_word_embeddings=True,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    model = GraniteMoeSharedForCausalLM(config)
+    initialize_by_name(model, std=config.initializer_range, seed=seed)
+    return model
+
+
+@torch.no_grad()
+def initialize_by_name(model: nn.Module, *, std: float, seed: int) -> None:
+    """Draw every weight matrix from N(0, std) with a generator of its own, seeded by ``seed`` and the parameter's name."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            continue  # norms start at one, biases at zero
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
+
+
+def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """(total, active per token) parameters; of the routed experts' weights K/E are active.
+
+    Example:
+        >>> count_parameters(small_moe(hidden_size=64, num_layers=1))
+        (673984, 329920)
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
+    experts, top_k = model.config.num_local_experts, model.config.num_experts_per_tok
+    routed = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
+    return total, total - routed + routed * top_k // experts

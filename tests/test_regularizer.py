@@ -1,0 +1,262 @@
+"""ConsistencyRegularizer in real Lightning runs: what it adds, when, and that it adds it once."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from consistency_reg import ConsistencyRegularizer, LocalConsistencyLoss, RouterCapture
+from consistency_reg.callbacks import batch_masks
+
+T, V = 24, 32
+
+
+class ToyTopKRouter(nn.Linear):
+    def forward(self, x):
+        logits = super().forward(x)
+        weights, ids = logits.softmax(-1).topk(2)
+        return logits, weights, ids
+
+
+class ToyMoE(LightningModule):
+    """Two routers over an embedding, and a head; the user's module, which knows nothing of the callback."""
+
+    def __init__(self, output: str = "tensor", dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(V, 8)
+        self.routers = nn.ModuleList(ToyTopKRouter(8, 6, bias=False) for _ in range(2))
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(8, V)
+        self.output = output
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for router in self.routers:
+            logits, weights, _ = router(x)
+            x = x + 0.1 * weights.sum(-1, keepdim=True) * x
+        return self.head(self.dropout(x))
+
+    def training_step(self, batch, batch_idx):
+        (ids,) = batch
+        loss = nn.functional.cross_entropy(self(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        self.log("train/ce", loss.detach())
+        return {"tensor": loss, "dict": {"loss": loss, "extra": 1}, "none": None, "wrong": {"cost": loss}}[self.output]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+def tokens(rows: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(V, (rows, T), generator=torch.Generator().manual_seed(seed))
+
+
+def toy(**options) -> ToyMoE:
+    torch.manual_seed(1)
+    return ToyMoE(**options)
+
+
+def fit(module, ids, batch_size, callbacks=(), **trainer_options):
+    options = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    } | trainer_options
+    trainer = Trainer(callbacks=list(callbacks), **options)
+    trainer.fit(module, DataLoader(TensorDataset(ids), batch_size=batch_size, shuffle=False))
+    return trainer
+
+
+def regularizer(**options) -> ConsistencyRegularizer:
+    loss = options.pop("loss", None) or LocalConsistencyLoss(segment_lengths=(3, 5), scope=options.pop("scope", "global"))
+    return ConsistencyRegularizer(loss, **({"weight": 2.0} | options))
+
+
+def parameters(module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+@pytest.mark.parametrize("output", ["tensor", "dict"])
+def test_one_step_is_the_step_of_loss_plus_weighted_term(output):
+    ids = tokens(4)
+    expected = toy()
+    with RouterCapture(expected) as capture:
+        cross_entropy = nn.functional.cross_entropy(expected(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+    (cross_entropy + 2.0 * LocalConsistencyLoss(segment_lengths=(3, 5))(capture.trace())).backward()
+    torch.optim.SGD(expected.parameters(), lr=0.5).step()
+
+    module = toy(output=output)
+    fit(module, ids, 4, [regularizer()])
+    torch.testing.assert_close(parameters(module), parameters(expected), rtol=0, atol=0)
+
+
+def test_weight_zero_is_training_without_it():
+    plain, with_callback = toy(), toy()
+    fit(plain, tokens(12), 4)
+    fit(with_callback, tokens(12), 4, [regularizer(weight=0.0)])
+    assert torch.equal(parameters(plain), parameters(with_callback))
+
+
+def test_the_module_is_given_back_after_training():
+    module = toy()
+    fit(module, tokens(4), 4, [regularizer()])
+    assert "training_step" not in module.__dict__
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+    copy.deepcopy(module)
+
+
+def test_a_failing_step_gives_the_module_back():
+    module = toy(output="wrong")
+    with pytest.raises(RuntimeError, match=r"'loss'.*got keys \['cost'\]"):
+        fit(module, tokens(4), 4, [regularizer()])
+    assert "training_step" not in module.__dict__
+
+
+def test_a_step_that_is_skipped_stays_skipped():
+    module = toy(output="none")
+    before = parameters(module)
+    fit(module, tokens(4), 4, [regularizer()])
+    assert torch.equal(before, parameters(module))
+
+
+def test_accumulation_of_equal_micro_batches_is_one_batch():
+    """SRP is a statistic of a batch: micro-batches that hold the same rows must give exactly its gradient once."""
+    two = tokens(2)
+    whole, accumulated = toy(), toy()
+    fit(whole, two.repeat(12, 1), 8, [regularizer()])
+    fit(accumulated, two.repeat(12, 1), 2, [regularizer()], accumulate_grad_batches=4)
+    torch.testing.assert_close(parameters(whole), parameters(accumulated), rtol=1e-5, atol=1e-6)
+
+
+def test_accumulation_1x8_equals_4x2_where_each_row_is_its_own_statistic():
+    whole, accumulated = toy(), toy()
+    fit(whole, tokens(24), 8, [regularizer(scope="sequence")])
+    fit(accumulated, tokens(24), 2, [regularizer(scope="sequence")], accumulate_grad_batches=4)
+    torch.testing.assert_close(parameters(whole), parameters(accumulated), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(parameters(whole), parameters(toy()))
+
+
+def _two_processes(rank: int, folder: str, port: int) -> None:
+    import os
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "TORCHELASTIC_RUN_ID": "test"}
+    os.environ |= {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    from lightning.fabric.plugins.environments import TorchElasticEnvironment
+    from lightning.pytorch.strategies import DDPStrategy
+
+    torch.set_num_threads(1)
+    module = toy()
+    strategy = DDPStrategy(process_group_backend="gloo", cluster_environment=TorchElasticEnvironment())
+    fit(module, tokens(24)[rank::2], 4, [regularizer()], strategy=strategy, devices=2, use_distributed_sampler=False)
+    if rank == 0:
+        torch.save(parameters(module), f"{folder}/parameters.pt")
+
+
+def test_two_processes_give_the_parameters_of_one(tmp_path):
+    """3 steps of 8 rows, of which rank 0 has the even ones."""
+    port = torch.randint(20000, 60000, (1,)).item()
+    mp.spawn(_two_processes, args=(str(tmp_path), port), nprocs=2)
+    one = toy()
+    fit(one, tokens(24), 8, [regularizer()])
+    torch.testing.assert_close(torch.load(tmp_path / "parameters.pt"), parameters(one), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("16-mixed", marks=pytest.mark.gpu)])
+def test_mixed_precision_with_clipping_trains_finite(precision):
+    module = toy()
+    accelerator = "gpu" if precision == "16-mixed" else "cpu"
+    fit(module, tokens(16), 4, [regularizer()], precision=precision, gradient_clip_val=1.0, accelerator=accelerator)
+    assert parameters(module).isfinite().all()
+    assert not torch.equal(parameters(module), parameters(toy()))
+
+
+def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path):
+    ids, options = tokens(32), {"enable_checkpointing": True, "default_root_dir": tmp_path}
+
+    def callback():
+        return regularizer(warmup_steps=6)
+
+    straight = toy()
+    fit(straight, ids, 4, [callback()], max_epochs=2)
+    first = fit(toy(), ids, 4, [callback()], max_epochs=1, **options)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = toy()
+    trainer = Trainer(
+        callbacks=[callback()],
+        accelerator="cpu",
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    loader = DataLoader(TensorDataset(ids), batch_size=4, shuffle=False)
+    trainer.fit(resumed, loader, ckpt_path=tmp_path / "half.ckpt")
+    torch.testing.assert_close(parameters(straight), parameters(resumed), rtol=0, atol=0)
+
+
+def test_what_is_logged(tmp_path):
+    callback = regularizer(warmup_steps=4)
+    logger = CSVLogger(tmp_path, name="", version="")
+    fit(toy(), tokens(24), 4, [callback], logger=logger, log_every_n_steps=1)
+    import csv
+
+    rows = [row for row in csv.DictReader(Path(tmp_path, "metrics.csv").open()) if row["train/consistency/loss"]]
+    assert [float(row["train/consistency/weight"]) for row in rows] == [0, 0.5, 1.0, 1.5, 2.0, 2.0]
+    for row in rows:
+        raw, weight = float(row["train/consistency/loss"]), float(row["train/consistency/weight"])
+        assert 0 < raw < 1
+        assert float(row["train/consistency/weighted"]) == pytest.approx(raw * weight, rel=1e-5)
+        mean = (float(row["train/consistency/layer_00"]) + float(row["train/consistency/layer_01"])) / 2
+        assert mean == pytest.approx(raw, rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
+def test_a_weight_must_be_a_number_from_zero(weight):
+    with pytest.raises(ValueError, match="weight must be a finite number >= 0"):
+        ConsistencyRegularizer(weight=weight)
+
+
+def test_manual_optimization_is_refused_with_what_to_do():
+    module = toy()
+    module.automatic_optimization = False
+    with pytest.raises(RuntimeError, match="manual optimization.*LocalConsistencyLoss"):
+        fit(module, tokens(4), 4, [regularizer()])
+
+
+def test_a_model_without_routers_is_refused():
+    class Dense(ToyMoE):
+        def __init__(self):
+            super().__init__()
+            self.routers = nn.ModuleList()
+
+    with pytest.raises(ValueError, match="mixture-of-experts routers, got Dense"):
+        fit(Dense(), tokens(4), 4, [regularizer()])
+
+
+def test_frozen_routers_are_refused():
+    module = toy()
+    module.embed.requires_grad_(False)
+    module.routers.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        fit(module, tokens(4), 4, [regularizer()])
+
+
+def test_masks_of_a_batch():
+    batch = {"attention_mask": torch.tensor([[1, 1, 1, 0]]), "position_ids": torch.tensor([[0, 1, 0, 0]])}
+    valid, document_ids = batch_masks(batch)
+    assert valid.tolist() == [[True, True, True, False]]
+    assert document_ids.tolist() == [[0, 0, 1, 2]]
+    own = batch | {"document_ids": torch.tensor([[5, 5, 5, 5]])}
+    assert batch_masks(own)[1] is own["document_ids"]
+    assert batch_masks([torch.zeros(1)]) == (None, None)
