@@ -261,3 +261,190 @@ def vocabulary_specialization_oracle(usage, favourites):
         counts = sorted(usage[:, e], reverse=True)
         found.append(sum(counts[:favourites]) / sum(counts) if sum(counts) else float("nan"))
     return found
+
+
+# --- Local-consistency losses -------------------------------------------------------------------------------------
+
+
+def windows_oracle(m, valid, document_ids):
+    """Every window of m tokens of one document, as (row, its tokens)."""
+    return [(n, range(p, p + m)) for n, first, end in documents(valid, document_ids) for p in range(first, end - m + 1)]
+
+
+def srp_worth_oracle(expert_ids, num_experts, m, valid, document_ids):
+    """g[n, t, e], what it is worth to SRP to activate e on t: ``(2 R - F1*) / D``, summed over the windows over t."""
+    worth = np.zeros((*valid.shape, num_experts))
+    F1, threshold, P, _, A = best_f1_oracle(
+        window_histograms_oracle(expert_ids, num_experts, m, valid, document_ids).sum(axis=(0, 1))
+    )
+    for n, tokens in windows_oracle(m, valid, document_ids):
+        for e in range(num_experts):
+            R = 1 if sum(1 for t in tokens if e in expert_ids[n, t]) >= threshold else 0
+            for t in tokens:
+                worth[n, t, e] += (2 * R - float(F1)) / (P + A)
+    return worth
+
+
+def relaxed_srp(soft, expert_ids, num_experts, m, valid, document_ids):
+    """SRP with the activations made soft, and all that the hard ones decide held fixed, less a constant.
+
+    ``sum over windows w and experts e of (2 R[e, w] - F1*) * sum_{t in w} soft[t, e] / D``, where R, F1* and
+    ``D = m * sum(R) + sum(f)`` are those of the hard activations. None where there is no window.
+    """
+    windows = windows_oracle(m, valid, document_ids)
+    if not windows:
+        return None
+    F1, threshold, P, _, A = best_f1_oracle(
+        window_histograms_oracle(expert_ids, num_experts, m, valid, document_ids).sum(axis=(0, 1))
+    )
+    total = 0.0
+    for n, tokens in windows:
+        for e in range(num_experts):
+            f = sum(1 for t in tokens if e in expert_ids[n, t])
+            R = 1 if f >= threshold else 0
+            total += (2 * R - float(F1)) * sum(soft[n, t, e] for t in tokens) / (P + A)
+    return total
+
+
+def srp_at_fixed_sets(activations, expert_ids, num_experts, m, valid, document_ids):
+    """``2 sum(R f) / (m sum(R) + sum(f))`` for any activations, the resident sets R being those of ``expert_ids``."""
+    _, threshold, P, _, _ = best_f1_oracle(
+        window_histograms_oracle(expert_ids, num_experts, m, valid, document_ids).sum(axis=(0, 1))
+    )
+    hits = used = 0.0
+    for n, tokens in windows_oracle(m, valid, document_ids):
+        for e in range(num_experts):
+            resident = sum(1 for t in tokens if e in expert_ids[n, t]) >= threshold
+            f = sum(activations[n, t, e] for t in tokens)
+            hits += f if resident else 0.0
+            used += f
+    return 2 * hits / (P + used)
+
+
+def lru_residents_oracle(expert_ids, num_experts, slots, valid, document_ids):
+    """[N, T, E] which experts a literal LRU cache of ``slots`` holds before each token; empty at a document's start."""
+    resident = np.zeros((*valid.shape, num_experts), dtype=bool)
+    for n, first, end in documents(valid, document_ids):
+        cache = []  # least recently used first
+        for t in range(first, end):
+            resident[n, t, cache] = True
+            for e in expert_ids[n, t]:
+                if e in cache:
+                    cache.remove(e)
+                elif len(cache) == slots:
+                    cache.pop(0)
+                cache.append(int(e))
+    return resident
+
+
+def lru_hits_oracle(expert_ids, num_experts, slots, valid, document_ids):
+    """(hits, accesses), hits counted against the cache as it was before the token; a first use never hits."""
+    resident = lru_residents_oracle(expert_ids, num_experts, slots, valid, document_ids)
+    tokens = np.argwhere(valid)
+    hits = sum(1 for n, t in tokens for e in expert_ids[n, t] if resident[n, t, e])
+    return hits, len(tokens) * expert_ids.shape[-1]
+
+
+def relaxed_hit_rate(soft, expert_ids, num_experts, slots, valid, document_ids):
+    """As :func:`relaxed_srp` for an LRU cache: ``sum_{e,t} (2 R[e, t] - hit rate) * soft[t, e] / (2 accesses)``."""
+    resident = lru_residents_oracle(expert_ids, num_experts, slots, valid, document_ids)
+    hits, accesses = lru_hits_oracle(expert_ids, num_experts, slots, valid, document_ids)
+    total = 0.0
+    for n, t in np.argwhere(valid):
+        for e in range(num_experts):
+            total += (2 * resident[n, t, e] - hits / accesses) * soft[n, t, e] / (2 * accesses)
+    return total if accesses else None
+
+
+def lru_worth_oracle(expert_ids, num_experts, slots, valid, document_ids):
+    """As :func:`srp_worth_oracle` for an LRU cache: ``(2 R[e, t] - hit rate) / (2 accesses)`` on valid tokens."""
+    resident = lru_residents_oracle(expert_ids, num_experts, slots, valid, document_ids)
+    hits, accesses = lru_hits_oracle(expert_ids, num_experts, slots, valid, document_ids)
+    worth = np.zeros(resident.shape)
+    for n, t in np.argwhere(valid):
+        worth[n, t] = (2 * resident[n, t] - hits / accesses) / (2 * accesses)
+    return worth
+
+
+def expert_mean_oracle(values, valid, weights=None):
+    """[E] each expert's (weighted) mean over the valid tokens; zeros where there is none."""
+    means = np.zeros(values.shape[-1])
+    for e in range(len(means)):
+        total = weight = 0.0
+        for n, t in np.argwhere(valid):
+            w = 1.0 if weights is None else weights[n, t, e]
+            total, weight = total + w * values[n, t, e], weight + w
+        means[e] = total / weight if weight else 0.0
+    return means
+
+
+def margins_oracle(scores, expert_ids, valid):
+    """theta[n, t]: halfway between the lowest score of a chosen expert and the highest of another; 0 on padding."""
+    theta = np.zeros(valid.shape)
+    for n, t in np.argwhere(valid):
+        chosen = [score for e, score in enumerate(scores[n, t]) if e in expert_ids[n, t]]
+        others = [score for e, score in enumerate(scores[n, t]) if e not in expert_ids[n, t]]
+        theta[n, t] = (min(chosen) + max(others)) / 2 if others else -np.inf
+    return theta
+
+
+def margin_membership_oracle(scores, theta, temperature):
+    """sigmoid((score - theta) / temperature) with a given theta."""
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-(scores - theta[:, :, None]) / temperature))
+
+
+def probability_membership_oracle(logits, top_k):
+    """K times the softmax."""
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return top_k * shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+def central_differences(function, at, step=1e-5):
+    """The gradient of a scalar function of an array, entry by entry."""
+    gradient = np.zeros_like(at)
+    for index in np.ndindex(at.shape):
+        ahead, behind = at.copy(), at.copy()
+        ahead[index] += step
+        behind[index] -= step
+        gradient[index] = (function(ahead) - function(behind)) / (2 * step)
+    return gradient
+
+
+# --- Load balance -------------------------------------------------------------------------------------------------
+
+
+def usage_share_oracle(expert_ids, num_experts, valid):
+    """share[e], the share of the valid tokens that expert e is active on; zeros where there is no token."""
+    return usage_oracle(expert_ids, num_experts, valid) / max(int(valid.sum()), 1)
+
+
+def load_balance_oracle(share, probabilities, top_k, valid):
+    """Switch's ``E/K * sum_e share[e] * (mean probability of e over the valid tokens)``."""
+    E = probabilities.shape[-1]
+    tokens = np.argwhere(valid)
+    loss = 0.0
+    for e in range(E):
+        mean = sum(probabilities[n, t, e] for n, t in tokens) / max(len(tokens), 1)
+        loss += E / top_k * share[e] * mean
+    return loss
+
+
+# --- packing ------------------------------------------------------------------------------------------------------
+
+
+def packed_rows(documents, sequence_length, pad_id):
+    """Rows of (id, label, is real, document, position), by walking over the tokens of all documents one at a time."""
+    stream = [(token, number) for number, document in enumerate(documents) for token in document]
+    rows = []
+    for first in range(0, len(stream), sequence_length):
+        row = []
+        for token, number in stream[first : first + sequence_length]:
+            begins = not row or row[-1][3] != number
+            row.append((token, -100 if begins else token, True, number, 0 if begins else row[-1][4] + 1))
+        predicted = any(label != -100 for _, label, _, _, _ in row)
+        padding = sequence_length - len(row)
+        row += [(pad_id, -100, False, -1, position) for position in range(padding)]
+        if predicted or not padding:
+            rows.append(row)
+    return rows
