@@ -113,7 +113,7 @@ def _mean_over_groups(value: Tensor, size: Tensor, counted: Tensor, residencies:
     """Mean value of the counted groups, and ``(2 * residencies - value * windows) / size`` as its derivative."""
     share_G = counted / counted.sum().clamp_min(1)
     worth_G, cost_G = (2 * share_G / size).float(), (value * share_G / size).float()
-    marginal_BTE = residencies * worth_G[:, None, None] - windows * cost_G[:, None, None]
+    marginal_BTE = residencies.float().mul_(worth_G[:, None, None]).sub_(windows * cost_G[:, None, None])
     return Marginals((value * share_G).sum(), marginal_BTE, counted.any())
 
 
@@ -144,5 +144,6 @@ def margin_membership(scores: Tensor, expert_ids: Tensor, temperature: float = 1
         tensor([[[0.6200, 0.1800, 0.3800]]])
     """
     scores = scores if scores.dtype == torch.float64 else scores.float()
-    distance = (scores - selection_margin(scores, expert_ids)) / temperature
-    return distance.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).sigmoid()
+    finite = torch.finfo(scores.dtype)  # an edge at infinity would make NaN of a score at infinity
+    edge = selection_margin(scores, expert_ids).clamp_(finite.min, finite.max)
+    return (scores - edge).div_(temperature).sigmoid_()

@@ -1,6 +1,6 @@
 """The local-consistency losses: SRP, or the hit rate of a cache of known size, by the envelope theorem."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -38,7 +38,7 @@ class EnvelopeLoss(RoutingLoss):
         balance_neutral: subtract from each expert's marginals their mean over the valid tokens, so that the loss
             cannot raise its value by making an expert popular everywhere. "slope" weights this mean by the squared
             slope of the membership: then a gradient step on the scores leaves each expert's soft usage where it is,
-            to first order.
+            to first order. Only for "margin".
         scope: what shares one value. "global": the batch over all data-parallel processes; "batch": the batch of this
             process; "sequence": each row by itself, averaged over the rows.
     """
@@ -58,6 +58,8 @@ class EnvelopeLoss(RoutingLoss):
             raise ValueError(f"temperature must be a positive number, got {temperature}")
         if balance_neutral not in (True, False, "slope"):
             raise ValueError(f"balance_neutral must be True, False or 'slope', got {balance_neutral!r}")
+        if balance_neutral == "slope" and membership != "margin":
+            raise ValueError("balance_neutral='slope' needs membership='margin': a probability has no slope of its own")
         if scope not in SCOPES:
             raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
         self.membership = membership
@@ -76,51 +78,59 @@ class EnvelopeLoss(RoutingLoss):
                 f"layer {layer.name!r}: the loss needs the router's scores, but the trace holds expert ids only"
             )
         with torch.no_grad():
-            misses, marginal_BTE, counted = layer.scores.new_zeros((), dtype=torch.float64), None, 0
+            miss, terms = layer.scores.new_zeros((), dtype=torch.float64), layer.expert_ids.new_zeros(())
+            marginal_BTE: Tensor | None = None
             for term in self.marginals(layer, trace.positions):
-                misses = misses + (1 - term.value) * term.counted
+                miss += (1 - term.value) * term.counted
                 marginal_BTE = term.marginal if marginal_BTE is None else marginal_BTE.add_(term.marginal)
-                counted = counted + term.counted
+                terms += term.counted
+                del term  # its memory is free for the next
             assert marginal_BTE is not None
-            terms = torch.as_tensor(counted).clamp_min(1)
-        return self._attach(misses / terms, marginal_BTE.div_(terms), layer, trace.valid_mask)
+            terms.clamp_min_(1)
+        return self._attach(miss / terms, marginal_BTE.div_(terms), layer, trace.valid_mask)
 
     def _attach(self, value: Tensor, marginal: Tensor, layer: LayerRouting, valid: Tensor) -> Tensor:
-        """``value``, with the gradient of ``-sum(marginal * membership)``."""
+        """``value``, with the gradient of ``-sum(marginal * membership)``; overwrites ``marginal``."""
         source = layer.scores if self.membership == "margin" else layer.logits
-        assert source is not None
+        if source is None:
+            raise ValueError(
+                f"layer {layer.name!r}: membership='probability' needs the router's logits, but the trace holds none"
+            )
+        value = value.to(torch.promote_types(source.dtype, torch.float32))
         if not (source.requires_grad and torch.is_grad_enabled()):
-            return value.to(torch.promote_types(source.dtype, torch.float32))
+            return value
+        padding_BT1 = ~valid[:, :, None]
+        layer = replace(layer, expert_ids=layer.expert_ids.masked_fill(padding_BT1, 0))  # there it may be any number
         with torch.enable_grad():
             leaf = source.detach().requires_grad_()
-            soft = self._soft_activations(leaf, layer)
-            (slope,) = (
-                torch.autograd.grad(soft.sum(), leaf, retain_graph=True) if self.balance_neutral == "slope" else (None,)
-            )
+            soft, scale = self._soft_activations(leaf, layer)
         if self.balance_neutral:
-            marginal = self._neutral(marginal, valid, slope)
-        (gradient,) = torch.autograd.grad(soft, leaf, -marginal.to(soft.dtype))
+            marginal -= self._usual(marginal, valid, soft, leaf)
+        # These numbers are too small for fp16, where they would lose digits: they are kept in units of the largest.
+        unit = torch.stack(marginal.aminmax()).abs().amax().clamp_min(torch.finfo(marginal.dtype).tiny)
+        (gradient,) = torch.autograd.grad(soft, leaf, marginal.div_(-unit).to(soft.dtype))
         if self.scope == "global":
-            gradient = gradient * world_size()  # data-parallel training averages the processes' gradients
-        return _Attach.apply(source, gradient, value.to(soft.dtype))
+            scale = scale * world_size()  # data-parallel training averages the processes' gradients
+        return _Attach.apply(source, gradient.masked_fill_(padding_BT1, 0), unit * scale, value)
 
-    def _soft_activations(self, source: Tensor, layer: LayerRouting) -> Tensor:
+    def _soft_activations(self, source: Tensor, layer: LayerRouting) -> tuple[Tensor, int]:
+        """[B, T, E] and a number; the soft memberships are their product."""
         if self.membership == "margin":
-            return margin_membership(source, layer.expert_ids, self.temperature)
-        return layer.top_k * replace(layer, logits=source).probabilities
+            return margin_membership(source, layer.expert_ids, self.temperature), 1
+        return replace(layer, logits=source).probabilities, layer.top_k
 
-    def _neutral(self, marginal: Tensor, valid: Tensor, slope: Tensor | None) -> Tensor:
-        """The marginals less each expert's (weighted) mean over the valid tokens of its group; 0 on padding."""
-        weight_BTE = valid[:, :, None].to(marginal.dtype)
-        if slope is not None:
-            weight_BTE = weight_BTE * slope.to(marginal.dtype) ** 2
+    def _usual(self, marginal: Tensor, valid: Tensor, soft: Tensor, leaf: Tensor) -> Tensor:
+        """Each expert's (weighted) mean marginal over the valid tokens of its group: [1 or B, 1, E]."""
+        weight = valid[:, :, None].to(marginal.dtype)
+        if self.balance_neutral == "slope":
+            (slope,) = torch.autograd.grad(soft.sum(), leaf, retain_graph=True)
+            weight = slope.to(marginal.dtype).square_().masked_fill_(~valid[:, :, None], 0)
         group = (1,) if self.scope == "sequence" else (0, 1)
-        weighted = (marginal * weight_BTE).sum(dim=group, keepdim=True)
-        total = weight_BTE.expand_as(marginal).sum(dim=group, keepdim=True)
+        weighted = (marginal * weight).sum(dim=group, keepdim=True)
+        total = weight.sum(dim=group, keepdim=True).expand_as(weighted)
         if self.scope == "global":
             weighted, total = all_sum(weighted, total)
-        mean = weighted / total.clamp_min(torch.finfo(total.dtype).tiny)
-        return (marginal - mean) * valid[:, :, None]
+        return weighted / total.clamp_min(torch.finfo(total.dtype).tiny)
 
 
 class LocalConsistencyLoss(EnvelopeLoss):
@@ -212,22 +222,23 @@ class CacheConsistencyLoss(EnvelopeLoss):
 
 
 class _Attach(torch.autograd.Function):
-    """A value whose gradient by ``source`` is already known: the graph holds that gradient and nothing else."""
+    """A value whose gradient by ``source`` is known, ``gradient * unit``: the graph holds that and nothing else."""
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient.to(source.dtype))
+    def forward(ctx: Any, source: Tensor, gradient: Tensor, unit: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient, unit)
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].to(gradient.dtype), None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        gradient, unit = ctx.saved_tensors
+        factor = grad_outputs[0] * unit  # first the loss scale of mixed precision, then the router's dtype
+        return (gradient.to(factor.dtype) * factor).to(gradient.dtype), None, None, None
 
 
 def check_segment_lengths(segment_lengths: Sequence[int]) -> tuple[int, ...]:
     """The lengths as a tuple; ValueError unless there is at least one and all are distinct integers of at least 2."""
-    lengths = tuple(segment_lengths)
+    lengths = tuple(segment_lengths) if isinstance(segment_lengths, Iterable) else ()
     if not lengths or len(set(lengths)) != len(lengths) or any(not isinstance(m, int) or m < 2 for m in lengths):
-        raise ValueError(f"segment_lengths must be distinct integers of at least 2, got {list(lengths)}")
+        raise ValueError(f"segment_lengths must be a list of distinct integers of at least 2, got {segment_lengths!r}")
     return lengths
