@@ -1,5 +1,6 @@
 """The load-balance loss and the router z-loss, per layer, never pooled over layers."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -22,11 +23,11 @@ class LoadBalanceLoss(RoutingLoss):
         scope: where usage is counted. "sequence": in each row by itself; "batch": in the batch of this process;
             "global": summed over the data-parallel processes and over the micro-batches of an accumulation so far.
         running: decay r in [0, 1) of a running average of the usage over steps, ``(1 - r) * sum_i r^i * share[n - i]``
-            divided by its weight so far. Balance is then held over about ``1 / (1 - r)`` steps of data instead of one,
-            which leaves room for local consistency. 0 uses the present step only. Training calls move the average,
-            evaluation uses the present batch; the average is in the state dict.
-        accumulation_steps: training-mode calls (micro-batches) that make one optimizer step; the average moves after the
-            last of them.
+            divided by its weight so far. Balance is then held over about ``1 / (1 - r)`` steps of data instead of
+            one, which leaves room for local consistency. 0 uses the present step only. Training calls move the
+            average, evaluation uses the present batch; the average is in the state dict.
+        accumulation_steps: training-mode calls (micro-batches) that make one optimizer step; the average moves after
+            the last of them.
 
     Source: arXiv 2101.03961 (the form), 2501.11873 (global scope).
 
@@ -54,10 +55,9 @@ class LoadBalanceLoss(RoutingLoss):
         self.scope = scope
         self.running = float(running)
         self.accumulation_steps = accumulation_steps
-        self._average: dict[str, Tensor] = {}  # layer -> [E] running average before division by its weight
+        self._average: dict[str, Tensor] = {}  # layer -> [E + 1] running average of the share, and its weight so far
         self._pending: dict[str, Tensor] = {}  # layer -> [E + 1] uses of each expert and tokens since the last step
         self._calls = 0
-        self._steps = 0
 
     def layer_loss(self, layer: LayerRouting, trace: RoutingTrace) -> Tensor:
         """The loss of one layer; in training mode its usage joins the present step."""
@@ -66,7 +66,8 @@ class LoadBalanceLoss(RoutingLoss):
         uses_BE, tokens_B = active_BTE.sum(dim=1), valid_BT.sum(dim=1)
         share_GE = self._share(layer.name, uses_BE, tokens_B).to(valid_BT.device)
         rows_G = tokens_B if self.scope == "sequence" else tokens_B.sum(dim=0, keepdim=True)
-        probability_BE = (layer.probabilities * valid_BT[:, :, None]).sum(dim=1)
+        probabilities_BTE = replace(layer, logits=_logits_of_real_tokens(layer, trace)).probabilities
+        probability_BE = (probabilities_BTE * valid_BT[:, :, None]).sum(dim=1)
         if self.scope != "sequence":
             probability_BE = probability_BE.sum(dim=0, keepdim=True)
         mean_probability_GE = probability_BE / rows_G.clamp_min(1)[:, None]
@@ -87,7 +88,8 @@ class LoadBalanceLoss(RoutingLoss):
     @torch.no_grad()
     def _share(self, name: str, uses: Tensor, tokens: Tensor) -> Tensor:
         """[G, E] the usage that the loss multiplies with: G = B rows for "sequence", else 1."""
-        total = torch.cat([uses.sum(dim=0), tokens.sum(dim=0, keepdim=True)])  # [E + 1]
+        counts_GE1 = torch.cat([uses, tokens[:, None]], dim=1)
+        total = counts_GE1.sum(dim=0)
         if self.scope == "global":
             (total,) = all_sum(total)
         if self.training:
@@ -95,38 +97,37 @@ class LoadBalanceLoss(RoutingLoss):
             self._pending[name] = total if pending is None else pending.to(total) + total
             if self.scope == "global":
                 total = self._pending[name]
-        if self.scope == "sequence":
-            share = uses / tokens.clamp_min(1)[:, None]
-        else:
-            share = (total[:-1] / total[-1].clamp_min(1))[None]
-        if not (self.training and self.running):
-            return share
-        past = self._average[name].to(share) if name in self._average else torch.zeros_like(share[0])
-        return (self.running * past + (1 - self.running) * share) / (1 - self.running ** (self._steps + 1))
+        if self.scope != "sequence":
+            counts_GE1 = total[None]
+        share_GE1 = self._step(counts_GE1)
+        if self.training and self.running:
+            share_GE1 = self._moved(name, share_GE1)
+        return share_GE1[:, :-1] / share_GE1[:, -1:].clamp_min(torch.finfo(share_GE1.dtype).tiny)
+
+    def _step(self, counts: Tensor) -> Tensor:
+        """[G, E + 1] the usage of one step and its weight: 1, or 0 for a step without tokens."""
+        return counts / counts[:, -1:].clamp_min(1)
+
+    def _moved(self, name: str, step: Tensor) -> Tensor:
+        """[G, E + 1] the running average and its weight after a step; one without tokens leaves it where it is."""
+        past = self._average[name].to(step) if name in self._average else torch.zeros_like(step[0])
+        return torch.where(step[:, -1:] > 0, self.running * past + (1 - self.running) * step, past)
 
     @torch.no_grad()
     def _end_step(self) -> None:
-        for name, pending in self._pending.items():
-            share = pending[:-1].float() / pending[-1].clamp_min(1)
-            past = self._average[name].to(share) if name in self._average else torch.zeros_like(share)
-            self._average[name] = self.running * past + (1 - self.running) * share
+        for name, pending in self._pending.items() if self.running else ():
+            self._average[name] = self._moved(name, self._step(pending[None]))[0]
         self._pending = {}
         self._calls = 0
-        self._steps += 1
 
     def get_extra_state(self) -> dict[str, Any]:
         """What the state dict keeps: the running average and the counts of an unfinished accumulation."""
-        return {
-            "average": self._average,
-            "pending": self._pending,
-            "calls": self._calls,
-            "steps": self._steps,
-        }
+        return {"average": dict(self._average), "pending": dict(self._pending), "calls": self._calls}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`get_extra_state`."""
         self._average, self._pending = dict(state["average"]), dict(state["pending"])
-        self._calls, self._steps = state["calls"], state["steps"]
+        self._calls = state["calls"]
 
     def extra_repr(self) -> str:
         """The options, for printing."""
@@ -147,10 +148,16 @@ class RouterZLoss(RoutingLoss):
 
     def layer_loss(self, layer: LayerRouting, trace: RoutingTrace) -> Tensor:
         """The z-loss of one layer."""
-        if layer.logits is None:
-            raise ValueError(
-                f"layer {layer.name!r}: the z-loss needs the router's logits, but the trace holds expert ids only"
-            )
-        squared_BT = layer.logits.float().logsumexp(dim=-1) ** 2
+        squared_BT = _logits_of_real_tokens(layer, trace).logsumexp(dim=-1) ** 2
         valid_BT = trace.valid_mask
         return (squared_BT * valid_BT).sum() / valid_BT.sum().clamp_min(1)
+
+
+def _logits_of_real_tokens(layer: LayerRouting, trace: RoutingTrace) -> Tensor:
+    """[B, T, E] the router's logits in fp32 or better, 0 on padding, which may hold anything, NaN too."""
+    if layer.logits is None:
+        raise ValueError(
+            f"layer {layer.name!r}: the loss needs the router's logits, but the trace holds expert ids or scores only"
+        )
+    logits = layer.logits if layer.logits.dtype == torch.float64 else layer.logits.float()
+    return logits if trace.valid is None else logits.masked_fill(~trace.valid[:, :, None], 0)
