@@ -183,8 +183,10 @@ class RoutingTrace:
     def check_values(self) -> None:
         """Read the data and raise ValueError on ids out of range or repeated within a token, or NaN scores."""
         for layer in self.layers:
-            check_expert_ids(layer.expert_ids, layer.num_experts, self.valid, name=layer.name)
-            if layer.scores is not None and bool(layer.scores.isnan().any()):
+            check_expert_ids(
+                layer.expert_ids, layer.num_experts, self.valid, name=f"expert_ids of layer {layer.name!r}"
+            )
+            if layer.scores is not None and bool(layer.scores[self.valid_mask].isnan().any()):
                 raise ValueError(f"scores of layer {layer.name!r} must be numbers, got NaN")
 
 
@@ -243,7 +245,7 @@ def _check_layer(layer: LayerRouting, shape: tuple[int, int]) -> None:
             f"expert_ids of layer {layer.name!r} must have [B, T] = {list(shape)} as the first layer has, "
             f"got {list(layer.expert_ids.shape[:2])}"
         )
-    for field in ("scores", "logits"):
+    for field in ("logits", "scores"):  # the logits first: they stand for the scores where none were given
         values = getattr(layer, field)
         if values is None:
             continue
