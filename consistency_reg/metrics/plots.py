@@ -1,9 +1,16 @@
-"""The one picture that the routing metrics share."""
+"""What the pictures of the routing metrics share."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from consistency_reg.optional import require
+
+
+def axes_of(ax: Any = None) -> Any:
+    """The given matplotlib axes, or new ones."""
+    with require("plots"):
+        from matplotlib import pyplot
+    return pyplot.subplots(layout="constrained")[1] if ax is None else ax
 
 
 def interval_plot(
@@ -27,10 +34,7 @@ def interval_plot(
     Returns:
         (figure, axes).
     """
-    with require("plots"):
-        from matplotlib import pyplot
-    if ax is None:
-        _, ax = pyplot.subplots(layout="constrained")
+    ax = axes_of(ax)
     ax.plot(x, layers, color="0.8", linewidth=1)
     ax.plot(x, model, color="C0", marker="o" if len(x) < 10 else None, label="model")
     if all(interval is not None for interval in intervals):

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from consistency_reg.functional.bootstrap import percentile_interval
 from consistency_reg.functional.srp import ModelSRP, best_f1, check_segment_lengths, model_srp, srp_counts
-from consistency_reg.metrics.base import RoutingMetric
 from consistency_reg.metrics.plots import interval_plot
+from consistency_reg.metrics.resampled import ResampledMetric
 from consistency_reg.routing import RoutingTrace
 
 
-class SegmentRoutingPerformance(RoutingMetric):
+class SegmentRoutingPerformance(ResampledMetric):
     """SRP, static SRP and local gain of every layer and of the model, for several segment lengths at once.
 
     ``compute()`` gives ``static_srp`` and, for each m, ``srp_m16``, ``size_ratio_m16``, ``threshold_m16``,
@@ -26,7 +26,7 @@ class SegmentRoutingPerformance(RoutingMetric):
         num_experts: E of each layer, in the model's order.
         segment_lengths: the m.
         replicates: bootstrap replicates for the 95% intervals; 0 for none.
-        options: see :class:`~consistency_reg.metrics.base.RoutingMetric`.
+        options: see :class:`~consistency_reg.metrics.resampled.ResampledMetric`.
 
     Example:
         >>> from consistency_reg.routing import RoutingTrace
@@ -53,37 +53,36 @@ class SegmentRoutingPerformance(RoutingMetric):
         super().__init__(num_experts, replicates=replicates, **options)
         self.segment_lengths = check_segment_lengths(segment_lengths)
         experts, layers = sum(self.num_experts), len(self.num_experts)
-        self.add_sum("usage", experts)
-        self.add_sum("tokens")
+        self._add_sum("usage", experts)
+        self._add_sum("tokens")
         for m in self.segment_lengths:
-            self.add_sum(f"windows_{m}", experts, m + 1)
+            self._add_sum(f"windows_{m}", experts, m + 1)
         if replicates:
-            self.add_sum("resampled", replicates, layers, sum(m + 1 for m in self.segment_lengths))
+            self._add_sum("resampled", replicates, layers, sum(m + 1 for m in self.segment_lengths))
 
     def update(self, trace: RoutingTrace, sequence_index: Tensor | None = None) -> None:
         """Count the windows of a batch. On a GPU the host does not wait."""
-        for part in self._sequences(trace, sequence_index):
-            valid, document_ids = part.trace.valid, part.trace.document_ids
+        for part, index in self._numbered(trace, sequence_index):
             counts = [
                 srp_counts(
                     layer.expert_ids,
                     layer.num_experts,
                     self.segment_lengths,
-                    valid,
-                    document_ids,
+                    part.valid,
+                    part.document_ids,
                     per_sequence=self.replicates > 0,
                 )
-                for layer in part.trace
+                for layer in part
             ]
-            self.usage = self.usage + torch.cat([layer.usage for layer in counts])
-            self.tokens = self.tokens + part.trace.valid_mask.sum()
+            self._add("usage", torch.cat([layer.usage for layer in counts]))
+            self._add("tokens", part.valid_mask.sum())
             for m in self.segment_lengths:
                 self._add(f"windows_{m}", torch.cat([layer.windows[m] for layer in counts]))
             if self.replicates:
                 by_sequence = [
                     torch.cat([layer.sequence_windows[m] for m in self.segment_lengths], 1) for layer in counts
                 ]
-                self._add("resampled", self._resampled(torch.stack(by_sequence, dim=1), part.index))
+                self._add("resampled", self._resampled(torch.stack(by_sequence, dim=1), index))
 
     def plot(self, val: dict[int, ModelSRP] | None = None, ax: Any = None) -> Any:
         """SRP by segment length: the model with its interval, the layers behind it. -> (figure, axes)."""
@@ -98,11 +97,11 @@ class SegmentRoutingPerformance(RoutingMetric):
         )
 
     def _results(self) -> dict[int, ModelSRP]:
-        usage = [self.usage[experts] for experts in self.experts]
+        usage = [self.usage[experts] for experts in self._layer_experts]
         results = {}
         for m in self.segment_lengths:
             windows = getattr(self, f"windows_{m}")
-            results[m] = model_srp([windows[experts] for experts in self.experts], usage, self.tokens)
+            results[m] = model_srp([windows[experts] for experts in self._layer_experts], usage, self.tokens)
         return self._add_intervals(results) if self._with_intervals else results
 
     def _add_intervals(self, results: dict[int, ModelSRP]) -> dict[int, ModelSRP]:
@@ -123,8 +122,7 @@ class SegmentRoutingPerformance(RoutingMetric):
                 scalars[f"{name}_m{m}"] = getattr(result, name)
             if result.interval is not None:
                 scalars[f"srp_m{m}_low"], scalars[f"srp_m{m}_high"] = result.interval
-            for name, layer in zip(self.layer_names, result.layers, strict=True):
-                scalars[f"srp_m{m}_{name}"] = layer.srp
+            scalars |= self._by_layer(f"srp_m{m}", [layer.srp for layer in result.layers])
         return scalars
 
 
