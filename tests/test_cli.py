@@ -1,0 +1,115 @@
+"""The command: one message for every failure, a way to go on after Ctrl-C, help that fits a screen."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from consistency_reg import cli
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Makes ``consistency-reg report`` do what a test wants."""
+
+    def install(action):
+        monkeypatch.setitem(sys.modules, "consistency_reg.report", SimpleNamespace(main=action))
+
+    return install
+
+
+def fail_with(error):
+    def action(arguments):
+        raise error
+
+    return action
+
+
+def test_arguments_go_to_the_command_and_its_code_comes_back(command):
+    seen = []
+    command(lambda arguments: seen.append(arguments) or 3)
+    assert cli.main(["report", "runs/a", "--out", "x"]) == 3
+    assert seen == [["runs/a", "--out", "x"]]
+    command(lambda arguments: None)
+    assert cli.main(["report"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("weight must be >= 0, got -1"), "weight must be >= 0, got -1"),
+        (PermissionError(13, "Permission denied", "runs/a"), "[Errno 13] Permission denied: 'runs/a'"),
+        (ImportError("wandb is not installed: pip install 'consistency-reg[wandb]'"), "consistency-reg[wandb]"),
+        (KeyError("x"), "KeyError: 'x' (--debug shows where)"),
+        (RuntimeError(), "RuntimeError"),
+    ],
+)
+def test_a_failure_is_one_message_and_a_traceback_only_when_asked_for(command, capsys, error, message):
+    command(fail_with(error))
+    assert cli.main(["report"]) == 1
+    output = capsys.readouterr()
+    assert output.err.startswith("consistency-reg: error: ")
+    assert message in output.err
+    assert "Traceback" not in output.err + output.out
+    for arguments in (["--debug", "report"], ["report", "--debug"]):
+        assert cli.main(arguments) == 1
+        assert "Traceback" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_go_on(command, capsys):
+    command(fail_with(KeyboardInterrupt()))
+    assert cli.main(["report"]) == 130
+    assert "run the same command again" in capsys.readouterr().err
+
+    def lightning(arguments):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    command(lightning)
+    assert cli.main(["report"]) == 130
+    assert "run the same command again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("code", "expected"), [(None, 0), (0, 0), (2, 2), ("no such key", 1)])
+def test_an_exit_inside_a_command_is_its_code(command, capsys, code, expected):
+    command(fail_with(SystemExit(code)))
+    assert cli.main(["report"]) == expected
+    assert ("no such key" in capsys.readouterr().err) == (code == "no such key")
+
+
+@pytest.mark.parametrize("arguments", [[], ["fit"], ["ablate"], ["report"]])
+def test_help_fits_a_screen_and_has_an_example(capsys, arguments):
+    assert cli.main([*arguments, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 120
+    assert any(line.startswith("example") for line in lines)
+    assert any(line.strip().startswith("consistency-reg ") for line in lines)
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["ablate"], ["report"], ["report", "x", "--nonsense"]])
+def test_wrong_usage_is_said_without_a_traceback(capsys, arguments):
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("usage: consistency-reg")
+    assert "Traceback" not in error
+
+
+def test_the_command_loads_only_what_it_runs():
+    code = (
+        "import sys; from consistency_reg import cli; code = cli.main(['--help'])\n"
+        "heavy = {'lightning', 'transformers', 'datasets', 'wandb', 'matplotlib', 'pandas'} & sys.modules.keys()\n"
+        "sys.exit(code or str(heavy) if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_module_is_the_command(tmp_path):
+    command = [sys.executable, "-m", "consistency_reg", "report", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [f"consistency-reg: error: {tmp_path} is no run: it has no result.json"]
