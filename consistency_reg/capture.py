@@ -4,6 +4,7 @@ All knowledge of model internals lives here: which module is a router, what it r
 """
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -65,9 +66,9 @@ DEFAULT_ADAPTERS = (RouterAdapter(r"Top[kK]Router$"),)
 class _Reading:
     logits: Tensor
     expert_ids: Tensor
-    scores: Tensor
     score_function: str
     inputs: Tensor | None
+    lost_graph: bool
 
 
 class FrozenRouter(nn.Module):
@@ -93,7 +94,7 @@ class RouterCapture:
 
     Each forward of the model replaces what the one before it left. Only a forward is recorded: when activation
     checkpointing runs layers again in the backward pass, that is not counted again. A copy or a pickle of the model
-    does not carry the capture with it.
+    does not carry the capture with it. Under ``torch.compile`` attach before the first compiled forward.
 
     Args:
         model: any module that contains routers.
@@ -126,7 +127,9 @@ class RouterCapture:
         self._handles: list[RemovableHandle] = []
         self._readings: dict[str, list[_Reading]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._depth = 0  # of nested forwards that are being recorded
+        self._recordings = 0  # open blocks of recording()
+        self._in_forward = False
+        self._grad_mode = False  # of the forward as a whole
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -146,9 +149,9 @@ class RouterCapture:
         """Start to listen; without effect when attached already."""
         if self._handles:
             return self
-        hook = self.model.register_forward_pre_hook(_Hook(self, "_begin"))
-        self._handles.append(hook)
-        self._handles.append(self.model.register_forward_hook(_Hook(self, "_end"), always_call=True))
+        self._in_forward = False
+        self._handles.append(self.model.register_forward_pre_hook(_Hook(self, "_begin_forward")))
+        self._handles.append(self.model.register_forward_hook(_Hook(self, "_end_forward"), always_call=True))
         for name, (router, _) in self._routers.items():
             block = self.model.get_submodule(name.rpartition(".")[0])
             self._handles.append(block.register_forward_pre_hook(_Hook(self, "_see_block", name)))
@@ -173,11 +176,13 @@ class RouterCapture:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record all that runs inside as one forward, for callers that do not call ``model`` itself."""
-        self._begin()
+        if not self._recordings:
+            self._begin()
+        self._recordings += 1
         try:
             yield
         finally:
-            self._end()
+            self._recordings -= 1
 
     def trace(self, valid: Tensor | None = None, document_ids: Tensor | None = None) -> RoutingTrace:
         """The routing of the last forward, graph kept where there was one.
@@ -188,16 +193,28 @@ class RouterCapture:
 
         Raises:
             RuntimeError: there was no forward, or a router ran not exactly once in it.
+            ValueError: ``valid`` or ``document_ids`` of another shape than the batch.
+
+        Warns:
+            UserWarning: routers ran without autograd in a forward with it, as reentrant checkpointing does: a loss on
+                this trace has no gradient there.
         """
         counts = {name: len(self._readings.get(name, ())) for name in self._routers}
         if any(count != 1 for count in counts.values()):
             raise RuntimeError(_explain(counts, attached=bool(self._handles)))
         B, T = self._batch_shape(valid)
         readings = {name: self._readings[name][0] for name in self._routers}
+        if lost := [name for name, reading in readings.items() if reading.lost_graph]:
+            warnings.warn(
+                f"a loss on this trace has no gradient for {len(lost)} of {len(readings)} routers: they ran without "
+                "autograd in a forward with it. Reentrant activation checkpointing does this; "
+                "use_reentrant=False does not",
+                stacklevel=2,
+            )
         return RoutingTrace(
             expert_ids=[reading.expert_ids.reshape(B, T, -1) for reading in readings.values()],
             num_experts=[reading.logits.shape[-1] for reading in readings.values()],
-            scores=[reading.scores.reshape(B, T, -1) for reading in readings.values()],
+            scores=[self._scores(name).reshape(B, T, -1) for name in readings],
             logits=[reading.logits.reshape(B, T, -1) for reading in readings.values()],
             valid=valid,
             document_ids=document_ids,
@@ -211,20 +228,25 @@ class RouterCapture:
         self._readings.clear()
 
     def _batch_shape(self, valid: Tensor | None) -> tuple[int, int]:
-        if valid is not None and valid.dim() == 2:
+        shape = next(iter(self._shapes.values()), ())
+        if len(shape) >= 3:
+            B, T = shape[:2]
+        elif valid is not None and valid.dim() == 2:
             B, T = valid.shape
         else:
-            shape = next(iter(self._shapes.values()), ())
-            if len(shape) < 3:
-                raise RuntimeError(
-                    "the rows of the batch cannot be told from the routers' flat input: give `valid` to trace()"
-                )
-            B, T = shape[:2]
+            raise RuntimeError(
+                "the rows of the batch cannot be told from the routers' flat input: give `valid` to trace()"
+            )
         first = self._readings[self.layer_names[0]][0].expert_ids
         tokens = first.numel() // first.shape[-1]
         if tokens != B * T:
             raise ValueError(f"valid must cover the tokens of the forward, got {B} x {T} for {tokens} routed tokens")
         return B, T
+
+    def _scores(self, name: str) -> Tensor:
+        """What the router selected by. Not for the hook: within a checkpointed layer it would change the saved graph."""
+        router, adapter = self._routers[name]
+        return adapter.scores(router, self._readings[name][0].logits)
 
     def _inputs(self, readings: dict[str, _Reading], shape: tuple[int, int]) -> list[Tensor]:
         inputs = {name: reading.inputs for name, reading in readings.items()}
@@ -236,21 +258,29 @@ class RouterCapture:
             )
         return [value.reshape(*shape, -1) for value in inputs.values() if value is not None]
 
-    def _begin(self, *_: Any) -> None:
-        if self._depth == 0:
-            self._readings.clear()
-            self._shapes.clear()
-        self._depth += 1
+    def _begin(self) -> None:
+        self._readings.clear()
+        self._shapes.clear()
+        self._grad_mode = torch.is_grad_enabled()
 
-    def _end(self, *_: Any) -> None:
-        self._depth -= 1
+    def _begin_forward(self, *_: Any) -> None:
+        if not self._recordings:
+            self._begin()
+        self._in_forward = True
+
+    def _end_forward(self, *_: Any) -> None:
+        self._in_forward = False
+
+    @property
+    def _listening(self) -> bool:
+        return self._in_forward or self._recordings > 0
 
     def _see_block(self, name: str, block: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if self._depth and inputs and isinstance(inputs[0], Tensor):
+        if self._listening and inputs and isinstance(inputs[0], Tensor):
             self._shapes[name] = tuple(inputs[0].shape)
 
     def _read(self, name: str, router: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if not self._depth:
+        if not self._listening:
             return
         if inputs and isinstance(inputs[0], Tensor) and inputs[0].dim() == 3:
             self._shapes[name] = tuple(inputs[0].shape)
@@ -259,7 +289,7 @@ class RouterCapture:
             logits, expert_ids = output[adapter.logits], output[adapter.expert_ids]
             if logits.shape[:-1] != expert_ids.shape[:-1] or expert_ids.is_floating_point():
                 raise TypeError
-        except (TypeError, IndexError, AttributeError):
+        except (TypeError, LookupError, AttributeError):
             raise TypeError(
                 f"router {name!r} ({type(router).__name__}) must return logits [..., E] at position {adapter.logits} "
                 f"and integer expert ids [..., K] at position {adapter.expert_ids}, got {_describe(output)}: "
@@ -268,7 +298,11 @@ class RouterCapture:
         sigmoid = getattr(router, "e_score_correction_bias", None) is not None
         given = inputs[0].detach() if self.keep_inputs and inputs and isinstance(inputs[0], Tensor) else None
         reading = _Reading(
-            logits, expert_ids.long(), adapter.scores(router, logits), "sigmoid" if sigmoid else "softmax", given
+            logits,
+            expert_ids.long(),
+            "sigmoid" if sigmoid else "softmax",
+            given,
+            lost_graph=self._grad_mode and not torch.is_grad_enabled(),
         )
         self._readings.setdefault(name, []).append(reading)
 
@@ -320,7 +354,10 @@ def _explain(counts: dict[str, int], *, attached: bool) -> str:
     found = f"{sum(count > 0 for count in counts.values())} of {len(counts)} routers were captured"
     if not any(counts.values()):
         reason = "run a forward of the model first" if attached else "attach the capture before the forward"
-        return f"{found}: {reason} (a fused or replaced MoE block that does not call its router cannot be captured)"
+        return (
+            f"{found}: {reason} (a fused or replaced MoE block that does not call its router cannot be captured, "
+            "nor a model that torch.compile has compiled before the capture was attached)"
+        )
     missing = [name for name, count in counts.items() if count == 0]
     if missing:
         return f"{found}: {missing} did not run, so a fused or replaced MoE block may bypass them"
