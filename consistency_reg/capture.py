@@ -244,7 +244,7 @@ class RouterCapture:
         return B, T
 
     def _scores(self, name: str) -> Tensor:
-        """What the router selected by. Not for the hook: within a checkpointed layer it would change the saved graph."""
+        """What the router selected by. Not for the hook: within a checkpointed layer it would change what is saved."""
         router, adapter = self._routers[name]
         return adapter.scores(router, self._readings[name][0].logits)
 
