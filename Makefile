@@ -34,6 +34,6 @@ clean:
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or later is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt torch
-	$(BIN)/pip install --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --no-compile --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt torch
+	$(BIN)/pip install --no-compile --disable-pip-version-check $(PIP_OPTIONS) -c constraints.txt -e '.[dev]'
 	touch $@
