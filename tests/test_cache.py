@@ -14,6 +14,7 @@ from consistency_reg.functional.cache import (
     cache_hit_rate,
     document_usage,
 )
+from consistency_reg.functional.sch import sch_counts
 
 
 def corpus(routing):
@@ -228,3 +229,37 @@ def test_bad_input_is_named(change, error, message):
     arguments = {"expert_ids": torch.tensor([[[0], [1]]]), "num_experts": 4, "policy": "lru"}
     with pytest.raises(error, match=message):
         cache_hit_rate(**(arguments | change))
+
+
+def all_policies(routing, segment_lengths=(1, 2, 5, 99)):
+    ids, E = routing.expert_ids, routing.num_experts
+    for policy in ("lru", "lfu"):
+        yield cache_hit_counts(ids, E, policy, **routing.masks).hits
+    for m in segment_lengths:
+        yield sch_counts(ids, E, m, **routing.masks).hits
+
+
+@settings(max_examples=100, deadline=None)
+@given(routings(max_tokens=30).filter(lambda routing: routing.expert_ids.shape[-1] == 1))
+def test_with_one_expert_per_token_no_policy_hits_more_often_than_belady(routing):
+    belady = cache_hit_counts(routing.expert_ids, routing.num_experts, "belady", **routing.masks).hits
+    for hits in all_policies(routing):
+        assert (belady >= hits).all()
+
+
+def hits_with_two_slots(document, policy, m=None):
+    simulated = cache_hits_oracle(document, 2, policy, m)
+    ids, E = torch.tensor([document]), max(map(max, document)) + 1
+    counts = sch_counts(ids, E, m) if policy == "sch" else cache_hit_counts(ids, E, policy)
+    assert counts.hits[0, 1] == simulated
+    return simulated
+
+
+def test_belady_is_not_an_upper_bound_where_a_token_uses_several_experts():
+    """The cases of docs/measures.md."""
+    document = [[1, 0], [2, 1], [0, 3]]
+    assert hits_with_two_slots(document, "sch", m=2) == 4
+    assert hits_with_two_slots(document, "belady") == 3
+    document = [[1, 0], [0, 1], [2, 0], [1, 0]]
+    assert hits_with_two_slots(document, "lfu") == 7
+    assert hits_with_two_slots(document, "belady") == 6

@@ -22,7 +22,7 @@ class ClockedPriorities(Priorities):
         self.expert_bits, self.priority_shift = expert_bits, clock_bits + expert_bits
         bits = priority_bits + self.priority_shift
         self.dtype = fitting_dtype(2**bits - 1, at_least=torch.int32 if expert_bits else torch.int16)
-        self.keys = c.by_slot(0, self.dtype)
+        self.keys = torch.zeros(c.D * (c.E + 1), dtype=self.dtype, device=device)  # by slot
 
         clock_mask = (2**clock_bits - 1) << expert_bits
         self.kept = self._constant((2**bits - 1) & ~clock_mask)
@@ -33,10 +33,10 @@ class ClockedPriorities(Priorities):
         self.new = torch.empty(c.K * c.D, dtype=self.dtype, device=device)
 
         never = c.padded_T
-        due_AD = torch.empty(1 + c.padded_T * c.K, c.D, dtype=fitting_dtype(never), device=device)
-        due_AD[0] = never
+        due_AD = torch.full((1 + c.padded_T * c.K, c.D), never, dtype=fitting_dtype(never), device=device)
         self.next_token = due_AD[1:].view(c.padded_T, c.K * c.D)
-        self.distinct = c.next_uses(range(c.T), never, out=self.next_token)
+        first_token = c.next_uses(range(c.T), due_AD.new_full((c.D, c.E + 1), never), out=self.next_token)
+        self.distinct = (first_token[:, 1:] < never).sum(dim=1)
         self.due_by_clock = due_AD.flatten()
 
     def _constant(self, value: int) -> Tensor:
@@ -51,7 +51,6 @@ class ClockedPriorities(Priorities):
         c, Q = self.columns, len(lag)
         self.token = (-lag).to(self.next_token.dtype)
         self.entry = torch.empty(Q, c.D, dtype=fitting_dtype(len(self.due_by_clock), torch.int32), device=c.device)
-        self.width = torch.tensor(c.D, device=c.device)
         self.column = torch.arange(c.D, dtype=self.entry.dtype, device=c.device)
         self.due_token = torch.empty(Q, c.D, dtype=self.token.dtype, device=c.device)
 
@@ -76,7 +75,7 @@ class ClockedPriorities(Priorities):
         if self.expert_bits:
             torch.bitwise_right_shift(keys, self.clock_shift, out=keys)
         torch.bitwise_and(keys, self.clock_mask, out=keys)
-        self.entry.copy_(keys).mul_(self.width).add_(self.column)
+        torch.add(self.column, keys, alpha=self.columns.D, out=self.entry)
         torch.index_select(self.due_by_clock, 0, self.entry.view(-1), out=self.due_token.view(-1))
         self.due_token.eq_(self.token)
         self.token.add_(1)
@@ -103,30 +102,23 @@ class Belady(Priorities):
 
     def __init__(self, columns: Columns) -> None:
         self.columns = c = columns
-        self.dtype = fitting_dtype(c.E + (c.T + 1) * c.K)
+        self.dtype = fitting_dtype(c.E + (c.padded_T + 1) * c.K)
+        previous_TKD, last_DE = c.previous_uses()
+        self.distinct = (last_DE > 0).sum(dim=1)
+
         left_T = torch.arange(c.T, 0, -1, device=c.device)  # T - t
         self.old = torch.zeros(c.padded_T * c.K, c.D, dtype=self.dtype, device=c.device)
-        torch.add(self._ranks(), self._first_key(left_T)[:, None, None], out=self.old[: c.T * c.K].view(c.T, c.K, c.D))
-
+        old_TKD = self.old[: c.T * c.K].view(c.T, c.K, c.D)
+        torch.add(_ranks(previous_TKD), self._first_key(left_T)[:, None, None], out=old_TKD)
         # One row late, so that row a is the expert that access a finds on top.
         on_top = torch.zeros(1 + c.padded_T * c.K, c.D, dtype=self.dtype, device=c.device)
-        self.on_top, new = on_top[:-1], on_top[1:]
-        self.distinct = c.next_uses(self.old.view(c.padded_T, -1).unbind(0), 0, out=new.view(c.padded_T, -1))
-        never = new == 0
-        new += never.cumsum(dim=0, dtype=self.dtype).clamp_max_(c.E).mul_(never)
+        self.on_top, new_TX = on_top[:-1], on_top[1:].view(c.padded_T, c.K * c.D)
+        by_recency_DE = last_DE.argsort(dim=1).argsort(dim=1).to(self.dtype)
+        c.next_uses(old_TKD.flatten(1).unbind(0), by_recency_DE, out=new_TX)
 
         at_token = self.on_top[: c.T * c.K : c.K]
         self.reused_on_top = (at_token >= self._first_key(left_T)[:, None]).sum(dim=0)
         at_token[1:] *= c.slots[: c.T - 1, -c.D :] != c.slots[1 : c.T, : c.D]
-
-    def _ranks(self) -> Tensor:
-        """How many of a token's experts were used before each of them: [T, K, D]."""
-        previous_TKD = self.columns.previous_uses()
-        rank_TKD, before_TKD = torch.zeros_like(previous_TKD), torch.empty_like(previous_TKD)
-        for k in range(self.columns.K):
-            torch.lt(previous_TKD[:, k : k + 1], previous_TKD, out=before_TKD)
-            rank_TKD += before_TKD
-        return rank_TKD
 
     def _first_key(self, tokens_left: Tensor) -> Tensor:
         """The lowest key of an expert that waits for token t, from T - t."""
@@ -136,7 +128,7 @@ class Belady(Priorities):
         return self.reused_on_top
 
     def prepare(self, lag: Tensor, tokens: int) -> None:
-        self.tokens_left = lag + self.columns.T
+        self.due_from = self._first_key(lag + self.columns.T)
 
     def load(self, first_token: int, old: Tensor, carry: Tensor) -> None:
         block = slice(first_token * self.columns.K, first_token * self.columns.K + len(old))
@@ -144,6 +136,17 @@ class Belady(Priorities):
         carry.copy_(self.on_top[block])
 
     def due(self, keys: Tensor) -> Tensor:
-        keys.ge_(self._first_key(self.tokens_left.clamp(1, self.columns.T + 1)))
-        self.tokens_left -= 1
+        keys.ge_(self.due_from)
+        self.due_from.sub_(self.columns.K).clamp_min_(
+            self.columns.E + self.columns.K
+        )  # behind the last token nothing is
         return keys
+
+
+def _ranks(previous_TKD: Tensor) -> Tensor:
+    """How many of the experts of a token were used before each of them: [T, K, D]."""
+    rank_TKD, before_TKD = torch.zeros_like(previous_TKD), torch.empty_like(previous_TKD)
+    for k in range(previous_TKD.shape[1]):
+        torch.lt(previous_TKD[:, k : k + 1], previous_TKD, out=before_TKD)
+        rank_TKD += before_TKD
+    return rank_TKD

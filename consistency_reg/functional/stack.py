@@ -39,53 +39,51 @@ class Columns:
         self.T, self.K, self.D, self.E = int(length.max()), token_ids.shape[-1], len(first), num_experts
         self.device = token_ids.device
         self.padded_T = self.T + 2 * block_tokens(self.E, self.K)
-        empty_D = torch.arange(self.D, device=self.device) * (self.E + 1)
-        token_T1 = torch.arange(self.T, device=self.device)[:, None]
-        ended_TD = token_T1 >= length
-        source_TD = (token_T1 + first).masked_fill_(ended_TD, 0)
-        ids_TKD = token_ids.index_select(0, source_TD.flatten()).view(self.T, self.D, self.K).transpose(1, 2)
-        slots_TKD = empty_D.repeat(self.padded_T, self.K, 1)
-        slots_TKD[: self.T] += ids_TKD
-        slots_TKD[: self.T] += ~ended_TD[:, None]
-        if bool(ended_TD.any()):
-            slots_TKD[: self.T] = slots_TKD[: self.T].where(~ended_TD[:, None], empty_D)
-        self.slots = slots_TKD.flatten(1)
+        ids_DTK = torch.full((self.D, self.padded_T, self.K), -1, dtype=fitting_dtype(self.E), device=self.device)
+        for d, (start, tokens) in enumerate(zip(first.tolist(), length.tolist(), strict=True)):
+            ids_DTK[d, :tokens] = token_ids[start : start + tokens]
+        expert_0_D = torch.arange(self.D, device=self.device) * (self.E + 1) + 1
+        self.slots = torch.empty(self.padded_T, self.K * self.D, dtype=torch.int64, device=self.device)
+        torch.add(ids_DTK.permute(1, 2, 0), expert_0_D, out=self.slots.view(self.padded_T, self.K, self.D))
 
-    def by_slot(self, value: int, dtype: torch.dtype) -> Tensor:
-        """A number for each slot: [D * (E+1)]."""
-        return torch.full((self.D * (self.E + 1),), value, dtype=dtype, device=self.device)
-
-    def at_slot_0(self, values: Tensor) -> Tensor:
-        """The entries of :meth:`by_slot` numbers that belong to no expert: a view, [D]."""
+    def no_expert(self, values: Tensor) -> Tensor:
+        """The values of the slots that belong to no expert: a view, [D]."""
         return values.view(self.D, self.E + 1)[:, 0]
 
-    def previous_uses(self) -> Tensor:
-        """The clock (1, 2, ... along a column) of the last access to the same expert, or 0: [T, K, D]."""
-        clock_XD = torch.arange(1, self.K + 1).repeat_interleave(self.D)
+    def previous_uses(self) -> tuple[Tensor, Tensor]:
+        """The clock (1, 2, ... along a column) of the last use of each access' expert before it, or 0: [T, K, D].
+
+        And that of the last use of all of each expert of each column, or 0: [D, E+1].
+        """
         dtype = fitting_dtype(self.T * self.K)
-        clock, step = clock_XD.to(self.device, dtype), torch.tensor(self.K, dtype=dtype, device=self.device)
-        last = self.by_slot(0, dtype)
+        clock_X = torch.arange(1, self.K + 1, dtype=dtype, device=self.device).repeat_interleave(self.D)
         previous = torch.empty(self.T, self.K * self.D, dtype=dtype, device=self.device)
+        last = torch.zeros(self.D * (self.E + 1), dtype=dtype, device=self.device)  # by slot
         for slots, out in zip(self.slots.unbind(0), previous.unbind(0), strict=False):
             torch.index_select(last, 0, slots, out=out)
-            last.scatter_(0, slots, clock)
-            clock.add_(step)
-        return previous.view(self.T, self.K, self.D)
+            last.scatter_(0, slots, clock_X)
+            clock_X += self.K
+        self.no_expert(last).zero_()
+        return previous.view(self.T, self.K, self.D), last.view(self.D, self.E + 1)
 
-    def next_uses(self, marks: Sequence[Tensor] | Sequence[int], never: int, out: Tensor) -> Tensor:
-        """Write the mark of the next access to each access' expert, or ``never``, to ``out``: [T', K*D].
+    def next_uses(self, marks: Sequence[Tensor] | Sequence[int], never: Tensor, out: Tensor) -> Tensor:
+        """Write the mark of the next access to the expert of each access of the T tokens to ``out``: [T', K*D].
 
-        ``marks`` has a number or a [K*D] tensor for each of the T tokens. Returns the number of experts that each
-        document uses: [D].
+        Args:
+            marks: for each of the T tokens a number or a [K*D] tensor.
+            never: [D, E+1], the marks for the last use of each expert.
+            out: where to write.
+
+        Returns:
+            [D, E+1], the marks of the first uses, and ``never`` where there is none.
         """
-        following = self.by_slot(never, out.dtype)
-        no_expert = self.at_slot_0(following)
-        out.fill_(never)
+        following = never.flatten().clone()
+        no_expert = self.no_expert(following)
         for t in range(self.T - 1, -1, -1):
             torch.index_select(following, 0, self.slots[t], out=out[t])
             following.scatter_(0, self.slots[t], marks[t])
-            no_expert.fill_(never)
-        return (following.view(self.D, self.E + 1) != never).sum(dim=1)
+            no_expert.copy_(never[:, 0])
+        return following.view(self.D, self.E + 1)
 
 
 class Priorities(ABC):
@@ -173,6 +171,7 @@ def _reused_below_top(priorities: Priorities, Q: int) -> Tensor:
         stack, other = other, stack
 
     reused: Tensor | int = 0
+    ne, maximum, minimum = torch.ne, torch.maximum, torch.minimum
     for first_token in range(0, c.T + tokens, tokens):
         for accesses in (old, carry):
             accesses[:in_flight] = accesses[B:].clone()
@@ -182,10 +181,10 @@ def _reused_below_top(priorities: Priorities, Q: int) -> Tensor:
                 if move is not None:
                     move()
                 reached_rows.copy_(at_token)
-                torch.ne(now, own, out=kept)
+                ne(now, own, out=kept)
                 now.mul_(kept)
-                torch.maximum(now, carried, out=after)
-                torch.minimum(now, carried, out=carried)
+                maximum(now, carried, out=after)
+                minimum(now, carried, out=carried)
             reused = priorities.due(reached) + reused
     assert isinstance(reused, Tensor)
     return reused.flip(0)
