@@ -13,6 +13,8 @@ from strategies import models, trace_of
 
 from consistency_reg.functional.balance import local_cv, overlap_rate, usage_balance, usage_counts
 from consistency_reg.functional.bootstrap import poisson_weights
+from consistency_reg.functional.cache import POLICIES, cache_hit_counts, cache_hit_rate
+from consistency_reg.functional.sch import sch
 from consistency_reg.functional.specialization import (
     domain_specialization,
     grouped_usage,
@@ -21,7 +23,13 @@ from consistency_reg.functional.specialization import (
     vocabulary_specialization,
 )
 from consistency_reg.functional.srp import srp
-from consistency_reg.metrics import ExpertSpecialization, RoutingBalance, SegmentRoutingPerformance
+from consistency_reg.metrics import (
+    CacheHitRate,
+    ExpertSpecialization,
+    RoutingBalance,
+    SegmentCacheHitRate,
+    SegmentRoutingPerformance,
+)
 from consistency_reg.metrics.resampled import ResampledMetric
 from consistency_reg.routing import RoutingTrace
 
@@ -61,19 +69,20 @@ def what_else(metric, trace):
 
 
 def assert_equal_values(found, expected):
-    """Equal to the last bit, but for the one quantity whose state is a sum of reals."""
+    """Equal to the last bit, but for the quantities whose state is a sum of reals."""
     assert found.keys() == expected.keys()
     for name in expected:
-        if name.startswith("local_cv"):
-            assert float(found[name]) == pytest.approx(float(expected[name]), rel=1e-12)
-        else:
-            assert torch.equal(found[name], expected[name]), name
+        tolerance = 1e-12 if name.startswith("local_cv") or "_rho" in name else 0
+        assert float(found[name]) == pytest.approx(float(expected[name]), abs=tolerance, rel=0), name
 
 
 METRICS = {
     "srp": lambda trace: SegmentRoutingPerformance.from_trace(trace, (2, 6), replicates=20),
     "balance": lambda trace: RoutingBalance.from_trace(trace, (3, 8)),
     "specialization": lambda trace: ExpertSpecialization.from_trace(trace, 3, 20, segment_length=4, favourites=2),
+    "sch": lambda trace: SegmentCacheHitRate.from_trace(trace, (2, 6), shared=True, replicates=20),
+    "lru": lambda trace: CacheHitRate.from_trace(trace, "lru", replicates=20),
+    "fixed": lambda trace: CacheHitRate.from_trace(trace, "fixed", shared=True, replicates=20),
 }
 every_metric = pytest.mark.parametrize("make", METRICS.values(), ids=METRICS.keys())
 
@@ -124,6 +133,14 @@ def test_a_checkpoint_goes_on_where_it_stopped(make):
 
 
 @every_metric
+def test_the_precision_of_the_module_around_changes_nothing(make):
+    trace = random_trace()
+    first, second = batches(trace, [7, 5])
+    module = torch.nn.ModuleDict({"metric": updated(make(trace), [first])}).to(torch.bfloat16).half()
+    assert_equal_values(updated(module["metric"], [second]).compute(), updated(make(trace), [trace]).compute())
+
+
+@every_metric
 def test_reset_forgets_everything(make):
     trace = random_trace()
     metric = updated(make(trace), [random_trace(seed=1)])
@@ -144,10 +161,10 @@ def test_inference_mode_may_come_and_go(make):
     assert_equal_values(metric.compute(), updated(make(trace), [trace] * 3).compute())
 
 
-@every_metric
-def test_update_never_waits_for_the_device(make):
+@pytest.mark.parametrize("name", ["srp", "balance", "specialization"])
+def test_update_never_waits_for_the_device(name):
     trace = random_trace()
-    metric = make(trace).to("meta")  # a meta tensor has no values to read
+    metric = METRICS[name](trace).to("meta")  # a meta tensor has no values to read
     ids = [layer.to("meta") for layer in trace.expert_ids]
     valid, document_ids = trace.valid.to("meta"), trace.document_ids.to("meta")
     updated(metric, [RoutingTrace(ids, trace.num_experts, valid=valid, document_ids=document_ids)])
@@ -279,6 +296,63 @@ def test_a_long_update_is_the_sum_of_its_parts():
     whole = updated(SegmentRoutingPerformance.from_trace(trace, 4, replicates=5), [trace])
     parts = updated(SegmentRoutingPerformance.from_trace(trace, 4, replicates=5), batches(trace, [300, 250, 50]))
     assert_equal_values(whole.compute(), parts.compute())
+
+
+# --- caches
+
+
+def whole_data(name, ids, experts, trace):
+    """The function that a metric of this name stands for, on one cache."""
+    if name.startswith("sch"):
+        return sch(ids, experts, int(name.removeprefix("sch_m")), trace.valid, trace.document_ids)
+    return cache_hit_rate(ids, experts, name, trace.valid, trace.document_ids)
+
+
+@settings(max_examples=40, deadline=None)
+@given(models(max_tokens=8), st.sampled_from(["sch_m3", *POLICIES]), st.integers(1, 3))
+def test_hit_rates_of_batches_equal_the_functions_on_the_whole(layers, name, size):
+    trace = trace_of(layers)
+    if not trace.valid.any():
+        return
+    experts = [layer.num_experts for layer in layers]
+    make = CacheHitRate if name in POLICIES else SegmentCacheHitRate
+    metric = make(experts, name if name in POLICIES else 3, shared=True, cache_ratios=(0.5, 1, 2, 100))
+    updated(metric, batches(trace, size))
+    model = metric.results() if name in POLICIES else metric.results()[3]
+    for found, layer in zip(model.layers, layers, strict=True):
+        expected = whole_data(name, layer.expert_ids, layer.num_experts, trace)
+        assert found.hit_rate.tolist() == pytest.approx(expected.tolist(), abs=1e-12)
+        assert found.top_k == layer.expert_ids.shape[-1]
+    expected = whole_data(name, trace.expert_ids, experts, trace)
+    assert model.shared.hit_rate.tolist() == pytest.approx(expected.tolist(), abs=1e-12)
+    scalars = metric.compute()
+    assert float(scalars[f"{name}_rho100"]) == pytest.approx(
+        sum(float(x.hit_rate[-1]) for x in model.layers) / len(layers)
+    )
+    assert float(scalars[f"{name}_rho1_shared"]) == float(model.shared.hit_rate[model.shared.top_k - 1])
+
+
+def test_intervals_of_hit_rates_are_those_of_resampled_documents():
+    trace = random_trace(rows=9)
+    metric = CacheHitRate.from_trace(trace, "lru", cache_ratios=(2,), replicates=30, seed=5)
+    results = updated(metric, batches(trace, 4)).results()
+    weights = poisson_weights(torch.arange(9), 30, 5).double()
+    replicates = []
+    for found, layer in zip(results.layers, trace, strict=True):
+        counts = cache_hit_counts(layer.expert_ids, layer.num_experts, "lru", trace.valid, trace.document_ids)
+        drawn_RD = weights[:, counts.rows]
+        replicates.append((drawn_RD @ counts.hit_rate / drawn_RD.sum(dim=1, keepdim=True)).numpy())
+        expected = np.quantile(replicates[-1], [0.025, 0.975], axis=0).T
+        assert found.interval.numpy() == pytest.approx(expected, abs=1e-12)
+    mean = (replicates[0][:, 2 * 2 - 1] + replicates[1][:, 2 * 1 - 1]) / 2
+    assert results.intervals[2].tolist() == pytest.approx(list(np.quantile(mean, [0.025, 0.975])), abs=1e-12)
+
+
+def test_bad_cache_options_are_named():
+    with pytest.raises(ValueError, match="policy must be one of"):
+        CacheHitRate(4, policy="random")
+    with pytest.raises(ValueError, match="cache_ratios must be positive numbers"):
+        SegmentCacheHitRate(4, cache_ratios=(0, 1))
 
 
 # --- balance and specialization

@@ -36,19 +36,20 @@ def resampled_sums(statistic: Tensor, sequence_index: Tensor, replicates: int, s
     """The sum over sequences of a statistic in every replicate.
 
     Args:
-        statistic: [N, ...] integers, one entry for each sequence.
+        statistic: [N, ...], one entry for each sequence; integers or float64.
         sequence_index: [N] int64, the number of each sequence in the data set.
         replicates: R.
         seed: of the weights.
 
     Returns:
-        [R, ...] int64, exact while sums stay below 2^53.
+        [R, ...] in the dtype of the statistic; integers are exact while sums over 256 sequences stay below 2^53.
     """
     flat = statistic.flatten(1)
-    total = torch.zeros(replicates, flat.shape[1], dtype=torch.float64, device=statistic.device)
+    total = torch.zeros(replicates, flat.shape[1], dtype=statistic.dtype, device=statistic.device)
     for part, index in zip(flat.split(CHUNK_SEQUENCES), sequence_index.split(CHUNK_SEQUENCES), strict=True):
-        total += poisson_weights(index, replicates, seed).double() @ part.double()
-    return total.long().view(replicates, *statistic.shape[1:])
+        drawn = poisson_weights(index, replicates, seed).double() @ part.double()  # integers have no fast product
+        total += drawn.to(total.dtype)
+    return total.view(replicates, *statistic.shape[1:])
 
 
 def percentile_interval(replicates: Tensor, level: float = 0.95) -> Tensor:

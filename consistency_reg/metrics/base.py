@@ -1,6 +1,6 @@
 """What all routing metrics share: the layers that they expect, and results in full and as scalars to log."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, Self
 
@@ -83,6 +83,11 @@ class RoutingMetric(Metric):
     def _add(self, name: str, value: Tensor | int) -> None:
         # Out of place: a state that was made in inference mode may not be written to outside of it.
         setattr(self, name, getattr(self, name) + value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
+        # Follow the module around to its device, but never to its precision: sums must stay exact.
+        super()._apply(lambda state: state.to(fn(state.new_empty(0)).device), *args, **kwargs)
+        return self
 
     def _check(self, trace: RoutingTrace) -> None:
         if not isinstance(trace, RoutingTrace):

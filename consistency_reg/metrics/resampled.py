@@ -11,8 +11,6 @@ from consistency_reg.functional.bootstrap import resampled_sums
 from consistency_reg.metrics.base import RoutingMetric
 from consistency_reg.routing import RoutingTrace
 
-CHUNK_SEQUENCES = 256  # worked on at a time: bounds the memory of one update
-
 
 class ResampledMetric(RoutingMetric):
     """Base of the metrics that have 95% intervals from a Poisson bootstrap over sequences, in the same pass.
@@ -30,6 +28,7 @@ class ResampledMetric(RoutingMetric):
         options: see :class:`~consistency_reg.metrics.base.RoutingMetric`.
     """
 
+    chunk_sequences = 256  # worked on at a time: bounds the memory of one update
     sequences: Tensor
 
     def __init__(self, num_experts: int | Sequence[int], *, replicates: int = 0, seed: int = 0, **options: Any) -> None:
@@ -67,8 +66,8 @@ class ResampledMetric(RoutingMetric):
             found = f"{list(sequence_index.shape)} {sequence_index.dtype}"
             raise ValueError(f"sequence_index must be [B] = [{B}] int64, got {found}")
         self._add("sequences", B)
-        for first in range(0, B, CHUNK_SEQUENCES):
-            rows = slice(first, first + CHUNK_SEQUENCES)
+        for first in range(0, B, self.chunk_sequences):
+            rows = slice(first, first + self.chunk_sequences)
             yield _rows(trace, rows), sequence_index[rows]
 
     def _resampled(self, statistic: Tensor, sequence_index: Tensor) -> Tensor:
