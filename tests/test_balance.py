@@ -9,25 +9,28 @@ from reference import cv_oracle, local_cv_oracle, overlap_oracle, usage_oracle
 from strategies import routings
 
 from consistency_reg.functional.balance import (
+    _segment_usage,
+    _segments,
     document_ends,
     local_cv,
-    local_cv_mean,
+    local_cv_means,
     overlap_mean,
     overlap_rate,
     usage_balance,
     usage_counts,
 )
+from consistency_reg.functional.segments import active_experts, document_positions
 
 
 def assert_equals_oracle(routing, m, chunk_tokens):
     ids, E = routing.expert_ids, routing.num_experts
     usage = usage_oracle(ids.numpy(), E, routing.valid.numpy())
     assert usage_counts(ids, E, routing.valid).tolist() == usage.tolist()
+    means = local_cv_means(ids, E, (m, None), **routing.masks, chunk_tokens=chunk_tokens)
     for length in (m, None):
         expected = local_cv_oracle(ids.numpy(), E, length, *routing.arrays)
         assert float(local_cv(ids, E, length, **routing.masks)) == pytest.approx(expected, abs=1e-12)
-        chunked = local_cv_mean(ids, E, length, **routing.masks, chunk_tokens=chunk_tokens)
-        assert float(chunked.value) == pytest.approx(expected, abs=1e-12)
+        assert float(means[length].value) == pytest.approx(expected, abs=1e-12)
     shared, accesses = overlap_oracle(ids.numpy(), *routing.arrays)
     overlap = overlap_mean(ids, E, **routing.masks, chunk_tokens=chunk_tokens)
     assert (int(overlap.total), int(overlap.count)) == (shared, accesses)
@@ -87,9 +90,24 @@ def test_counting_never_reads_the_device():
     ids = torch.zeros(2, 6, 2, dtype=torch.int64, device="meta")  # a meta tensor has no values to read
     valid = torch.ones(2, 6, dtype=torch.bool, device="meta")
     assert usage_counts(ids, 4, valid).shape == (4,)
-    assert local_cv_mean(ids, 4, 2, valid).value.shape == ()
-    assert local_cv_mean(ids, 4, None, valid).value.shape == ()
+    assert local_cv_means(ids, 4, (2, None), valid)[2].value.shape == ()
     assert overlap_mean(ids, 4, valid).value.shape == ()
+
+
+@settings(max_examples=50, deadline=None)
+@given(routings(), st.integers(1, 8))
+def test_the_device_path_counts_as_the_cpu_path(routing, m):
+    active = active_experts(routing.expert_ids, routing.num_experts, routing.valid)
+    before = torch.nn.functional.pad(active.cumsum(dim=1), (0, 0, 1, 0))
+    positions = document_positions(routing.valid.shape, **routing.masks)
+    for length in (m, None):
+        segments = _segments(positions, length)
+        selected = _segment_usage(before, *segments)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("consistency_reg.functional.balance._may_wait", lambda tensor: False)
+            everywhere = _segment_usage(before, *segments)
+        assert torch.equal(everywhere[segments[0].flatten()], selected)
+        assert int(everywhere.sum()) == int(selected.sum())
 
 
 def test_bad_input_is_named():

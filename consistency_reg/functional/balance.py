@@ -4,6 +4,7 @@ Global balance can coexist with consistency, local balance cannot (arXiv 2505.16
 K active of E routed experts of one layer.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,38 +114,38 @@ def local_cv(
         (0.0, 0.667)
     """
     check_expert_ids(expert_ids, num_experts, valid)
-    return local_cv_mean(expert_ids, num_experts, segment_length, valid, document_ids).value
+    return local_cv_means(expert_ids, num_experts, [segment_length], valid, document_ids)[segment_length].value
 
 
-def local_cv_mean(
+def local_cv_means(
     expert_ids: Tensor,
     num_experts: int,
-    segment_length: int | None = None,
+    segment_lengths: Sequence[int | None],
     valid: Tensor | None = None,
     document_ids: Tensor | None = None,
     *,
     chunk_tokens: int = CHUNK_TOKENS,
-) -> Mean:
-    """:func:`local_cv` as a sum and a count that add up over batches. The host waits for no device."""
-    if segment_length is not None and segment_length < 1:
-        raise ValueError(f"segment_length must be at least 1 token or None for whole documents, got {segment_length}")
+) -> dict[int | None, Mean]:
+    """:func:`local_cv` for several m in one pass, as sums and counts that add up over batches.
+
+    On CUDA the host does not wait, so ids are not checked.
+    """
+    for m in segment_lengths:
+        if m is not None and m < 1:
+            raise ValueError(f"segment_length must be at least 1 token or None for whole documents, got {m}")
     check_id_shape(expert_ids, num_experts)
     B, T, _ = expert_ids.shape
     check_masks((B, T), valid, document_ids)
-    position_BT = document_positions((B, T), valid, document_ids, device=expert_ids.device)
-    total = torch.zeros((), dtype=torch.float64, device=expert_ids.device)
-    count = torch.zeros((), dtype=torch.int64, device=expert_ids.device)
+    device = expert_ids.device
+    position_BT = document_positions((B, T), valid, document_ids, device=device)
+    totals = {m: torch.zeros((), dtype=torch.float64, device=device) for m in segment_lengths}
+    sum_dtype = torch.int16 if T < 2**15 else torch.int32
     for chunk in _row_chunks(B, T, chunk_tokens):
         active_BTE = active_experts(expert_ids[chunk], num_experts, None if valid is None else valid[chunk])
-        position = position_BT[chunk]
-        if segment_length is None:
-            ends, length = document_ends(position), position + 1
-        else:
-            ends, length = window_ends(position, segment_length), torch.full_like(position, segment_length)
-        cv_BT = _cv(_usage_up_to(active_BTE, length.where(ends, 0)))
-        total += cv_BT.where(ends, 0.0).sum()
-        count += ends.sum()
-    return Mean(total, count)
+        before_BTE = pad(active_BTE.cumsum(dim=1, dtype=sum_dtype), (0, 0, 1, 0))  # [B, T+1, E]
+        for m in segment_lengths:
+            totals[m] += _cv(_segment_usage(before_BTE, *_segments(position_BT[chunk], m))).sum()
+    return {m: Mean(totals[m], _segments(position_BT, m)[0].sum()) for m in segment_lengths}
 
 
 def overlap_rate(
@@ -196,15 +197,30 @@ def _row_chunks(B: int, T: int, chunk_tokens: int) -> list[slice]:
     return [slice(first, first + rows) for first in range(0, B, rows)]
 
 
-def _usage_up_to(active_BTE: Tensor, length_BT: Tensor) -> Tensor:
-    """Usage over the ``length`` tokens that end at each token: [B, T, E] int32."""
-    B, T, _ = active_BTE.shape
-    before_BTE = pad(active_BTE.cumsum(dim=1, dtype=torch.int32), (0, 0, 1, 0))  # [B, T+1, E]
-    token_BT = torch.arange(B * (T + 1), device=active_BTE.device).view(B, T + 1)[:, 1:]  # in before_BTE, flattened
-    return before_BTE[:, 1:] - before_BTE.flatten(0, 1)[token_BT - length_BT]  # whole rows: faster than a gather
+def _segments(position_BT: Tensor, segment_length: int | None) -> tuple[Tensor, Tensor]:
+    """Where segments end, [B, T] bool, and how many tokens a segment that ends there has, [B, T]."""
+    if segment_length is None:
+        return document_ends(position_BT), position_BT + 1
+    return window_ends(position_BT, segment_length), torch.full_like(position_BT, segment_length)
+
+
+def _segment_usage(before_BTE: Tensor, ends_BT: Tensor, length_BT: Tensor) -> Tensor:
+    """Usage within each segment, [S, E], from that of the tokens before each place of a row, [B, T+1, E]."""
+    before_SE = before_BTE.flatten(0, 1)
+    after_BT = torch.arange(len(before_SE), device=before_SE.device).view(before_BTE.shape[:2])[:, 1:]
+    if _may_wait(before_SE):
+        after_S, length_S = after_BT[ends_BT], length_BT[ends_BT]
+    else:  # to select the ends would make the host wait: take every token, with an empty segment where none ends
+        after_S, length_S = after_BT.flatten(), length_BT.where(ends_BT, 0).flatten()
+    return before_SE[after_S] - before_SE[after_S - length_S]
+
+
+def _may_wait(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _cv(usage: Tensor) -> Tensor:
     """CV over the last dimension, from exact sums; 0 where nothing is used."""
-    squares, total = usage.double().square().sum(dim=-1), usage.sum(dim=-1)
-    return (usage.shape[-1] * squares / total.double().square().clamp_min(1)).sub(1).clamp_min(0).sqrt()
+    usage = usage.double()
+    squares, total = usage.square().sum(dim=-1), usage.sum(dim=-1)
+    return (usage.shape[-1] * squares / total.square().clamp_min(1)).sub(1).clamp_min(0).sqrt()

@@ -10,7 +10,7 @@ from torch import Tensor
 from consistency_reg.functional.balance import (
     Mean,
     UsageBalance,
-    local_cv_mean,
+    local_cv_means,
     overlap_mean,
     usage_balance,
     usage_counts,
@@ -75,8 +75,9 @@ class RoutingBalance(RoutingMetric):
         self._add_sum("overlap_shared", layers)
         self._add_sum("overlap_accesses", layers)
         for m in self.segments:
-            self._add_sum(f"cv_total_{m}", layers, dtype=torch.float64)
-            self._add_sum(f"cv_count_{m}", layers)
+            total, count = _cv_states(m)
+            self._add_sum(total, layers, dtype=torch.float64)
+            self._add_sum(count, layers)
 
     def update(self, trace: RoutingTrace) -> None:
         """Count a batch. On a GPU the host does not wait."""
@@ -86,8 +87,9 @@ class RoutingBalance(RoutingMetric):
         self._add("tokens", trace.valid_mask.sum())
         self._add("usage", torch.cat([usage_counts(*layer, trace.valid) for layer in ids]))
         self._add_means("overlap_shared", "overlap_accesses", [overlap_mean(*layer, *masks) for layer in ids])
+        local = [local_cv_means(*layer, self.segments, *masks) for layer in ids]
         for m in self.segments:
-            self._add_means(f"cv_total_{m}", f"cv_count_{m}", [local_cv_mean(*layer, m, *masks) for layer in ids])
+            self._add_means(*_cv_states(m), [layer[m] for layer in local])
 
     def plot(self, val: ModelBalance | None = None, ax: Any = None) -> Any:
         """CV of usage by layer, global against local: what consistency needs is the gap. -> (figure, axes)."""
@@ -110,9 +112,7 @@ class RoutingBalance(RoutingMetric):
         return ModelBalance(
             layers=tuple(usage_balance(layer, self.tokens) for layer in usage),
             usage=tuple(layer / self.tokens.clamp_min(1).double() for layer in usage),
-            local_cv={
-                m: Mean(getattr(self, f"cv_total_{m}"), getattr(self, f"cv_count_{m}")).value for m in self.segments
-            },
+            local_cv={m: Mean(*(getattr(self, state) for state in _cv_states(m))).value for m in self.segments},
             overlap=Mean(self.overlap_shared, self.overlap_accesses).value,
         )
 
@@ -128,8 +128,16 @@ class RoutingBalance(RoutingMetric):
             "balance_min_share": min_share.min(),
             "overlap": results.overlap.mean(),
         }
-        local = {f"local_cv_{f'm{m}' if m else 'document'}": value.mean() for m, value in results.local_cv.items()}
+        local = {f"local_cv_{_label(m)}": value.mean() for m, value in results.local_cv.items()}
         layers = {"balance_cv": cv, "balance_min_share": min_share, "overlap": results.overlap}
         for name, values in layers.items():
             local |= self._by_layer(name, values)
         return model | local
+
+
+def _label(segment_length: int | None) -> str:
+    return "document" if segment_length is None else f"m{segment_length}"
+
+
+def _cv_states(segment_length: int | None) -> tuple[str, str]:
+    return f"cv_total_{_label(segment_length)}", f"cv_count_{_label(segment_length)}"

@@ -36,6 +36,10 @@ class CacheHitRates:
         """The hit rate with ``ratio * top_k`` slots."""
         return self.hit_rate[self.slots(ratio) - 1]
 
+    def at_share(self, share: float) -> Tensor:
+        """The hit rate with ``share`` of all experts in the cache, rounded to whole slots, at least one."""
+        return self.hit_rate[max(round(share * len(self.hit_rate)), 1) - 1]
+
 
 @dataclass(frozen=True)
 class ModelHitRates:
