@@ -1,0 +1,1 @@
+"""Small MoE language models, their text and their training; needs the extras `lightning` and `transformers`."""
