@@ -1,18 +1,21 @@
-"""Lightning callbacks: one adds the consistency term to any LightningModule's loss, one measures routing at validation."""
+"""Lightning callbacks: one adds the consistency term to a module's loss, one measures routing at validation."""
 
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
 from consistency_reg.capture import RouterAdapter, RouterCapture
 from consistency_reg.losses import LocalConsistencyLoss, RoutingLoss
 from consistency_reg.losses.consistency import check_segment_lengths
-from consistency_reg.metrics import RoutingBalance, SegmentRoutingPerformance
+from consistency_reg.metrics import CacheHitRate, RoutingBalance, SegmentRoutingPerformance
+from consistency_reg.metrics.hit_rates import ModelHitRates
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
 
@@ -178,9 +181,11 @@ class ConsistencyRegularizer(Callback):
 class RoutingMonitor(Callback):
     """Measures routing at validation, for each dataloader (domain) and over all, and logs it under ``val/``.
 
-    Logs what the metrics of :mod:`consistency_reg.metrics` compute: ``val/srp/m16``, ``val/rho_hat/m16``,
-    ``val/static_srp``, ``val/local_gain/m16``, ``val/cache/lru_2k``, ``val/overlap``, ``val/balance/cv`` and so on, each
-    with ``/layer_00``, ... below it, and ``/<domain>`` for SRP. The sanity check of a trainer is not measured.
+    Of the model: ``srp/m16``, ``rho_hat/m16``, ``threshold/m16``, ``local_gain/m16``, ``static_srp``, ``overlap``,
+    ``cache/lru_k``, ``cache/lru_2k``, ``cache/lru_25pct`` (hit rates), ``balance/cv``, ``balance/sd``,
+    ``balance/max_mean``, ``balance/min_share``, ``balance/local_cv/m16``. Of each layer: the same with ``/layer_00``
+    behind, for SRP, caches, global balance and overlap. Of each domain, if there are several: SRP, with the domain's
+    name behind. What they mean: :mod:`consistency_reg.metrics`. The sanity check of a trainer is not measured.
 
     Args:
         segment_lengths: m of SRP and of local balance.
@@ -243,15 +248,19 @@ class RoutingMonitor(Callback):
         self._release()
         names = domain_names(trainer)
         domains, self._domains = self._domains, {}
+        values = {}
         if len(domains) > 1:
             for index, metrics in domains.items():
                 srp = metrics["srp"].compute()
-                pl_module.log_dict({f"val/{key}/{names[index]}": value for key, value in srp.items() if "layer" not in key})
+                values |= {f"{_log_name(key)}/{names[index]}": srp[key] for key in srp if "layer" not in key}
         total, *others = domains.values()
         for other in others:
             for name, metric in total.items():
                 metric.merge_state(other[name])
-        pl_module.log_dict({f"val/{key}": value for key, value in total.compute().items()})
+        for name in ("srp", "balance"):
+            values |= {_log_name(key): value for key, value in total[name].compute().items()}
+        values |= self._cache_values(total["lru"].results())
+        pl_module.log_dict({f"val/{key}": value.float() for key, value in values.items()})
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the model."""
@@ -262,12 +271,33 @@ class RoutingMonitor(Callback):
             {
                 "srp": SegmentRoutingPerformance.from_trace(trace, self.segment_lengths),
                 "balance": RoutingBalance.from_trace(trace, self.segment_lengths),
+                "lru": CacheHitRate.from_trace(trace, "lru", shared=False),
             },
             compute_groups=False,
         )
+
+    def _cache_values(self, rates: ModelHitRates) -> dict[str, Tensor]:
+        """Hit rate by cache size: slots as a multiple of K, or as a share of the experts."""
+        at = {f"lru_{'' if ratio == 1 else f'{ratio:g}'}k": ratio for ratio in self.cache_ratios}
+        by_layer = {name: [layer.at(ratio) for layer in rates.layers] for name, ratio in at.items()}
+        for share in self.cache_shares:
+            by_layer[f"lru_{100 * share:g}pct"] = [layer.at_share(share) for layer in rates.layers]
+        values = {}
+        for name, layers in by_layer.items():
+            values[f"cache/{name}"] = torch.stack(layers).mean()
+            values |= {f"cache/{name}/layer_{index:02d}": rate for index, rate in enumerate(layers)}
+        return values
 
     def _release(self) -> None:
         self._recording.close()
         if self._capture is not None:
             self._capture.detach()
             self._capture = None
+
+
+def _log_name(key: str) -> str:
+    """From a metric's key to a name that loggers group: ``srp_m16_layer_00`` -> ``srp/m16/layer_00``."""
+    key = re.sub(r"_(layer_\d+)$", r"/\1", key)
+    key = re.sub(r"_(m\d+|document)(/|$)", r"/\1\2", key)
+    key = key.replace("max_over_mean", "max_mean").replace("size_ratio", "rho_hat")
+    return key.replace("local_cv", "balance/local_cv").replace("balance_", "balance/")

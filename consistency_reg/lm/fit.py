@@ -1,14 +1,18 @@
 """``consistency-reg fit``: train one recipe into one run folder, through LightningCLI."""
 
+import argparse
+import inspect
 import netrc
 import os
 import secrets
 import shlex
-import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from consistency_reg.optional import require
 
@@ -21,9 +25,11 @@ with require("lightning"):
 
 from consistency_reg.callbacks import ConsistencyRegularizer, RoutingMonitor
 from consistency_reg.lm.data import TextDataModule
-from consistency_reg.lm.model import count_parameters
+from consistency_reg.lm.model import count_parameters, small_moe
 from consistency_reg.lm.module import CausalMoE
 from consistency_reg.lm.run import RunProgress, git_commit, package_versions, write_json
+
+DEFAULTS = Path(__file__).with_name("defaults.yaml")
 
 
 class RecipeCLI(LightningCLI):
@@ -40,9 +46,6 @@ class RecipeCLI(LightningCLI):
         parser.add_argument("--wandb_project", type=str, default="consistency-reg", help="empty for no wandb")
         parser.add_argument("--checkpoint_every", type=int, default=50, help="optimizer steps between two checkpoints")
         parser.link_arguments("seed_everything", "data.seed")
-        parser.link_arguments("seed_everything", "model.model.init_args.seed")
-        parser.link_arguments("data.vocab_size", "model.model.init_args.vocab_size")
-        parser.link_arguments("data.sequence_length", "model.model.init_args.context_length")
 
     def before_instantiate_classes(self) -> None:
         """Refuse what could only fail later, and a folder that holds another run."""
@@ -54,11 +57,26 @@ class RecipeCLI(LightningCLI):
                 "segment_lengths of consistency.loss and monitor must not exceed the context, "
                 f"data.sequence_length={config.data.sequence_length}, got {sorted(set(lengths))}"
             )
-        claim_folder(Path(config.run_dir), self.parser.dump(config, skip_none=False))
+        self._let_the_model_follow()
+
+    def _let_the_model_follow(self) -> None:
+        """Give a model that is built from scratch the seed, vocabulary and context of the recipe (jsonargparse cannot
+        link into the arguments of a function)."""
+        arguments = self.config.model.model.get("init_args", {})
+        follows = {"seed": "seed_everything", "vocab_size": "data.vocab_size", "context_length": "data.sequence_length"}
+        defaults = inspect.signature(small_moe).parameters
+        for name, source in follows.items():
+            if name not in arguments:
+                continue
+            value = self.config[source]
+            if arguments[name] not in (value, defaults[name].default):
+                raise ValueError(f"model.model.init_args.{name} follows from {source}={value}, got {arguments[name]}")
+            arguments[name] = value
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The recipe's trainer, with the loggers, checkpoints and progress of a run folder."""
         run_dir = Path(self.config.run_dir)
+        claim_folder(run_dir, self.parser.dump(self.config, skip_none=False))
         self.progress = RunProgress(run_dir)
         checkpoints = ModelCheckpoint(
             run_dir / "checkpoints",
@@ -70,6 +88,34 @@ class RecipeCLI(LightningCLI):
         self.trainer_defaults["callbacks"] = [checkpoints, self.progress]
         kwargs = {"logger": run_loggers(run_dir, self.config.wandb_project), "default_root_dir": str(run_dir)} | kwargs
         return super().instantiate_trainer(**kwargs)
+
+
+class CheckOnly(RecipeCLI):
+    """Builds model, data and callbacks without their weights and text, for the checks in their constructors."""
+
+    def instantiate_classes(self) -> None:
+        """All but the trainer."""
+        with torch.device("meta"):
+            self.parser.instantiate_classes(
+                {key: self.config[key] for key in ("model", "data", "consistency", "monitor")}
+            )
+
+
+def check_config(argv: Sequence[str]) -> None:
+    """Raise ValueError if ``consistency-reg fit`` would refuse these arguments; nothing is built or written."""
+    _parse(CheckOnly, argv)
+
+
+def _parse(cli: type[RecipeCLI], argv: Sequence[str]) -> RecipeCLI:
+    options = {"prog": "consistency-reg fit", "default_config_files": [str(DEFAULTS)], "exit_on_error": False}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        try:
+            return cli(
+                CausalMoE, TextDataModule, args=list(argv), run=False, save_config_callback=None, parser_kwargs=options
+            )
+        except argparse.ArgumentError as error:
+            raise ValueError(str(error)) from error
 
 
 def claim_folder(run_dir: Path, config: str) -> None:
@@ -114,35 +160,23 @@ def wandb_login_found() -> bool:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train (or go on with) the run that ``argv`` describes; 0 when it is finished.
+    """Train, or go on with, the run that ``argv`` describes; 0 when it is finished.
 
     Raises:
         ValueError: the recipe cannot be trained; nothing has been trained then.
     """
-    cli = RecipeCLI(
-        CausalMoE,
-        TextDataModule,
-        args=list(argv),
-        run=False,
-        seed_everything_default=0,
-        save_config_callback=None,
-        parser_kwargs={"prog": "consistency-reg fit"},
-    )
+    cli = _parse(RecipeCLI, argv)
     run_dir = Path(cli.config.run_dir)
     if (run_dir / "result.json").exists():
         print(f"{run_dir} is finished: see {run_dir / 'result.json'}")
         return 0
     began = time.time()
     last = run_dir / "checkpoints" / "last.ckpt"
-    try:
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last if last.exists() else None)
-    except SystemExit:  # how Lightning ends a fit that Ctrl-C stopped, after it has saved a checkpoint
-        if not cli.trainer.interrupted:
-            raise
-        print(f"interrupted: the same command goes on from {last}", file=sys.stderr)
-        return 130
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last if last.exists() else None)
     cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
     if cli.trainer.is_global_zero:
+        cli.model.model.save_pretrained(run_dir / "model")
+        cli.datamodule.tokenizer.save_pretrained(run_dir / "model")
         write_json(run_dir / "result.json", _result(cli, run_dir, argv, time.time() - began))
     return 0
 
@@ -155,7 +189,7 @@ def _result(cli: RecipeCLI, run_dir: Path, argv: Sequence[str], seconds: float) 
         "command": shlex.join(["consistency-reg", "fit", *argv]),
         "git_commit": git_commit(),
         "versions": package_versions(),
-        "corpus": cli.datamodule.sha256,
+        "corpus": cli.datamodule.corpus_sha256,
         "parameters": {"total": total, "active": active},
         "steps": cli.trainer.global_step,
         "tokens": cli.progress.tokens,

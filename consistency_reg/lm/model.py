@@ -21,10 +21,10 @@ def small_moe(
 ) -> PreTrainedModel:
     """A decoder whose every layer is a mixture of experts, with or without shared experts.
 
-    One architecture (GraniteMoeShared: SwiGLU experts, softmax over the chosen experts' logits) serves both sides of the
-    shared-expert question. Shared experts take the place of routed ones, as in arXiv 2505.16056: 64 experts of which 8
-    are active become 63/7 + 1 shared or 62/6 + 2 shared, so total and active parameters stay equal up to the router's
-    rows.
+    One architecture (GraniteMoeShared: SwiGLU experts, softmax over the chosen experts' logits) serves both sides of
+    the shared-expert question. Shared experts take the place of routed ones, as in arXiv 2505.16056: 64 experts of
+    which 8 are active become 63/7 + 1 shared or 62/6 + 2 shared, so total and active parameters stay equal up to the
+    router's rows.
 
     Args:
         vocab_size: tokens of the vocabulary; embeddings are tied.
@@ -36,8 +36,8 @@ def small_moe(
         top_k: experts that work on a token, shared ones included.
         shared_experts: how many of them are always on instead of routed.
         context_length: longest row.
-        seed: of the initial weights, drawn for each parameter by its name: two models share every parameter whose name
-            and shape agree.
+        seed: of the initial weights, drawn for each parameter by its name: two models share every parameter whose
+            name and shape agree.
 
     Raises:
         ValueError: no expert or no choice is left to the router.
@@ -73,10 +73,10 @@ def small_moe(
 
 @torch.no_grad()
 def initialize_by_name(model: nn.Module, *, std: float, seed: int) -> None:
-    """Draw every weight matrix from N(0, std) with a generator of its own, seeded by ``seed`` and the parameter's name."""
+    """Draw every weight matrix from N(0, std) by a generator of its own, seeded by ``seed`` and the parameter's name."""
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
-            continue  # norms start at one, biases at zero
+        if parameter.dim() < 2 or parameter.is_meta:
+            continue  # norms start at one, biases at zero; a model on the meta device has no weights to draw
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))

@@ -1,50 +1,14 @@
 """The folder of a run: how far it is (progress.json) and, once it is finished, what came out (result.json)."""
 
-import json
-import os
-import subprocess
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-PACKAGES = ("consistency-reg", "torch", "lightning", "transformers", "torchmetrics", "datasets", "tokenizers", "wandb")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write so that a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1, default=str))
-    temporary.replace(path)
-
-
-def git_commit() -> str:
-    """The commit of the checkout that this package runs from, "+changes" when its tree differs; "" outside of one."""
-    here = Path(__file__).parent
-
-    def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *args], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(here))
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide a result; those not installed are left out."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+from consistency_reg.files import write_json as write_json
+from consistency_reg.provenance import git_commit as git_commit
+from consistency_reg.provenance import package_versions as package_versions
 
 
 class RunProgress(Callback):
