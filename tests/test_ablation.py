@@ -330,3 +330,57 @@ def test_the_remaining_time_counts_waiting_cells_and_jobs(folder):
     states[1] = CellState(cells[1], status="running", share=0.75, pace=90.0, set_up=10.0)
     assert remaining_seconds(states, 1) == pytest.approx(22.5 + 200)
     assert remaining_seconds(states, 2) == pytest.approx((22.5 + 200) / 2)
+
+
+TINY = {
+    "data": {"domains": ["math"], "corpus_bytes": 60_000, "vocab_size": 300, "sequence_length": 32, "batch_size": 2},
+    "model": {
+        "model": {"init_args": {"hidden_size": 16, "num_layers": 1, "num_experts": 4, "top_k": 2, "num_heads": 2}}
+    },
+    "trainer": {"max_steps": 2},
+    "consistency": {"loss": {"init_args": {"segment_lengths": [4]}}},
+    "monitor": {"segment_lengths": [4, 16]},
+}
+
+
+def tiny_grid(grid):
+    Path("recipe.yaml").write_text(yaml.safe_dump({**TINY, "data": {**TINY["data"], "validation_tokens": 64}}))
+    return write_grid(grid=grid)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"weight": {"consistency.wieght": 0.1}}, "wieght"),
+        ({"loss": {"consistency.loss": {"class_path": "consistency_reg.NoSuchLoss"}}}, "NoSuchLoss"),
+        ({"negative": {"consistency.weight": -1.0}}, "weight"),
+        ({"long": {"consistency.loss.init_args.segment_lengths": [64]}}, "sequence_length=32"),
+        ({"experts": {"model.model.init_args.shared_experts": 2}}, "shared_experts"),
+    ],
+)
+def test_what_fit_would_refuse_is_refused_before_any_cell_is_trained(folder, values, named):
+    grid = tiny_grid({"loss": {"values": {"fine": {}, **values}}})
+    with pytest.raises(ValueError, match=named) as refusal:
+        ablate(grid, check=None)
+    assert f"cell {next(iter(values))}-seed0" in str(refusal.value)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_real_runs_killed_in_the_middle_end_as_four_cells_none_run_twice(folder, monkeypatch):
+    monkeypatch.setenv("CONSISTENCY_REG_CACHE", str(folder / "cache"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    weights = {"key": "consistency.weight", "values": {"without": 0.0, "with": 0.1}}
+    grid = tiny_grid({"shared": {"key": "model.model.init_args.shared_experts", "values": [0, 1]}, "weight": weights})
+    command = [sys.executable, "-m", "consistency_reg", "ablate", str(grid)]
+    first = subprocess.Popen(command)
+    wait_until(lambda: len(list(Path("runs/small").glob("*/result.json"))) == 2, "two finished cells", seconds=200)
+    first.send_signal(signal.SIGINT)
+    assert first.wait(60) == 130
+    finished = {path: path.stat().st_mtime_ns for path in Path("runs/small").glob("*/result.json")}
+    assert subprocess.run(command, check=False).returncode == 0
+    results = {path: path.stat().st_mtime_ns for path in Path("runs/small").glob("*/result.json")}
+    assert len(results) == 4
+    assert finished.items() <= results.items()
+    assert len({(path.parent / "wandb-id").read_text() for path in results}) == 4

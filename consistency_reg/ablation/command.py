@@ -51,6 +51,7 @@ def main(
         export_sweep(grid, options.export_sweep)
         print(f"written: start it with `wandb sweep {options.export_sweep}`")
         return 0
+    print(f"{grid.path}: checking {len(cells)} cells", file=sys.stderr, flush=True)
     check_cells(grid, cells, check)
     refuse_other_settings(grid, cells)
     if options.dry_run:

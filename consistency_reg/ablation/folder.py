@@ -13,6 +13,7 @@ from consistency_reg.optional import require
 with require("lightning"):
     import yaml
 
+DEFAULTS = Path(__file__).parents[1] / "lm" / "defaults.yaml"  # what every recipe starts from
 RESULT, PROGRESS, CONFIG, SETTINGS, LOG, LOCK = (
     "result.json",
     "progress.json",
@@ -41,7 +42,7 @@ def write_config(cell: Cell, path: Path) -> None:
 
 def settings(grid: Grid, cell: Cell) -> dict[str, Any]:
     """All that decides a cell's result, and the place of the cell in its grid; what ``cell.json`` holds."""
-    recipes = [yaml.safe_load(recipe.read_text()) for recipe in grid.recipes]
+    recipes = [yaml.safe_load(recipe.read_text()) for recipe in (DEFAULTS, *grid.recipes)]
     content = {"labels": cell.labels, "seed": cell.seed, "overrides": cell.overrides, "recipes": recipes}
     return json.loads(json.dumps(content, default=str))
 

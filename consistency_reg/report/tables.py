@@ -57,9 +57,9 @@ def metric(name: str) -> Callable[[Run], float]:
 
 
 def run_tables(runs: Sequence[Run]) -> list[Table]:
-    """A row for each run, its columns spread over tables that a terminal can hold."""
+    """A row for each run, its columns spread over tables that a terminal can hold; none where nothing was measured."""
     domains = list(dict.fromkeys(domain for run in runs for domain in run.domains))
-    return [
+    tables = [
         _table(
             "Models",
             runs,
@@ -102,6 +102,7 @@ def run_tables(runs: Sequence[Run]) -> list[Table]:
             else "smallest share: of the fair share",
         ),
     ]
+    return [table for table in tables if len(table.header) > 1]
 
 
 def pair_table(pairs: Sequence[Pair]) -> Table:
