@@ -222,7 +222,7 @@ def start_ablation(*arguments):
     )
 
 
-def wait_until(condition, what, seconds=60):
+def wait_until(condition, what, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
@@ -248,10 +248,10 @@ def test_killed_in_the_middle_and_started_again_it_ends_with_four_cells_none_run
     wait_until(in_the_middle, "the second cell to be half-way")
     interrupted = next(path.parent for path in Path("runs/small").glob("*/reached") if int(path.read_text()) < 10)
     first.send_signal(number)
-    first.wait(30)
+    first.wait(60)
     assert first.returncode != 0
     again = start_ablation(grid)
-    output = again.communicate(timeout=60)[0]
+    output = again.communicate(timeout=150)[0]
     assert again.returncode == 0, output
     assert len(list(Path("runs/small").glob("*/result.json"))) == 4
     for cell in Path("runs/small").iterdir():
@@ -267,7 +267,7 @@ def test_a_terminated_ablation_ends_its_cells(folder):
     process = start_ablation(slow_grid(), "--jobs", "2")
     wait_until(lambda: len(list(Path("runs/small").glob("*/at_work"))) == 2, "two cells at work")
     process.terminate()
-    process.wait(30)
+    process.wait(60)
     for cell in Path("runs/small").glob("*/at_work"):
         assert not Path("/proc", cell.read_text()).exists()
 
@@ -275,7 +275,7 @@ def test_a_terminated_ablation_ends_its_cells(folder):
 def test_two_ablations_of_one_grid_share_its_cells(folder):
     grid = slow_grid()
     processes = [start_ablation(grid) for _ in range(2)]
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    outputs = [process.communicate(timeout=150)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert len(list(Path("runs/small").glob("*/result.json"))) == 4
     for cell in Path("runs/small").iterdir():
