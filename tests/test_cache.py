@@ -13,6 +13,7 @@ from consistency_reg.functional.cache import (
     cache_hit_counts,
     cache_hit_rate,
     document_usage,
+    row_hit_rates,
 )
 from consistency_reg.functional.sch import sch_counts
 
@@ -263,3 +264,22 @@ def test_belady_is_not_an_upper_bound_where_a_token_uses_several_experts():
     document = [[1, 0], [0, 1], [2, 0], [1, 0]]
     assert hits_with_two_slots(document, "lfu") == 7
     assert hits_with_two_slots(document, "belady") == 6
+
+
+@settings(max_examples=60, deadline=None)
+@given(routings(max_rows=4, max_tokens=20), st.sampled_from(("lru", "sch", "uses")))
+def test_hit_rates_by_row_are_the_sums_over_its_documents(routing, policy):
+    ids, E, masks = routing.expert_ids, routing.num_experts, routing.masks
+    counts = sch_counts(ids, E, 5, **masks) if policy == "sch" else cache_hit_counts(ids, E, "lru", **masks)
+    hits_DE = document_usage(ids, E, **masks) if policy == "uses" else counts.hits
+    by_row = row_hit_rates(ids, E, policy, **masks, segment_length=5)
+    for n in range(len(ids)):
+        of_row = counts.rows == n
+        assert by_row.documents[n] == of_row.sum()
+        expected = (hits_DE[of_row] / counts.accesses[of_row, None].double()).sum(dim=0)
+        assert by_row.hit_rate[n].tolist() == pytest.approx(expected.tolist(), abs=1e-12)
+
+
+def test_an_unknown_policy_by_row_is_named():
+    with pytest.raises(ValueError, match=r"policy must be one of .* got 'fixed'"):
+        row_hit_rates(torch.zeros(1, 1, 1, dtype=torch.int64), 2, "fixed")

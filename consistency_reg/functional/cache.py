@@ -11,19 +11,20 @@ A cache of experts that starts empty with each document. Counting, the same for 
 N rows, T tokens, K active of E routed experts, D documents, C slots.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from consistency_reg.functional.policies import Belady, lfu, lru
+from consistency_reg import kernels
+from consistency_reg.functional.policies import priorities_of
 from consistency_reg.functional.segments import document_positions
-from consistency_reg.functional.stack import Columns, Priorities, column_groups, stack_hits
+from consistency_reg.functional.srp import check_segment_lengths
+from consistency_reg.functional.stack import Columns, column_groups, stack_hits
 from consistency_reg.routing import RoutingTrace, check_id_shape, check_masks
 
-PRIORITIES: dict[str, Callable[[Columns], Priorities]] = {"lru": lru, "lfu": lfu, "belady": Belady}
-POLICIES = (*PRIORITIES, "fixed")
+POLICIES = ("lru", "lfu", "belady", "fixed")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,19 @@ class HitCounts:
     def hit_rate(self) -> Tensor:
         """The hit rate of each document: [D, E] float64."""
         return self.hits / self.accesses[:, None].double()
+
+
+@dataclass(frozen=True)
+class RowHitRates:
+    """The hit rates of the documents of each row, summed: what can be counted without knowing how many there are.
+
+    Attributes:
+        hit_rate: [N, E] float64, the sum over a row's documents of their hit rates with 1, 2, ..., E slots.
+        documents: [N] int64, how many documents each row has.
+    """
+
+    hit_rate: Tensor
+    documents: Tensor
 
 
 def cache_hit_rate(
@@ -100,29 +114,79 @@ def cache_hit_counts(
         >>> counts.hits.tolist(), counts.accesses.tolist()
         ([[1, 3]], [3])
     """
-    if policy not in POLICIES:
-        raise ValueError(f"policy must be one of {POLICIES}, got {policy!r}")
+    _check_policy(policy, POLICIES)
     if policy == "fixed":
         return _fixed_set_counts(expert_ids, num_experts, valid, document_ids)
-    return count_hits(expert_ids, num_experts, PRIORITIES[policy], valid, document_ids)
+    return count_hits(expert_ids, num_experts, policy, valid, document_ids)
 
 
 def count_hits(
     expert_ids: Tensor,
     num_experts: int,
-    priorities: Callable[[Columns], Priorities],
-    valid: Tensor | None,
-    document_ids: Tensor | None,
+    policy: str,
+    valid: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    segment_length: int = 1,
 ) -> HitCounts:
-    """The hits of each document with a cache that is ruled by ``priorities``."""
-    rows_D, first_D, length_D = _documents(expert_ids, num_experts, valid, document_ids)
+    """The hits of each document with "lru", "lfu", "belady", or "sch" with windows of ``segment_length`` tokens."""
+    _check_one_length(segment_length)
+    position_NT = _positions(expert_ids, num_experts, valid, document_ids)
+    rows_D, first_D, length_D = _documents(position_NT, whole_rows=valid is None and document_ids is None)
     K = expert_ids.shape[-1]
+    if kernels.takes(expert_ids):
+        from consistency_reg.kernels.cache import document_hits
+
+        hits_DE = document_hits(expert_ids, num_experts, position_NT, len(rows_D), policy, segment_length)
+        return HitCounts(hits_DE, length_D * K, rows_D)
     hits_DE = torch.zeros(len(rows_D), num_experts, dtype=torch.int64, device=expert_ids.device)
     with torch.inference_mode():  # half the cost of a small operation
         for group in column_groups(length_D, num_experts, K):
             columns = Columns(expert_ids.flatten(0, 1), num_experts, first_D[group], length_D[group])
-            hits_DE[group] = stack_hits(priorities(columns))
+            hits_DE[group] = stack_hits(priorities_of(policy, columns, segment_length))
     return HitCounts(hits_DE, length_D * K, rows_D)
+
+
+def row_hit_rates(
+    expert_ids: Tensor,
+    num_experts: int,
+    policy: str,
+    valid: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    *,
+    segment_length: int = 1,
+) -> RowHitRates:
+    """What a mean over documents needs, by row instead of by document: on a GPU the host never waits for it.
+
+    Args:
+        expert_ids: [N, T, K] int64; only the shape is checked.
+        num_experts: E.
+        policy: "lru", "lfu", "belady", "sch"; or "uses" for the share of accesses of each expert, from which the hit
+            rates of the fixed set follow once all data is seen.
+        valid, document_ids: [N, T], see :func:`cache_hit_rate`.
+        segment_length: m of "sch".
+
+    Example:
+        >>> rates = row_hit_rates(torch.tensor([[[0], [1], [0]], [[1], [1], [1]]]), 2, "lru")
+        >>> rates.hit_rate.sum(dim=0) / rates.documents.sum()
+        tensor([0.6667, 1.0000], dtype=torch.float64)
+    """
+    _check_policy(policy, ("lru", "lfu", "belady", "sch", "uses"))
+    _check_one_length(segment_length)
+    position_NT = _positions(expert_ids, num_experts, valid, document_ids)
+    documents_N = (position_NT == 0).sum(dim=1)
+    if kernels.takes(expert_ids):
+        from consistency_reg.kernels import cache
+
+        rates_NE = cache.row_hit_rates(expert_ids, num_experts, position_NT, policy, segment_length)
+        return RowHitRates(rates_NE, documents_N)
+    if policy == "uses":
+        rows_D, _, length_D = _documents(position_NT)
+        uses_DE = document_usage(expert_ids, num_experts, valid, document_ids)
+        counts = HitCounts(uses_DE, length_D * expert_ids.shape[-1], rows_D)
+    else:
+        counts = count_hits(expert_ids, num_experts, policy, valid, document_ids, segment_length)
+    rates_NE = torch.zeros(len(expert_ids), num_experts, dtype=torch.float64, device=expert_ids.device)
+    return RowHitRates(rates_NE.index_add_(0, counts.rows, counts.hit_rate), documents_N)
 
 
 def document_usage(
@@ -139,7 +203,12 @@ def document_usage(
         >>> document_usage(torch.tensor([[[0], [1], [0]]]), 3)
         tensor([[2, 1, 0]])
     """
-    rows_D, _, length_D = _documents(expert_ids, num_experts, valid, document_ids)
+    position_NT = _positions(expert_ids, num_experts, valid, document_ids)
+    rows_D, _, length_D = _documents(position_NT, whole_rows=valid is None and document_ids is None)
+    if kernels.takes(expert_ids):
+        from consistency_reg.kernels.cache import document_hits
+
+        return document_hits(expert_ids, num_experts, position_NT, len(rows_D), "uses")
     ids_SK = expert_ids.flatten(0, 1) if valid is None else expert_ids[valid]
     document_S = torch.arange(len(rows_D), device=expert_ids.device).repeat_interleave(length_D)
     cells = len(rows_D) * num_experts
@@ -170,14 +239,34 @@ def one_cache(
     return torch.cat(ids, dim=-1) if len(ids) > 1 else ids[0], total
 
 
-def _documents(
-    expert_ids: Tensor, num_experts: int, valid: Tensor | None, document_ids: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, first token (counted over all rows) and length of each document, in reading order: [D] each."""
+def _positions(expert_ids: Tensor, num_experts: int, valid: Tensor | None, document_ids: Tensor | None) -> Tensor:
     check_id_shape(expert_ids, num_experts)
     N, T, _ = expert_ids.shape
     check_masks((N, T), valid, document_ids)
-    position_S = document_positions((N, T), valid, document_ids, device=expert_ids.device).flatten()
+    return document_positions((N, T), valid, document_ids, device=expert_ids.device)
+
+
+def _check_policy(policy: str, known: tuple[str, ...]) -> None:
+    if policy not in known:
+        raise ValueError(f"policy must be one of {known}, got {policy!r}")
+
+
+def _check_one_length(segment_length: int) -> None:
+    if isinstance(segment_length, Sequence):
+        raise TypeError(f"segment_length must be one integer number of tokens, got {segment_length!r}")
+    check_segment_lengths(segment_length)
+
+
+def _documents(position_NT: Tensor, *, whole_rows: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, first token (counted over all rows) and length of each document, in reading order: [D] each.
+
+    Waits for a GPU to learn D, unless every row is one document.
+    """
+    N, T = position_NT.shape
+    if whole_rows:
+        rows_D = torch.arange(N if T else 0, device=position_NT.device)
+        return rows_D, rows_D * T, torch.full_like(rows_D, T)
+    position_S = position_NT.flatten()
     first_D = (position_S == 0).nonzero()[:, 0]
     following_S = torch.cat([position_S[1:], position_S.new_full((1,), -1)])
     last_S = (position_S >= 0) & (following_S <= 0)
@@ -187,7 +276,7 @@ def _documents(
 def _fixed_set_counts(
     expert_ids: Tensor, num_experts: int, valid: Tensor | None, document_ids: Tensor | None
 ) -> HitCounts:
-    rows_D, _, length_D = _documents(expert_ids, num_experts, valid, document_ids)
     uses_DE = document_usage(expert_ids, num_experts, valid, document_ids)
+    rows_D, _, length_D = _documents(_positions(expert_ids, num_experts, valid, document_ids))
     by_usage = uses_DE.sum(dim=0).argsort(descending=True, stable=True)
     return HitCounts(uses_DE[:, by_usage].cumsum(dim=1), length_D * expert_ids.shape[-1], rows_D)

@@ -1,12 +1,22 @@
-"""The priorities of real cache policies, see :mod:`~consistency_reg.functional.stack`: LRU, LFU and Belady.
+"""The priorities of cache policies, see :mod:`~consistency_reg.functional.stack`: LRU, LFU, Belady, and that of SCH.
 
-D documents, T tokens of the longest, K experts per token, E experts, Q depths below the top of the stack.
+D documents, T tokens of the longest, K experts per token, E experts, Q depths below the top of the stack, m segment
+length.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from consistency_reg.functional.stack import Columns, Priorities, fitting_dtype
+
+
+def priorities_of(policy: str, columns: Columns, segment_length: int) -> Priorities:
+    """The priorities of "lru", "lfu", "belady", or of "sch" with windows of m tokens."""
+    if policy == "sch":
+        return WindowUses(columns, segment_length)
+    return {"lru": lru, "lfu": lfu, "belady": Belady}[policy](columns)
 
 
 class ClockedPriorities(Priorities):
@@ -137,10 +147,68 @@ class Belady(Priorities):
 
     def due(self, keys: Tensor) -> Tensor:
         keys.ge_(self.due_from)
-        self.due_from.sub_(self.columns.K).clamp_min_(
-            self.columns.E + self.columns.K
-        )  # behind the last token nothing is
+        nothing_is_due_from = self.columns.E + self.columns.K  # behind the last token
+        self.due_from.sub_(self.columns.K).clamp_min_(nothing_is_due_from)
         return keys
+
+
+class WindowUses(ClockedPriorities):
+    """Uses in the window of m tokens from the present one on, not served yet; then the more recent use.
+
+    As token t comes, the window takes in the experts of token t + m - 1, so keys change in the middle of the stack:
+    rows that a new token reaches look up by their expert what came in.
+    """
+
+    def __init__(self, columns: Columns, segment_length: int) -> None:
+        c, self.m = columns, segment_length
+        super().__init__(c, priority_bits=min(self.m, c.T).bit_length(), gain=-1, expert_bits=c.E.bit_length())
+        self.one_use = torch.full((c.K * c.D,), 1 << self.priority_shift, dtype=self.dtype, device=c.device)
+        self.keys.view(c.D, c.E + 1).copy_(torch.arange(c.E + 1, device=c.device))
+        for t in range(min(self.m - 1, c.T)):
+            self.keys.scatter_add_(0, c.slots[t], self.one_use)
+
+    def before(self, t: int) -> None:
+        entering = t + self.m - 1
+        if entering < self.columns.T:
+            self.keys.scatter_add_(0, self.columns.slots[entering], self.one_use)
+
+    def prepare(self, lag: Tensor, tokens: int) -> None:
+        super().prepare(lag, tokens)
+        c = self.columns
+        self.lag = lag
+        # What comes in by slot, for the tokens of the last block and of this one: rows may be one block behind the top.
+        self.incoming = torch.zeros(2 * tokens, c.D * (c.E + 1), dtype=self.dtype, device=c.device)
+        R = -(-len(lag) // c.K)
+        row_R, column_D = torch.arange(R, device=c.device), torch.arange(c.D, device=c.device)
+        self.slot_base = (row_R[:, None] * c.D * (c.E + 1) + column_D * (c.E + 1)).to(self.dtype)
+        self.slot, self.gained = torch.empty_like(self.slot_base), torch.empty_like(self.slot_base)
+        self.expert_mask = self._constant((1 << self.expert_bits) - 1)
+
+    def load(self, first_token: int, old: Tensor, carry: Tensor) -> None:
+        c = self.columns
+        before, now = self.incoming.chunk(2)
+        before.copy_(now)
+        now.zero_()
+        entering = c.slots[first_token + self.m - 1 : min(first_token + self.m - 1 + len(now), c.T)]
+        if len(entering):
+            slot = entering + torch.arange(len(entering), device=c.device)[:, None] * now.shape[1]
+            now.view(-1).scatter_add_(0, slot.flatten(), self.one_use[:1].expand(slot.numel()))
+            now.view(len(now), c.D, c.E + 1)[:, :, 0] = 0
+        super().load(first_token, old, carry)
+
+    def mover(self, keys: Tensor, row: int, token: int) -> Callable[[], None] | None:
+        R = len(keys)
+        first = len(self.incoming) // 2 + token - int(self.lag[row])
+        incoming = self.incoming[first:].view(-1)
+        slot_base, slot, gained = self.slot_base[:R], self.slot[:R], self.gained[:R]
+        flat_slot, flat_gained, expert_mask = slot.view(-1), gained.view(-1), self.expert_mask
+
+        def move() -> None:
+            torch.bitwise_and(keys, expert_mask, out=slot).add_(slot_base)
+            torch.index_select(incoming, 0, flat_slot, out=flat_gained)
+            keys.add_(gained)
+
+        return move
 
 
 def _ranks(previous_TKD: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from consistency_reg import kernels
 from consistency_reg.functional.segments import active_experts, document_positions
 from consistency_reg.routing import RoutingTrace, check_id_shape, check_masks
 
@@ -210,6 +211,13 @@ def srp_counts(
     device = expert_ids.device
     E = num_experts
     position_NT = document_positions((N, T), valid, document_ids, device=device)
+    if kernels.takes(expert_ids):
+        from consistency_reg.kernels.srp import window_counts
+
+        found = {m: window_counts(expert_ids, E, position_NT, m, per_sequence=per_sequence) for m in segment_lengths}
+        by_row = {m: counts for m, (_, counts) in found.items() if counts is not None}
+        usage_E = window_counts(expert_ids, E, position_NT, 1)[0][:, 1]  # a window of one token counts uses
+        return SRPCounts({m: counts for m, (counts, _) in found.items()}, by_row, usage_E)
     windows = {m: torch.zeros(E, m + 1, dtype=torch.int64, device=device) for m in segment_lengths}
     sequences = {m: torch.zeros(N, m + 1, dtype=torch.int64, device=device) for m in segment_lengths if per_sequence}
     usage_E = torch.zeros(E, dtype=torch.int64, device=device)

@@ -1,0 +1,186 @@
+"""The Triton kernels equal the functional versions bit for bit: on a GPU, and elsewhere in Triton's interpreter.
+
+Triton chooses its interpreter when it is imported: without a GPU the tests of this file run in a process of their own.
+"""
+
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import routings
+
+from consistency_reg import kernels
+from consistency_reg.functional.cache import cache_hit_counts, document_usage, row_hit_rates
+from consistency_reg.functional.sch import sch_counts
+from consistency_reg.functional.segments import document_positions
+from consistency_reg.functional.srp import srp_counts
+
+ON_GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if ON_GPU else "cpu"
+POLICIES = ("lru", "lfu", "belady", "sch", "uses")
+
+in_kernels = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="needs a GPU, or Triton's interpreter")
+small = routings(max_rows=2, max_tokens=9).filter(lambda routing: routing.num_experts < 256)
+
+
+@contextmanager
+def segments_of(tokens):
+    """One program sees to so many tokens of a row."""
+    from consistency_reg.kernels import cache, srp
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "SEGMENT_TOKENS", tokens)
+        patch.setattr(srp, "SEGMENT_TOKENS", tokens)
+        yield
+
+
+@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the tests run in this process")
+def test_kernels_in_the_interpreter():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTEST_XDIST_AUTO_NUM_WORKERS": "0"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "passed" in result.stdout
+
+
+def test_a_cpu_tensor_goes_to_no_kernel():
+    assert not kernels.takes(torch.zeros(1))
+
+
+def test_importing_the_package_does_not_import_triton():
+    command = (
+        "import sys, consistency_reg.functional.cache, consistency_reg.kernels; assert 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", command], check=True)
+
+
+def functional_counts(policy, ids, E, m, masks):
+    if policy == "sch":
+        return sch_counts(ids, E, m, **masks)
+    return cache_hit_counts(ids, E, policy, **masks)
+
+
+def assert_caches_equal(ids, E, m, masks):
+    from consistency_reg.kernels import cache
+
+    position = document_positions(ids.shape[:2], **masks)
+    on_device, position_on_device = ids.to(DEVICE), position.to(DEVICE)
+    for policy in POLICIES:
+        if policy == "uses":
+            expected = document_usage(ids, E, **masks)
+        else:
+            expected = functional_counts(policy, ids, E, m, masks).hits
+        found = cache.document_hits(on_device, E, position_on_device, len(expected), policy, m)
+        assert torch.equal(found.cpu(), expected)
+        by_row = row_hit_rates(ids, E, policy, **masks, segment_length=m)
+        rates = cache.row_hit_rates(on_device, E, position_on_device, policy, m).cpu()
+        assert torch.allclose(rates, by_row.hit_rate, rtol=0, atol=1e-13)
+        assert torch.equal(by_row.documents, (position == 0).sum(dim=1))
+
+
+def assert_windows_equal(ids, E, lengths, masks):
+    from consistency_reg.kernels.srp import window_counts
+
+    expected = srp_counts(ids, E, lengths, **masks, per_sequence=True)
+    position = document_positions(ids.shape[:2], **masks).to(DEVICE)
+    for m in lengths:
+        windows, sequences = window_counts(ids.to(DEVICE), E, position, m, per_sequence=True)
+        assert torch.equal(windows.cpu(), expected.windows[m])
+        assert torch.equal(sequences.cpu(), expected.sequence_windows[m])
+    assert window_counts(ids.to(DEVICE), E, position, 1)[0][:, 1].tolist() == expected.usage.tolist()
+
+
+@in_kernels
+@pytest.mark.parametrize("tokens", [512, 2])
+@settings(max_examples=300 if ON_GPU else 4, deadline=None)
+@given(routing=small, m=st.integers(1, 12))
+def test_cache_kernel_equals_the_functional_version(tokens, routing, m):
+    with segments_of(tokens):
+        assert_caches_equal(routing.expert_ids, routing.num_experts, m, routing.masks)
+
+
+@in_kernels
+@pytest.mark.parametrize("tokens", [512, 2])
+@settings(max_examples=300 if ON_GPU else 10, deadline=None)
+@given(routing=small, m=st.integers(1, 12))
+def test_srp_kernel_equals_the_functional_version(tokens, routing, m):
+    with segments_of(tokens):
+        assert_windows_equal(routing.expert_ids, routing.num_experts, [m], routing.masks)
+
+
+@in_kernels
+def test_functions_hand_over_to_the_kernels(monkeypatch):
+    ids = torch.rand(2, 7, 5, generator=torch.Generator().manual_seed(0)).topk(2).indices
+    valid = torch.arange(7) < torch.tensor([[7], [3]])
+
+    def everything(ids, valid):
+        yield from (cache_hit_counts(ids, 5, policy, valid).hits for policy in ("lru", "fixed"))
+        yield sch_counts(ids, 5, 3).hits
+        yield from (row_hit_rates(ids, 5, policy, valid, segment_length=3).hit_rate for policy in POLICIES)
+        counts = srp_counts(ids, 5, [2, 99], valid, per_sequence=True)
+        yield from (*counts.windows.values(), *counts.sequence_windows.values(), counts.usage)
+        assert srp_counts(ids, 5, [2], valid).sequence_windows == {}
+
+    expected = list(everything(ids, valid))
+    monkeypatch.setattr(kernels, "takes", lambda tensor: True)
+    for found, right in zip(everything(ids.to(DEVICE), valid.to(DEVICE)), expected, strict=True):
+        assert torch.allclose(found.cpu(), right, rtol=0, atol=1e-13)
+
+
+@in_kernels
+def test_kernels_on_nothing():
+    from consistency_reg.kernels import cache
+    from consistency_reg.kernels.srp import window_counts
+
+    for shape in ((0, 4, 2), (3, 0, 2)):
+        ids = torch.zeros(shape, dtype=torch.int64, device=DEVICE)
+        position = document_positions(ids.shape[:2], device=ids.device)
+        assert cache.document_hits(ids, 5, position, 0, "lru").shape == (0, 5)
+        assert cache.row_hit_rates(ids, 5, position, "lru").tolist() == [[0] * 5] * shape[0]
+        assert window_counts(ids, 5, position, 2)[0].sum() == 0
+
+
+@in_kernels
+def test_keys_of_64_bits(monkeypatch):
+    ids = torch.rand(1, 5, 6, generator=torch.Generator().manual_seed(0)).topk(2).indices
+    monkeypatch.setattr("consistency_reg.kernels.cache.INT32_BITS", 0)
+    assert_caches_equal(ids, 6, 3, {})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize(("E", "K", "T"), [(64, 8, 600), (256, 8, 300), (60, 4, 3000), (8, 2, 5000), (5, 5, 40)])
+def test_kernels_on_routing_of_real_sizes(E, K, T):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.rand(9, T, E, generator=generator).topk(K).indices
+    valid = torch.arange(T) < torch.randint(1, T + 1, (9, 1), generator=generator)
+    document_ids = (torch.rand(9, T, generator=generator) < 0.01).cumsum(dim=1)
+    for masks in ({}, {"valid": valid}, {"valid": valid, "document_ids": document_ids}):
+        assert_caches_equal(ids, E, 16, masks)
+        assert_windows_equal(ids, E, [4, 64, 4096], masks)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_tensors_on_a_gpu_go_to_the_kernels_and_the_host_does_not_wait():
+    ids = torch.rand(4, 50, 16).topk(4).indices
+    valid = torch.arange(50) < torch.tensor([[50], [3], [0], [20]])
+    expected = row_hit_rates(ids, 16, "sch", valid, segment_length=4), srp_counts(ids, 16, [4], valid)
+    ids, valid = ids.cuda(), valid.cuda()
+    row_hit_rates(ids, 16, "sch", valid, segment_length=4), srp_counts(ids, 16, [4], valid)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rates, windows = row_hit_rates(ids, 16, "sch", valid, segment_length=4), srp_counts(ids, 16, [4], valid)
+        whole_rows = cache_hit_counts(ids, 16, "lru")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.allclose(rates.hit_rate.cpu(), expected[0].hit_rate, rtol=0, atol=1e-13)
+    assert torch.equal(windows.windows[4].cpu(), expected[1].windows[4])
+    assert torch.equal(whole_rows.hits.cpu(), cache_hit_counts(ids.cpu(), 16, "lru").hits)
