@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import MetricCollection
 
 from consistency_reg.capture import RouterAdapter, RouterCapture
 from consistency_reg.losses import LocalConsistencyLoss, RoutingLoss
 from consistency_reg.losses.consistency import check_segment_lengths
 from consistency_reg.metrics import CacheHitRate, RoutingBalance, SegmentRoutingPerformance
+from consistency_reg.metrics.base import RoutingMetric
 from consistency_reg.metrics.hit_rates import ModelHitRates
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
@@ -165,7 +165,7 @@ class ConsistencyRegularizer(Callback):
                 "feeds them are frozen, or activation checkpointing is reentrant: use use_reentrant=False)"
             )
         weighted = weight * term
-        logged = {"loss": term.detach(), "weight": weight, "weighted": weighted.detach()}
+        logged: dict[str, Any] = {"loss": term.detach(), "weight": weight, "weighted": weighted.detach()}
         logged |= {f"layer_{index:02d}": value for index, value in enumerate(value_L.detach())}
         pl_module.log_dict({f"train/consistency/{name}": value for name, value in logged.items()})
         return output + weighted.to(output.dtype)
@@ -211,7 +211,7 @@ class RoutingMonitor(Callback):
         self.adapters = tuple(adapters)
         self._capture: RouterCapture | None = None
         self._recording = ExitStack()
-        self._domains: dict[int, MetricCollection] = {}
+        self._domains: dict[int, dict[str, RoutingMetric]] = {}
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the routers."""
@@ -239,7 +239,8 @@ class RoutingMonitor(Callback):
         trace = self._capture.trace(*self.masks(batch)).detach()
         if dataloader_idx not in self._domains:
             self._domains[dataloader_idx] = self._metrics(trace)
-        self._domains[dataloader_idx].update(trace)
+        for metric in self._domains[dataloader_idx].values():
+            metric.update(trace)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the domains, then all of them as one."""
@@ -248,7 +249,7 @@ class RoutingMonitor(Callback):
         self._release()
         names = domain_names(trainer)
         domains, self._domains = self._domains, {}
-        values = {}
+        values: dict[str, Tensor] = {}
         if len(domains) > 1:
             for index, metrics in domains.items():
                 srp = metrics["srp"].compute()
@@ -266,15 +267,12 @@ class RoutingMonitor(Callback):
         """Let go of the model."""
         self._release()
 
-    def _metrics(self, trace: RoutingTrace) -> MetricCollection:
-        return MetricCollection(
-            {
-                "srp": SegmentRoutingPerformance.from_trace(trace, self.segment_lengths),
-                "balance": RoutingBalance.from_trace(trace, self.segment_lengths),
-                "lru": CacheHitRate.from_trace(trace, "lru", shared=False),
-            },
-            compute_groups=False,
-        )
+    def _metrics(self, trace: RoutingTrace) -> dict[str, RoutingMetric]:
+        return {
+            "srp": SegmentRoutingPerformance.from_trace(trace, self.segment_lengths),
+            "balance": RoutingBalance.from_trace(trace, self.segment_lengths),
+            "lru": CacheHitRate.from_trace(trace, "lru"),
+        }
 
     def _cache_values(self, rates: ModelHitRates) -> dict[str, Tensor]:
         """Hit rate by cache size: slots as a multiple of K, or as a share of the experts."""

@@ -26,7 +26,7 @@ def result(name, /, *, seed=0, shared=0, weight=0.0, loss="LocalConsistencyLoss"
         "val/balance/cv": 0.3,
         "val/balance/max_mean": 1.8,
         "val/balance/min_share": 0.4,
-        "val/balance/local_cv": 0.9,
+        "val/balance/local_cv/m16": 0.9,
         **changes.pop("metrics", {}),
     }
     config = {

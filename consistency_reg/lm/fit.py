@@ -24,10 +24,12 @@ with require("lightning"):
     from lightning.pytorch.loggers import CSVLogger, Logger
 
 from consistency_reg.callbacks import ConsistencyRegularizer, RoutingMonitor
+from consistency_reg.files import write_json
 from consistency_reg.lm.data import TextDataModule
 from consistency_reg.lm.model import count_parameters, small_moe
 from consistency_reg.lm.module import CausalMoE
-from consistency_reg.lm.run import RunProgress, git_commit, package_versions, write_json
+from consistency_reg.lm.run import RunProgress
+from consistency_reg.provenance import git_commit, package_versions
 
 DEFAULTS = Path(__file__).with_name("defaults.yaml")
 
@@ -83,7 +85,6 @@ class RecipeCLI(LightningCLI):
             save_last=True,
             save_top_k=0,
             every_n_train_steps=self.config.checkpoint_every,
-            save_on_exception=True,
         )
         self.trainer_defaults["callbacks"] = [checkpoints, self.progress]
         kwargs = {"logger": run_loggers(run_dir, self.config.wandb_project), "default_root_dir": str(run_dir)} | kwargs
@@ -133,7 +134,12 @@ def claim_folder(run_dir: Path, config: str) -> None:
 
 
 def run_loggers(run_dir: Path, wandb_project: str) -> list[Logger]:
-    """metrics.csv in the folder, and wandb unless the project is empty; offline where there is no login."""
+    """metrics.csv in the folder, and wandb unless the project is empty; offline where there is no login.
+
+    CSVLogger begins its file anew, so what an interrupted run wrote stays as metrics-1.csv and so on.
+    """
+    if (metrics := run_dir / "metrics.csv").exists():
+        metrics.rename(run_dir / f"metrics-{len(list(run_dir.glob('metrics-*.csv'))) + 1}.csv")
     loggers: list[Logger] = [CSVLogger(run_dir, name="", version="")]
     if not wandb_project:
         return loggers
@@ -171,14 +177,37 @@ def main(argv: Sequence[str]) -> int:
         print(f"{run_dir} is finished: see {run_dir / 'result.json'}")
         return 0
     began = time.time()
-    last = run_dir / "checkpoints" / "last.ckpt"
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last if last.exists() else None)
-    cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
-    if cli.trainer.is_global_zero:
-        cli.model.model.save_pretrained(run_dir / "model")
-        cli.datamodule.tokenizer.save_pretrained(run_dir / "model")
-        write_json(run_dir / "result.json", _result(cli, run_dir, argv, time.time() - began))
+    origin = {"config": _recipe(cli), "versions": package_versions(), "git_commit": git_commit()}
+    for logger in cli.trainer.loggers:
+        logger.log_hyperparams(origin)
+    try:
+        _train(cli, run_dir / "checkpoints" / "last.ckpt")
+        cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+        if cli.trainer.is_global_zero:
+            cli.model.model.save_pretrained(run_dir / "model")
+            cli.datamodule.tokenizer.save_pretrained(run_dir / "model")
+            write_json(run_dir / "result.json", origin | _result(cli, run_dir, argv, time.time() - began))
+    finally:
+        for logger in cli.trainer.loggers:
+            if hasattr(logger.experiment, "finish"):  # a wandb run: the next one in this process is not to join it
+                logger.experiment.finish()
     return 0
+
+
+def _train(cli: RecipeCLI, last: Path) -> None:
+    try:
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last if last.exists() else None)
+    except RuntimeError as error:
+        if "Error(s) in loading state_dict" in str(error):
+            raise ValueError(
+                f"{last} is a checkpoint of another model: choose another run_dir, or remove it"
+            ) from error
+        raise
+
+
+def _recipe(cli: RecipeCLI) -> dict[str, Any]:
+    """The whole recipe, defaults included, as plain values."""
+    return yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
 
 
 def _result(cli: RecipeCLI, run_dir: Path, argv: Sequence[str], seconds: float) -> dict[str, Any]:
@@ -187,8 +216,6 @@ def _result(cli: RecipeCLI, run_dir: Path, argv: Sequence[str], seconds: float) 
         "name": run_dir.name,
         "seed": cli.config.seed_everything,
         "command": shlex.join(["consistency-reg", "fit", *argv]),
-        "git_commit": git_commit(),
-        "versions": package_versions(),
         "corpus": cli.datamodule.corpus_sha256,
         "parameters": {"total": total, "active": active},
         "steps": cli.trainer.global_step,
@@ -199,7 +226,6 @@ def _result(cli: RecipeCLI, run_dir: Path, argv: Sequence[str], seconds: float) 
         "metrics": {
             name: float(value) for name, value in cli.trainer.callback_metrics.items() if name.startswith("val/")
         },
-        "config": yaml.safe_load(cli.parser.dump(cli.config, skip_none=False)),
     }
 
 

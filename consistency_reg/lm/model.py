@@ -45,7 +45,7 @@ def small_moe(
     routed, active = num_experts - shared_experts, top_k - shared_experts
     if shared_experts < 0 or active < 1 or active > routed:
         raise ValueError(
-            "num_experts, top_k and shared_experts must leave the router at least one active expert of those it routes, "
+            "num_experts, top_k and shared_experts must leave the router at least one active expert, "
             f"got num_experts={num_experts}, top_k={top_k}, shared_experts={shared_experts}"
         )
     config = GraniteMoeSharedConfig(
@@ -73,7 +73,7 @@ def small_moe(
 
 @torch.no_grad()
 def initialize_by_name(model: nn.Module, *, std: float, seed: int) -> None:
-    """Draw every weight matrix from N(0, std) by a generator of its own, seeded by ``seed`` and the parameter's name."""
+    """Draw every weight matrix from N(0, std), each by a generator that is seeded by ``seed`` and its name."""
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2 or parameter.is_meta:
             continue  # norms start at one, biases at zero; a model on the meta device has no weights to draw

@@ -10,7 +10,7 @@ from torchmetrics import MeanMetric
 
 from consistency_reg.callbacks import batch_masks, domain_names
 from consistency_reg.capture import RouterCapture
-from consistency_reg.lm.data import model_inputs
+from consistency_reg.lm.data import check_attention, model_inputs
 from consistency_reg.losses import LoadBalanceLoss, RouterZLoss
 
 
@@ -45,7 +45,7 @@ class CausalMoE(LightningModule):
         for name, value in options.items():
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a finite number >= 0, got {value}")
-        self.model = model
+        self.model: Any = model
         self.balance = LoadBalanceLoss() if balance is None else balance
         self.z_loss = RouterZLoss()
         self.balance_weight = balance_weight
@@ -54,8 +54,12 @@ class CausalMoE(LightningModule):
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.final_learning_rate = final_learning_rate
-        self.nats = nn.ModuleList()  # mean cross-entropy of each validation domain, then of all together
+        self.nats: Any = nn.ModuleList()  # mean cross-entropy of each validation domain, then of all together
         self._capture: RouterCapture | None = None
+
+    def setup(self, stage: str) -> None:
+        """Refuse an attention that would let documents of a row see each other."""
+        check_attention(self.model)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """[B, T, V] next-token logits."""
@@ -96,14 +100,17 @@ class CausalMoE(LightningModule):
             metric.reset()
 
     def configure_optimizers(self) -> Any:
-        """AdamW, linear warm-up, cosine decay to the end of training."""
+        """AdamW, linear warm-up, cosine decay over ``trainer.max_steps``."""
+        # estimated_stepping_batches would set the data up before a checkpoint is loaded: resuming would begin it anew
+        total = self.trainer.max_steps
+        if total <= self.warmup_steps:
+            raise ValueError(f"trainer.max_steps must be more than warmup_steps={self.warmup_steps}, got {total}")
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.95))
-        total = max(int(self.trainer.estimated_stepping_batches), self.warmup_steps + 1)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._share_of_peak(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

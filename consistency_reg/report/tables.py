@@ -95,7 +95,7 @@ def run_tables(runs: Sequence[Run]) -> list[Table]:
                 ("global CV", metric("val/balance/cv"), number(3)),
                 ("max/mean", metric(MAX_MEAN), number(2)),
                 ("smallest share", metric(MIN_SHARE), number(2)),
-                ("local CV m=16", metric("val/balance/local_cv"), number(3)),
+                ("local CV m=16", metric("val/balance/local_cv/m16"), number(3)),
             ],
             note=f"smallest share: of the fair share; below {COLLAPSED_BELOW} a run counts as collapsed"
             if any(run.collapsed for run in runs)
