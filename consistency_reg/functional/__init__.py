@@ -1,0 +1,22 @@
+"""The tensor equations: pure functions, unweighted, without state. One module a concept.
+
+``srp``, ``sch`` and ``cache_hit_rate`` measure routing; what the modules below them share is imported from there.
+"""
+
+from consistency_reg.functional.balance import local_cv, overlap_rate, usage_balance, usage_counts
+from consistency_reg.functional.cache import cache_hit_rate
+from consistency_reg.functional.sch import sch
+from consistency_reg.functional.specialization import domain_specialization, vocabulary_specialization
+from consistency_reg.functional.srp import srp
+
+__all__ = [
+    "cache_hit_rate",
+    "domain_specialization",
+    "local_cv",
+    "overlap_rate",
+    "sch",
+    "srp",
+    "usage_balance",
+    "usage_counts",
+    "vocabulary_specialization",
+]
