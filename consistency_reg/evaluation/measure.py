@@ -1,0 +1,123 @@
+"""From a recording to all that is measured of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from consistency_reg.evaluation.advice import CacheChoice, choose, knee_ratio
+from consistency_reg.evaluation.traces import Recording
+from consistency_reg.functional.srp import ModelSRP
+from consistency_reg.metrics import (
+    CacheHitRate,
+    ExpertSpecialization,
+    RoutingBalance,
+    SegmentCacheHitRate,
+    SegmentRoutingPerformance,
+)
+from consistency_reg.metrics.balance import ModelBalance
+from consistency_reg.metrics.hit_rates import ModelHitRates
+from consistency_reg.metrics.specialization import ModelSpecialization
+
+POLICIES = ("lru", "lfu", "belady", "fixed")
+ADVISED_POLICY = "lru"  # what a device can have without knowing the future
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that is measured of one model.
+
+    Attributes:
+        recording: what it is measured on.
+        srp: by segment length.
+        domain_srp: SRP of each domain by segment length.
+        sch: hit rates of SCH by segment length.
+        policies: hit rates of real caches by policy.
+        balance: global and local.
+        specialization: in domains; None where there is only one.
+        cache_ratios: sizes to show.
+    """
+
+    recording: Recording
+    srp: dict[int, ModelSRP]
+    domain_srp: dict[str, dict[int, ModelSRP]]
+    sch: dict[int, ModelHitRates]
+    policies: dict[str, ModelHitRates]
+    balance: ModelBalance
+    specialization: ModelSpecialization | None
+    cache_ratios: tuple[float, ...]
+
+    @property
+    def segment_length(self) -> int:
+        """The m to name where there is room for one: 16 if measured, else the first."""
+        return 16 if 16 in self.srp else next(iter(self.srp))
+
+    @property
+    def min_share(self) -> float:
+        """Usage of the least used expert of all layers, as a share of the fair share."""
+        return min(float(layer.min_share) for layer in self.balance.layers)
+
+    @cached_property
+    def advice(self) -> dict[str, CacheChoice]:
+        """The cache at the "knee" of LRU's hit rates, if there is one, and at "2K" slots."""
+        rates, sizes = self.policies[ADVISED_POLICY], self.recording.expert_bytes
+        bend = knee_ratio(rates)
+        at = {"knee": bend, "2K": 2.0}
+        return {name: choose(rates, ratio, sizes) for name, ratio in at.items() if ratio is not None}
+
+
+def measure(
+    recording: Recording,
+    *,
+    segment_lengths: Sequence[int] = (4, 16, 64),
+    cache_ratios: Sequence[float] = (1, 2, 3, 4),
+    replicates: int = 200,
+    device: torch.device | str = "cpu",
+) -> Evaluation:
+    """Measure a recording.
+
+    Args:
+        recording: routing of one model.
+        segment_lengths: m of SRP, SCH and local balance; those longer than every document are left out.
+        cache_ratios: cache sizes to have intervals for, in units of K.
+        replicates: of the bootstrap; 0 for no intervals.
+        device: where to count.
+
+    Raises:
+        ValueError: no document is as long as a segment.
+    """
+    longest = recording.longest_document
+    lengths = [m for m in segment_lengths if m <= longest]
+    if not lengths:
+        raise ValueError(
+            f"{recording.model}: segment_lengths must not all exceed the longest document, {longest} tokens, "
+            f"got {list(segment_lengths)}"
+        )
+    experts, D = tuple(recording.num_experts), len(recording.domains)
+    resampled = {"replicates": replicates, "check_values": False}  # a recording is checked when it is made or read
+    srp = SegmentRoutingPerformance(experts, lengths, **resampled).to(device)
+    sch = SegmentCacheHitRate(experts, lengths, cache_ratios=cache_ratios, **resampled).to(device)
+    policies = {
+        name: CacheHitRate(experts, name, cache_ratios=cache_ratios, **resampled).to(device) for name in POLICIES
+    }
+    balance = RoutingBalance(experts, lengths, check_values=False).to(device)
+    by_domain = [SegmentRoutingPerformance(experts, lengths, check_values=False).to(device) for _ in range(D)]
+    domains = ExpertSpecialization(experts, D, segment_length=lengths[0], check_values=False).to(device)
+    for domain, of_domain in enumerate(by_domain):
+        for trace, index in recording.chunks((recording.domain_ids == domain).nonzero()[:, 0], device):
+            for metric in (srp, sch, *policies.values()):
+                metric.update(trace, index)
+            balance.update(trace)
+            of_domain.update(trace)
+            domains.update(trace, domain_ids=torch.full_like(index, domain))
+    return Evaluation(
+        recording=recording,
+        srp=srp.results(),
+        domain_srp=dict(zip(recording.domains, (of_domain.results() for of_domain in by_domain), strict=True)),
+        sch=sch.results(),
+        policies={name: metric.results() for name, metric in policies.items()},
+        balance=balance.results(),
+        specialization=domains.results() if D > 1 else None,
+        cache_ratios=tuple(cache_ratios),
+    )

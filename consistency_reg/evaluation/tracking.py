@@ -1,0 +1,34 @@
+"""What was measured in wandb: a run for each model."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from consistency_reg.evaluation.measure import Evaluation
+from consistency_reg.optional import require
+from consistency_reg.wandb_login import offline_without_login
+
+
+def log_to_wandb(project: str, evaluations: Sequence[Evaluation], pictures: Mapping[str, Path], folder: Path) -> None:
+    """Log the numbers and pictures of each model; offline, into ``folder``, where there is no login."""
+    with require("wandb"):
+        import wandb
+    offline_without_login()
+    for one in evaluations:
+        config = {"model": one.recording.model, **one.recording.about}
+        run = wandb.init(project=project, name=one.recording.model, job_type="evaluate", config=config, dir=folder)
+        run.log(scalars(one) | {name: wandb.Image(str(path)) for name, path in pictures.items()})
+        run.finish()
+
+
+def scalars(one: Evaluation) -> dict[str, float]:
+    """The numbers of one model under the names that a training run gives them in validation."""
+    values = {"static_srp": float(next(iter(one.srp.values())).static_srp), "balance/min_share": one.min_share}
+    for m, result in one.srp.items():
+        values[f"srp/m{m}"] = float(result.srp)
+        values[f"rho_hat/m{m}"] = float(result.size_ratio)
+        values[f"local_gain/m{m}"] = float(result.local_gain)
+    caches = {f"sch/m{m}": rates for m, rates in one.sch.items()}
+    caches |= {f"cache/{name}": rates for name, rates in one.policies.items()}
+    for name, rates in caches.items():
+        values |= {f"{name}_{ratio:g}k": float(rates.at(ratio)) for ratio in one.cache_ratios}
+    return values
