@@ -45,12 +45,14 @@ class RouterAdapter:
         pattern: regular expression that the router's class name must match (``re.search``).
         logits: position of the [..., E] router logits in the output.
         expert_ids: position of the [..., K] chosen expert ids in the output.
+        top_k: K of a router that returns no ids: the experts of its K highest logits are the chosen ones.
         scores: ``(router, logits) -> [..., E]``, what the router selects by.
     """
 
     pattern: str
     logits: int = 0
     expert_ids: int = 2
+    top_k: int | None = None
     scores: Callable[[nn.Module, Tensor], Tensor] = selection_scores
 
     def matches(self, module: nn.Module) -> bool:
@@ -58,8 +60,12 @@ class RouterAdapter:
         return re.search(self.pattern, type(module).__name__) is not None
 
 
-# transformers >= 5: (router_logits, routing_weights, expert_ids)
-DEFAULT_ADAPTERS = (RouterAdapter(r"Top[kK]Router$"),)
+# transformers >= 5: (router_logits, routing_weights, expert_ids). Switch Transformers return a mask instead of ids that
+# lacks the tokens beyond an expert's capacity: what the router chose for those is in its logits alone.
+DEFAULT_ADAPTERS = (
+    RouterAdapter(r"Top[kK]Router$"),
+    RouterAdapter(r"^SwitchTransformersTop1Router$", logits=2, top_k=1),
+)
 
 
 @dataclass(frozen=True)
@@ -286,7 +292,8 @@ class RouterCapture:
             self._shapes[name] = tuple(inputs[0].shape)
         _, adapter = self._routers[name]
         try:
-            logits, expert_ids = output[adapter.logits], output[adapter.expert_ids]
+            logits = output[adapter.logits]
+            expert_ids = output[adapter.expert_ids] if adapter.top_k is None else logits.topk(adapter.top_k).indices
             if logits.shape[:-1] != expert_ids.shape[:-1] or expert_ids.is_floating_point():
                 raise TypeError
         except (TypeError, LookupError, AttributeError):
