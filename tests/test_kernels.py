@@ -115,6 +115,56 @@ def test_srp_kernel_equals_the_functional_version(tokens, routing, m):
         assert_windows_equal(routing.expert_ids, routing.num_experts, [m], routing.masks)
 
 
+def compile_for_h100(kernel, pointers, integers, constants):
+    """Compile as a launch does, without a GPU: integer arguments of 1 become constants."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    absent = {name: None for name, dtype in pointers.items() if dtype is None}
+    constants = constants | absent | {name: 1 for name, value in integers.items() if value == 1}
+    signature = pointers | dict.fromkeys(integers, "i32") | dict.fromkeys(constants, "constexpr")
+    signature = {name: signature[name] for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("by_document", "K", "m", "bits"), [(True, 8, 16, 28), (False, 1, 1, 40)])
+def test_cache_kernel_compiles_for_a_gpu(policy, by_document, K, m, bits):
+    pytest.importorskip("triton")
+    import triton.language as tl
+
+    from consistency_reg.kernels import cache
+
+    next_token = "*i32" if policy == "belady" else None
+    document, out = ("*i64", "*i64") if by_document else (None, "*fp64")
+    ids = {"ids": "*i64", "starts": "*i32", "lengths": "*i32"}
+    keys = {"EXPERT_BITS": 6, "CLOCK_BITS": 13, "BITS": bits, "KEY": tl.int32 if bits <= 30 else tl.int64}
+    compile_for_h100(
+        cache._simulate,
+        ids | {"next_token": next_token, "document": document, "out": out},
+        {"T": 512, "K": K, "E": 64, "m": m},
+        keys | {"POLICY": cache.POLICIES[policy], "SEGMENT": 512, "X": 64},
+    )
+    if policy == "belady":
+        integers = {"T": 512, "K": K}
+        compile_for_h100(cache._find_next_uses, ids | {"next_token": "*i32"}, integers, {"SEGMENT": 512, "X": 64})
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+@pytest.mark.parametrize("sequences", ["*i64", None])
+@pytest.mark.parametrize(("K", "m"), [(8, 16), (1, 1)])
+def test_srp_kernel_compiles_for_a_gpu(sequences, K, m):
+    pytest.importorskip("triton")
+    from consistency_reg.kernels import srp
+
+    pointers = {"ids": "*i64", "position": "*i64", "windows": "*i64", "sequences": sequences}
+    integers = {"T": 512, "K": K, "E": 64, "m": m, "segment": 512}
+    compile_for_h100(srp._count_windows, pointers, integers, {"REPLICAS": 16, "X": 64})
+
+
 @in_kernels
 def test_functions_hand_over_to_the_kernels(monkeypatch):
     ids = torch.rand(2, 7, 5, generator=torch.Generator().manual_seed(0)).topk(2).indices
