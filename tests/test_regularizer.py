@@ -77,7 +77,9 @@ def fit(module, ids, batch_size, callbacks=(), **trainer_options):
 
 
 def regularizer(**options) -> ConsistencyRegularizer:
-    loss = options.pop("loss", None) or LocalConsistencyLoss(segment_lengths=(3, 5), scope=options.pop("scope", "global"))
+    loss = options.pop("loss", None) or LocalConsistencyLoss(
+        segment_lengths=(3, 5), scope=options.pop("scope", "global")
+    )
     return ConsistencyRegularizer(loss, **({"weight": 2.0} | options))
 
 
