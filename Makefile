@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE = 1
 
 demo: .venv/installed
 	$(BIN)/consistency-reg ablate recipes/ablations/demo.yaml
-	$(BIN)/consistency-reg report runs/demo --out runs/demo/report
+	$(BIN)/consistency-reg report runs/demo --out runs/demo/report --wandb consistency-reg
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 WANDB_MODE=offline $(BIN)/python -m pytest -m "not slow and not gpu" -n 2

@@ -2,8 +2,6 @@
 
 import argparse
 import inspect
-import netrc
-import os
 import secrets
 import shlex
 import time
@@ -30,6 +28,7 @@ from consistency_reg.lm.model import count_parameters, small_moe
 from consistency_reg.lm.module import CausalMoE
 from consistency_reg.lm.run import RunProgress
 from consistency_reg.provenance import git_commit, package_versions
+from consistency_reg.wandb_login import offline_without_login
 
 DEFAULTS = Path(__file__).with_name("defaults.yaml")
 
@@ -146,23 +145,11 @@ def run_loggers(run_dir: Path, wandb_project: str) -> list[Logger]:
     with require("wandb"):
         import wandb  # noqa: F401
         from lightning.pytorch.loggers import WandbLogger
-    if "WANDB_MODE" not in os.environ and not wandb_login_found():
-        os.environ["WANDB_MODE"] = "offline"  # never a prompt
+    offline_without_login()
     identity = run_dir / "wandb-id"
     if not identity.exists():
         identity.write_text(secrets.token_hex(4))
     return [*loggers, WandbLogger(name=run_dir.name, project=wandb_project, save_dir=run_dir, id=identity.read_text())]
-
-
-def wandb_login_found() -> bool:
-    """Whether wandb would find an API key without asking."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def main(argv: Sequence[str]) -> int:

@@ -51,6 +51,11 @@ class RoutingMetric(Metric):
         """The metric for the model that this trace is of, on its device; the trace itself is not counted yet."""
         return cls([layer.num_experts for layer in trace], *args, **kwargs).to(trace.expert_ids[0].device)
 
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add another metric's sums; a value computed before is forgotten, which torchmetrics does not do by itself."""
+        super().merge_state(incoming_state)
+        self._computed = None
+
     def results(self) -> Any:
         """The value in full, synchronized over processes as ``compute()`` is."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync):

@@ -13,6 +13,7 @@ from consistency_reg.report.plots import save, tradeoff
 from consistency_reg.report.records import append_csv, read_csv, write_csv, write_json
 from consistency_reg.report.runs import Run, distinct_names, read_folder, refuse_different_data
 from consistency_reg.report.tables import Table, pair_table, run_tables
+from consistency_reg.wandb_login import offline_without_login
 
 with require("plots"):
     from rich import box
@@ -47,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = options.out or default_folder(options.runs)
     write_report(folder, ", ".join(path.name for path in options.runs), runs, pairs, [*compared, *measured])
     print(f"figures, tables and page: {folder / 'tradeoff.png'}, table.csv, table.json, report.html")
-    for place in dict.fromkeys(run.wandb_dir for run in runs if run.wandb_dir):
+    if options.wandb:
+        log_to_wandb(options.wandb, folder, [*compared, *measured])
+    places = [run.wandb_dir for run in runs if run.wandb_dir] + ([str(folder / "wandb")] if options.wandb else [])
+    for place in dict.fromkeys(places):
         print(f"wandb: {place}")
     return 0
 
@@ -87,6 +91,20 @@ def write_report(folder: Path, title: str, runs: Sequence[Run], pairs: Sequence[
     write_atomically(folder / "report.html", page(f"Report: {title}", tables, figures, runs))
 
 
+def log_to_wandb(project: str, folder: Path, tables: Sequence[Table]) -> None:
+    """One wandb run, in the folder, that holds the tables, the figure and the page; offline where there is no login."""
+    with require("wandb"):
+        import wandb
+    offline_without_login()
+    with wandb.init(project=project, job_type="report", name=f"report {folder.parent.name}", dir=folder) as run:
+        for table in tables:
+            run.log(
+                {f"report/{table.title}": wandb.Table(columns=list(table.header), data=[list(r) for r in table.rows])}
+            )
+        run.log({"report/tradeoff": wandb.Image(str(folder / "tradeoff.png"))})
+        run.log({"report/page": wandb.Html((folder / "report.html").read_text(), inject=False)})
+
+
 def print_table(table: Table, console: Console) -> None:
     """Print a table; a narrow terminal wraps its header."""
     title = Text(table.title, style="bold")
@@ -111,5 +129,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="run folders, folders of them, results CSVs")
     parser.add_argument("--baseline", metavar="NAME", help="compare all with this run, or with this cell seed by seed")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the files (RUNS/report, or report)")
+    parser.add_argument("--wandb", metavar="PROJECT", help="log tables and figures as a run of this wandb project")
     parser.add_argument("--append-csv", type=Path, metavar="FILE", help="add a row a run to this CSV, for committing")
     return parser
