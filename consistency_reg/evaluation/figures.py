@@ -94,9 +94,10 @@ def srp_by_layer(evaluations: Sequence[Evaluation]) -> Figure:
             continue
         layers = one.srp[m].layers
         axes.plot([_percent(layer.srp) for layer in layers], "o-", color=colour, label=one.recording.model)
-        axes.plot([_percent(layer.static_srp) for layer in layers], "--", color=colour, linewidth=1)
+        axes.plot([_percent(layer.static_srp) for layer in layers], "_--", color=colour, linewidth=1)
     axes.plot([], [], "--", color="0.3", linewidth=1, label="static SRP: one set for the whole data")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(-0.5, max(len(one.recording.layer_names) for one in evaluations) - 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set(xlabel="MoE layer, from the first", ylabel=f"SRP, m = {m} [%]")
     _legend(figure)
     return figure

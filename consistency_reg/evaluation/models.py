@@ -94,6 +94,8 @@ def load(place: str, *, device: torch.device, dtype: str = "auto", trust_remote_
         if trust_remote_code or "trust_remote_code" not in str(error):
             raise
         raise ValueError(f"{place} runs code of its own: read it, then allow it with --trust-remote-code") from error
+    except OSError as error:
+        raise OSError(f"no model can be read from {place!r}: {error}") from error
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     model = kind.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)

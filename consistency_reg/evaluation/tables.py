@@ -52,7 +52,7 @@ def consistency(evaluations: Sequence[Evaluation]) -> Table:
     """SRP by segment length, beside what imbalance alone would reach."""
     header = ["model", "m", "SRP", "95% interval", "static SRP", "local gain", "rho_hat"]
     note = "rho_hat: experts that the best segment router loads for one that is used; local gain: SRP - static SRP"
-    table = Table("Consistency (in %)", header, note=note)
+    table = Table("Consistency (SRP and gain in %)", header, note=note)
     for one in evaluations:
         for place, (m, result) in enumerate(one.srp.items()):
             table.rows.append(
