@@ -229,13 +229,25 @@ def check_expert_ids(
         raise ValueError(
             f"{name} must lie in 0..{num_experts - 1} (num_experts={num_experts}), got ids from {low} to {high}"
         )
-    ordered_NK = ids_NK.sort(dim=-1).values
-    repeated_N = (ordered_NK[:, 1:] == ordered_NK[:, :-1]).any(dim=-1)
+    repeated_N = _repeats_an_expert(ids_NK)
     if bool(repeated_N.any()):
         first = int(repeated_N.nonzero()[0])
         raise ValueError(
             f"{name} must not repeat an expert within a token, got {ids_NK[first].tolist()} (valid token {first})"
         )
+
+
+def _repeats_an_expert(ids_NK: Tensor) -> Tensor:
+    """Whether a token names an expert twice: [N, K] -> [N] bool. Comparing pairs is several times faster than sorting."""
+    if ids_NK.shape[1] > 16:
+        ordered_NK = ids_NK.sort(dim=-1).values
+        return (ordered_NK[:, 1:] == ordered_NK[:, :-1]).any(dim=-1)
+    columns = ids_NK.T.to(torch.int32, memory_format=torch.contiguous_format).unbind(0)
+    repeated_N = torch.zeros_like(columns[0], dtype=torch.bool)
+    for i, one in enumerate(columns):
+        for other in columns[:i]:
+            repeated_N |= one == other
+    return repeated_N
 
 
 def _check_layer(layer: LayerRouting, shape: tuple[int, int]) -> None:
