@@ -19,7 +19,7 @@ with require("lightning"):
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-    from lightning.pytorch.loggers import CSVLogger, Logger
+    from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from consistency_reg.callbacks import ConsistencyRegularizer, RoutingMonitor
 from consistency_reg.files import write_json
@@ -144,7 +144,6 @@ def run_loggers(run_dir: Path, wandb_project: str) -> list[Logger]:
         return loggers
     with require("wandb"):
         import wandb  # noqa: F401
-        from lightning.pytorch.loggers import WandbLogger
     offline_without_login()
     identity = run_dir / "wandb-id"
     if not identity.exists():
@@ -176,8 +175,8 @@ def main(argv: Sequence[str]) -> int:
             write_json(run_dir / "result.json", origin | _result(cli, run_dir, argv, time.time() - began))
     finally:
         for logger in cli.trainer.loggers:
-            if hasattr(logger.experiment, "finish"):  # a wandb run: the next one in this process is not to join it
-                logger.experiment.finish()
+            if isinstance(logger, WandbLogger):
+                logger.experiment.finish()  # the next run in this process is not to join it
     return 0
 
 
