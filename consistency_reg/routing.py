@@ -238,7 +238,7 @@ def check_expert_ids(
 
 
 def _repeats_an_expert(ids_NK: Tensor) -> Tensor:
-    """Whether a token names an expert twice: [N, K] -> [N] bool. Comparing pairs is several times faster than sorting."""
+    """Whether a token names an expert twice: [N, K] -> [N] bool. Comparing pairs is faster than sorting."""
     if ids_NK.shape[1] > 16:
         ordered_NK = ids_NK.sort(dim=-1).values
         return (ordered_NK[:, 1:] == ordered_NK[:, :-1]).any(dim=-1)

@@ -1,6 +1,7 @@
 """ConsistencyRegularizer in real Lightning runs: what it adds, when, and that it adds it once."""
 
 import copy
+import csv
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ class ToyMoE(LightningModule):
     def forward(self, ids):
         x = self.embed(ids)
         for router in self.routers:
-            logits, weights, _ = router(x)
+            _, weights, _ = router(x)
             x = x + 0.1 * weights.sum(-1, keepdim=True) * x
         return self.head(self.dropout(x))
 
@@ -211,9 +212,8 @@ def test_what_is_logged(tmp_path):
     callback = regularizer(warmup_steps=4)
     logger = CSVLogger(tmp_path, name="", version="")
     fit(toy(), tokens(24), 4, [callback], logger=logger, log_every_n_steps=1)
-    import csv
-
-    rows = [row for row in csv.DictReader(Path(tmp_path, "metrics.csv").open()) if row["train/consistency/loss"]]
+    with Path(tmp_path, "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train/consistency/loss"]]
     assert [float(row["train/consistency/weight"]) for row in rows] == [0, 0.5, 1.0, 1.5, 2.0, 2.0]
     for row in rows:
         raw, weight = float(row["train/consistency/loss"]), float(row["train/consistency/weight"])
@@ -232,7 +232,7 @@ def test_a_weight_must_be_a_number_from_zero(weight):
 def test_manual_optimization_is_refused_with_what_to_do():
     module = toy()
     module.automatic_optimization = False
-    with pytest.raises(RuntimeError, match="manual optimization.*LocalConsistencyLoss"):
+    with pytest.raises(RuntimeError, match=r"manual optimization.*LocalConsistencyLoss"):
         fit(module, tokens(4), 4, [regularizer()])
 
 
