@@ -1,6 +1,7 @@
 """Train mixture-of-experts language models for local routing consistency.
 
-The core needs torch and torchmetrics. What needs lightning loads on first use and names the extra that is missing.
+The core needs torch and torchmetrics. What needs lightning loads on first use and names the extra that is missing; the
+metrics load on first use too, as torchmetrics takes along whatever it finds installed.
 """
 
 from importlib import import_module
@@ -16,18 +17,19 @@ from consistency_reg.losses import (
     RouterAnchorLoss,
     RouterZLoss,
 )
-from consistency_reg.metrics import (
-    CacheHitRate,
-    ExpertSpecialization,
-    RoutingBalance,
-    SegmentCacheHitRate,
-    SegmentRoutingPerformance,
-)
 from consistency_reg.routing import RoutingTrace
 
 __version__ = version("consistency-reg")
 
-_CALLBACKS = ("ConsistencyRegularizer", "RoutingMonitor")
+_ON_FIRST_USE = {
+    "CacheHitRate": "consistency_reg.metrics",
+    "ConsistencyRegularizer": "consistency_reg.callbacks",
+    "ExpertSpecialization": "consistency_reg.metrics",
+    "RoutingBalance": "consistency_reg.metrics",
+    "RoutingMonitor": "consistency_reg.callbacks",
+    "SegmentCacheHitRate": "consistency_reg.metrics",
+    "SegmentRoutingPerformance": "consistency_reg.metrics",
+}
 
 __all__ = [
     "CacheConsistencyLoss",
@@ -50,6 +52,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _CALLBACKS:
-        return getattr(import_module("consistency_reg.callbacks"), name)
+    if name in _ON_FIRST_USE:
+        return getattr(import_module(_ON_FIRST_USE[name]), name)
     raise AttributeError(f"module 'consistency_reg' has no attribute {name!r}")
