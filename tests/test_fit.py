@@ -26,6 +26,7 @@ SMALL = {  # the smallest run that has everything: two domains, documents shorte
     "model.model.init_args.num_heads": 2,
     "model.model.init_args.expert_size": 8,
     "model.warmup_steps": 1,
+    "consistency.start_step": 0,
     "trainer.max_steps": 2,
     "trainer.accelerator": "cpu",
     "trainer.precision": 32,
