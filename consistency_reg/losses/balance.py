@@ -1,13 +1,12 @@
 """The load-balance loss and the router z-loss, per layer, never pooled over layers."""
 
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from consistency_reg.functional.segments import active_experts
-from consistency_reg.losses.base import RoutingLoss
+from consistency_reg.losses.base import RoutingLoss, without_padding
 from consistency_reg.losses.consistency import SCOPES
 from consistency_reg.losses.distributed import all_sum
 from consistency_reg.routing import LayerRouting, RoutingTrace
@@ -66,7 +65,7 @@ class LoadBalanceLoss(RoutingLoss):
         uses_BE, tokens_B = active_BTE.sum(dim=1), valid_BT.sum(dim=1)
         share_GE = self._share(layer.name, uses_BE, tokens_B).to(valid_BT.device)
         rows_G = tokens_B if self.scope == "sequence" else tokens_B.sum(dim=0, keepdim=True)
-        probabilities_BTE = replace(layer, logits=_logits_of_real_tokens(layer, trace)).probabilities
+        probabilities_BTE = without_padding(layer, trace).probabilities
         probability_BE = (probabilities_BTE * valid_BT[:, :, None]).sum(dim=1)
         if self.scope != "sequence":
             probability_BE = probability_BE.sum(dim=0, keepdim=True)
@@ -148,16 +147,10 @@ class RouterZLoss(RoutingLoss):
 
     def layer_loss(self, layer: LayerRouting, trace: RoutingTrace) -> Tensor:
         """The z-loss of one layer."""
-        squared_BT = _logits_of_real_tokens(layer, trace).logsumexp(dim=-1) ** 2
+        logits_BTE = without_padding(layer, trace).logits
+        if logits_BTE is None:
+            raise ValueError(f"layer {layer.name!r}: the loss needs the router's logits, but the trace has none")
+        dtype = torch.promote_types(logits_BTE.dtype, torch.float32)
+        squared_BT = logits_BTE.to(dtype).logsumexp(dim=-1) ** 2
         valid_BT = trace.valid_mask
         return (squared_BT * valid_BT).sum() / valid_BT.sum().clamp_min(1)
-
-
-def _logits_of_real_tokens(layer: LayerRouting, trace: RoutingTrace) -> Tensor:
-    """[B, T, E] the router's logits in fp32 or better, 0 on padding, which may hold anything, NaN too."""
-    if layer.logits is None:
-        raise ValueError(
-            f"layer {layer.name!r}: the loss needs the router's logits, but the trace holds expert ids or scores only"
-        )
-    logits = layer.logits if layer.logits.dtype == torch.float64 else layer.logits.float()
-    return logits if trace.valid is None else logits.masked_fill(~trace.valid[:, :, None], 0)

@@ -1,5 +1,7 @@
 """What every routing loss has in common: a value for each layer, averaged over the layers."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -24,3 +26,10 @@ class RoutingLoss(nn.Module):
     def forward(self, trace: RoutingTrace) -> Tensor:
         """The mean over the layers."""
         return self.per_layer(trace).mean()
+
+
+def without_padding(layer: LayerRouting, trace: RoutingTrace) -> LayerRouting:
+    """The layer with the logits of padding blanked: whatever stands there, NaN included, has no effect."""
+    if trace.valid is None or layer.logits is None:
+        return layer
+    return replace(layer, logits=layer.logits.masked_fill(~trace.valid[:, :, None], 0))

@@ -5,7 +5,6 @@ left to the caller as everywhere here.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,17 +21,10 @@ from consistency_reg.functional.published import (
     window_entropy,
 )
 from consistency_reg.functional.segments import active_experts
-from consistency_reg.losses.base import RoutingLoss
+from consistency_reg.losses.base import RoutingLoss, without_padding
 from consistency_reg.routing import LayerRouting, RoutingTrace
 
 RHO_FLOOR = 1e-8  # the paper's guard of the logarithm
-
-
-def without_padding(layer: LayerRouting, trace: RoutingTrace) -> LayerRouting:
-    """The layer with the logits of padding blanked: whatever stands there, NaN included, has no effect."""
-    if trace.valid is None or layer.logits is None:
-        return layer
-    return replace(layer, logits=layer.logits.masked_fill(~trace.valid[:, :, None], 0))
 
 
 class ReMoELoss(RoutingLoss):
