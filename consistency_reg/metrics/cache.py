@@ -1,17 +1,15 @@
 """Hit rates of a model's expert caches as metrics: SCH, and the policies of real caches."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from consistency_reg.functional.balance import usage_counts
-from consistency_reg.functional.cache import POLICIES, HitCounts, cache_hit_counts, document_usage
-from consistency_reg.functional.sch import sch_counts
+from consistency_reg.functional.cache import POLICIES, RowHitRates, row_hit_rates
 from consistency_reg.functional.srp import check_segment_lengths
-from consistency_reg.metrics.hit_rates import HitRateMetric, ModelHitRates
+from consistency_reg.metrics.hit_rates import HitRateMetric, Masks, ModelHitRates
 from consistency_reg.routing import RoutingTrace
 
 
@@ -42,8 +40,8 @@ class SegmentCacheHitRate(HitRateMetric):
         super().__init__(num_experts, [f"sch_m{m}" for m in lengths], **options)
         self.segment_lengths = dict(zip(self.names, lengths, strict=True))
 
-    def _counts(self, name: str, expert_ids: Tensor, num_experts: int, masks: tuple[Tensor | None, ...]) -> HitCounts:
-        return sch_counts(expert_ids, num_experts, self.segment_lengths[name], *masks)
+    def _row_rates(self, name: str, expert_ids: Tensor, num_experts: int, masks: Masks) -> RowHitRates:
+        return row_hit_rates(expert_ids, num_experts, "sch", *masks, segment_length=self.segment_lengths[name])
 
     def _results(self) -> dict[int, ModelHitRates]:
         return dict(zip(self.segment_lengths.values(), self._models(), strict=True))
@@ -88,12 +86,9 @@ class CacheHitRate(HitRateMetric):
             usage = [usage_counts(layer.expert_ids, layer.num_experts, trace.valid) for layer in trace]
             self._add("usage", torch.cat(usage))
 
-    def _counts(self, name: str, expert_ids: Tensor, num_experts: int, masks: tuple[Tensor | None, ...]) -> HitCounts:
-        counts = cache_hit_counts(expert_ids, num_experts, name, *masks)
-        if name != "fixed":
-            return counts
-        # The set is not known before all data is seen: count each expert by itself, and choose at the end.
-        return replace(counts, hits=document_usage(expert_ids, num_experts, *masks))
+    def _row_rates(self, name: str, expert_ids: Tensor, num_experts: int, masks: Masks) -> RowHitRates:
+        # The fixed set is not known before all data is seen: count each expert by itself, and choose at the end.
+        return row_hit_rates(expert_ids, num_experts, "uses" if name == "fixed" else name, *masks)
 
     def _hit_rates(self, rates: Tensor) -> Tensor:
         if self.policy != "fixed":

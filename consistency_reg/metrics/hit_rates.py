@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from consistency_reg.functional.bootstrap import percentile_interval
-from consistency_reg.functional.cache import HitCounts
+from consistency_reg.functional.cache import RowHitRates
 from consistency_reg.metrics.plots import axes_of
 from consistency_reg.metrics.resampled import ResampledMetric
 from consistency_reg.routing import RoutingTrace
+
+Masks = tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -111,19 +113,19 @@ class HitRateMetric(ResampledMetric):
             self._add_sum("resampled_documents", replicates)
 
     def update(self, trace: RoutingTrace, sequence_index: Tensor | None = None) -> None:
-        """Simulate the caches on a batch."""
+        """Simulate the caches on a batch. On a GPU the host does not wait."""
         for part, index in self._numbered(trace, sequence_index):
             tokens = part.valid_mask.sum()
             self._add("tokens", tokens)
             self._add("accesses", torch.stack([tokens * layer.top_k for layer in part]))
             simulated = [self._simulate(name, part) for name in self.names]
-            rates_DSC = torch.stack([torch.cat([cache.hit_rate for cache in caches], 1) for caches in simulated], 1)
-            self._add("rates", rates_DSC.sum(dim=0))
-            self._add("documents", len(rates_DSC))
+            rates_NSC = torch.stack([torch.cat([cache.hit_rate for cache in caches], 1) for caches in simulated], 1)
+            documents_N = simulated[0][0].documents
+            self._add("rates", rates_NSC.sum(dim=0))
+            self._add("documents", documents_N.sum())
             if self.replicates:
-                index_D = index[simulated[0][0].rows]
-                self._add("resampled", self._resampled(rates_DSC, index_D))
-                self._add("resampled_documents", self._resampled(torch.ones_like(index_D)[:, None], index_D)[:, 0])
+                self._add("resampled", self._resampled(rates_NSC, index))
+                self._add("resampled_documents", self._resampled(documents_N[:, None], index)[:, 0])
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Hit rate by cache ratio: the mean of the layers, with intervals, and the shared cache. -> (figure, axes)."""
@@ -143,8 +145,8 @@ class HitRateMetric(ResampledMetric):
         ax.legend()
         return ax.figure, ax
 
-    def _counts(self, name: str, expert_ids: Tensor, num_experts: int, masks: tuple[Tensor | None, ...]) -> HitCounts:
-        """The hits of each document in one simulation of one cache; layers may stand below each other as more rows."""
+    def _row_rates(self, name: str, expert_ids: Tensor, num_experts: int, masks: Masks) -> RowHitRates:
+        """The documents' hit rates in one simulation of one cache, summed by row; layers may stand below each other."""
         raise NotImplementedError
 
     def _by_name(self, results: Any) -> dict[str, ModelHitRates]:
@@ -152,30 +154,31 @@ class HitRateMetric(ResampledMetric):
         raise NotImplementedError
 
     def _hit_rates(self, rates: Tensor) -> Tensor:
-        """The hit rates of every size [..., C] from the documents' mean of what :meth:`_counts` counts."""
+        """The hit rates of every size [..., C] from the documents' mean of :meth:`_row_rates`."""
         return rates
 
-    def _simulate(self, name: str, trace: RoutingTrace) -> list[HitCounts]:
-        """The counts of each layer's cache, then those of the shared one; documents in the same order throughout."""
+    def _simulate(self, name: str, trace: RoutingTrace) -> list[RowHitRates]:
+        """Each layer's cache, then the shared one."""
         alike: dict[tuple[int, int], list[int]] = {}
         for i, layer in enumerate(trace):
             alike.setdefault((layer.num_experts, layer.top_k), []).append(i)
-        counts: dict[int, HitCounts] = {}
+        rates: dict[int, RowHitRates] = {}
+        N = trace.shape[0]
         for (E, _), layers in alike.items():
             below_each_other = torch.cat([trace.expert_ids[i] for i in layers])
             masks = [
                 None if mask is None else mask.repeat(len(layers), 1) for mask in (trace.valid, trace.document_ids)
             ]
-            together = self._counts(name, below_each_other, E, tuple(masks))
-            D = len(together.rows) // len(layers)
-            for i, hits in zip(layers, together.hits.split(D) if D else [together.hits] * len(layers), strict=True):
-                counts[i] = HitCounts(hits, together.accesses[:D], together.rows[:D])
+            together = self._row_rates(name, below_each_other, E, tuple(masks))
+            for place, i in enumerate(layers):
+                rows = slice(place * N, (place + 1) * N)
+                rates[i] = RowHitRates(together.hit_rate[rows], together.documents[rows])
         if self.shared:
             first = [experts.start for experts in self._layer_experts]
             side_by_side = torch.cat([ids + at for ids, at in zip(trace.expert_ids, first, strict=True)], dim=-1)
             masks = [trace.valid, trace.document_ids]
-            counts[len(trace)] = self._counts(name, side_by_side, sum(self.num_experts), tuple(masks))
-        return [counts[i] for i in range(len(self.caches))]
+            rates[len(trace)] = self._row_rates(name, side_by_side, sum(self.num_experts), tuple(masks))
+        return [rates[i] for i in range(len(self.caches))]
 
     def _models(self) -> list[ModelHitRates]:
         """The hit rates of each simulation."""
