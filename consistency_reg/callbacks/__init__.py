@@ -1,0 +1,7 @@
+"""Lightning callbacks: one adds the consistency term to a module's loss, one measures routing at validation."""
+
+from consistency_reg.callbacks.batches import batch_masks, domain_names
+from consistency_reg.callbacks.monitor import RoutingMonitor
+from consistency_reg.callbacks.regularizer import ConsistencyRegularizer
+
+__all__ = ["ConsistencyRegularizer", "RoutingMonitor", "batch_masks", "domain_names"]

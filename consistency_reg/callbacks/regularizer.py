@@ -1,0 +1,138 @@
+"""The consistency term as a Lightning callback."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from consistency_reg.callbacks.batches import Masks, batch_masks
+from consistency_reg.capture import RouterAdapter, RouterCapture
+from consistency_reg.losses import LocalConsistencyLoss, RoutingLoss
+from consistency_reg.optional import require
+
+with require("lightning"):
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class ConsistencyRegularizer(Callback):
+    """Adds ``weight(step) * loss(routing)`` to the loss that ``training_step`` returns; the module stays as it is.
+
+    Logs, at the steps that the trainer logs, ``train/consistency/loss`` (raw), ``/weight``, ``/weighted`` and the raw
+    value of each layer as ``/layer_00``, ....
+
+    Args:
+        loss: any :class:`~consistency_reg.losses.RoutingLoss`; ``LocalConsistencyLoss()`` when None.
+        weight: weight of the term, >= 0.
+        warmup_steps: optimizer steps over which the weight rises linearly from 0.
+        start_step: optimizer step at which the term, and its warm-up, begins.
+        masks: ``batch -> (valid, document_ids)``, each [B, T] or None; reads the usual keys of a mapping when None.
+        adapters: kinds of routers that the capture does not know by itself.
+
+    Raises:
+        ValueError: a negative or non-finite weight; a model without routers (at the start of ``fit``).
+        RuntimeError: manual optimization; a ``training_step`` that returns no loss; a term without gradient.
+
+    Example:
+        >>> callback = ConsistencyRegularizer(weight=0.3, warmup_steps=100)
+        >>> callback.weight_at(50)
+        0.15
+    """
+
+    def __init__(
+        self,
+        loss: RoutingLoss | None = None,
+        weight: float = 0.3,
+        warmup_steps: int = 0,
+        *,
+        start_step: int = 0,
+        masks: Callable[[Any], Masks] | None = None,
+        adapters: Sequence[RouterAdapter] = (),
+    ) -> None:
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"weight must be a finite number >= 0, got {weight}")
+        for name, steps in (("warmup_steps", warmup_steps), ("start_step", start_step)):
+            if steps < 0:
+                raise ValueError(f"{name} must be >= 0, got {steps}")
+        self.loss = LocalConsistencyLoss() if loss is None else loss
+        self.weight = float(weight)
+        self.warmup_steps = warmup_steps
+        self.start_step = start_step
+        self.masks = masks or batch_masks
+        self.adapters = tuple(adapters)
+        self._capture: RouterCapture | None = None
+
+    def weight_at(self, step: int) -> float:
+        """The weight at an optimizer step."""
+        since = step - self.start_step
+        if since < 0:
+            return 0.0
+        return self.weight * min(1.0, since / self.warmup_steps) if self.warmup_steps else self.weight
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the routers and wrap ``training_step``."""
+        if not pl_module.automatic_optimization:
+            raise RuntimeError(
+                "ConsistencyRegularizer adds its term to the loss that training_step returns, but "
+                f"{type(pl_module).__name__} uses manual optimization: call "
+                "consistency_reg.LocalConsistencyLoss on RouterCapture(model).trace() in training_step instead"
+            )
+        self._capture = RouterCapture(pl_module, self.adapters).attach()
+        self.loss.to(pl_module.device)
+        original = pl_module.training_step
+
+        @functools.wraps(original)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            assert self._capture is not None
+            with self._capture.recording():
+                output = original(*args, **kwargs)
+            return output if output is None else self._add_term(trainer, pl_module, output, args[0] if args else None)
+
+        pl_module.training_step = training_step  # type: ignore[method-assign]
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give ``training_step`` back."""
+        self._release(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give ``training_step`` back."""
+        self._release(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the loss."""
+        return {"loss": self.loss.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.loss.load_state_dict(state_dict["loss"])
+
+    def _add_term(self, trainer: Trainer, pl_module: LightningModule, output: Any, batch: Any) -> Any:
+        if isinstance(output, Mapping):
+            if not isinstance(output.get("loss"), Tensor):
+                raise RuntimeError(f"training_step must return its loss under the key 'loss', got keys {list(output)}")
+            return {**output, "loss": self._add_term(trainer, pl_module, output["loss"], batch)}
+        if not isinstance(output, Tensor):
+            raise RuntimeError(f"training_step must return its loss, got {type(output).__name__}")
+        assert self._capture is not None
+        trace = self._capture.trace(*self.masks(batch))
+        self._capture.clear()
+        value_L = self.loss.per_layer(trace)
+        term, weight = value_L.mean(), self.weight_at(trainer.global_step)
+        if weight and not term.requires_grad:
+            raise RuntimeError(
+                "the consistency term has no gradient: the routers' scores come without a graph (routers and all that "
+                "feeds them are frozen, or activation checkpointing is reentrant: use use_reentrant=False)"
+            )
+        weighted = weight * term
+        logged: dict[str, Any] = {"loss": term.detach(), "weight": weight, "weighted": weighted.detach()}
+        logged |= {f"layer_{index:02d}": value for index, value in enumerate(value_L.detach())}
+        pl_module.log_dict({f"train/consistency/{name}": value for name, value in logged.items()})
+        return output + weighted.to(output.dtype)
+
+    def _release(self, pl_module: LightningModule) -> None:
+        if self._capture is None:
+            return
+        self._capture.detach()
+        self._capture = None
+        pl_module.__dict__.pop("training_step", None)
