@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, Dataset
+from transformers import AutoModelForCausalLM
 
 from consistency_reg import LoadBalanceLoss, RouterCapture, RouterZLoss
 from consistency_reg.lm.model import count_parameters, small_moe
@@ -134,3 +135,35 @@ def test_shared_experts_take_the_place_of_routed_ones(shared_experts):
 def test_a_router_without_a_choice_is_refused(options):
     with pytest.raises(ValueError, match="must leave the router at least one active expert"):
         small_moe(**(SIZE | options))
+
+
+def test_dense_layers_have_no_router_and_as_many_parameters():
+    routed, partly = small_moe(**SIZE), small_moe(**SIZE, dense_layers=[0])
+    router_rows = SIZE["num_experts"] * SIZE["hidden_size"]
+    assert count_parameters(partly)[0] == count_parameters(routed)[0] - router_rows
+    assert RouterCapture(partly).layer_names == ("model.layers.1.block_sparse_moe.router",)
+    same = dict(routed.named_parameters())
+    for name, parameter in partly.named_parameters():
+        if name in same:
+            assert torch.equal(parameter, same[name]), name
+
+
+def test_a_model_with_dense_and_shared_experts_is_read_back_as_it_was(tmp_path):
+    saved = small_moe(**SIZE, dense_layers=[1], shared_experts=1).eval()
+    saved.save_pretrained(tmp_path)
+    loaded, about = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(about.values()), about
+    ids = batch()["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(ids).logits, saved(ids).logits)
+
+
+@pytest.mark.parametrize("dense_layers", [[2], [-1], [0, 1]])
+def test_dense_layers_that_there_are_not_or_that_leave_no_router_are_refused(dense_layers):
+    with pytest.raises(ValueError, match=r"dense_layers must be numbers of layers, 0 to 1, and leave at least one"):
+        small_moe(**SIZE, dense_layers=dense_layers)
+
+
+def test_the_head_has_weights_of_its_own_where_embeddings_are_not_tied():
+    tied, own = (sum(p.numel() for p in small_moe(**SIZE, tie_embeddings=tie).parameters()) for tie in (True, False))
+    assert own - tied == V * SIZE["hidden_size"]
