@@ -1,16 +1,16 @@
 """The consistency term as a Lightning callback."""
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from consistency_reg.callbacks.batches import Masks, batch_masks
 from consistency_reg.capture import RouterAdapter, RouterCapture
 from consistency_reg.losses import LocalConsistencyLoss, RoutingLoss
+from consistency_reg.masks import Masks, batch_masks
 from consistency_reg.optional import require
+from consistency_reg.term import Term, WeightSchedule, warn_of_frozen
 
 with require("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -50,25 +50,15 @@ class ConsistencyRegularizer(Callback):
         masks: Callable[[Any], Masks] | None = None,
         adapters: Sequence[RouterAdapter] = (),
     ) -> None:
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"weight must be a finite number >= 0, got {weight}")
-        for name, steps in (("warmup_steps", warmup_steps), ("start_step", start_step)):
-            if steps < 0:
-                raise ValueError(f"{name} must be >= 0, got {steps}")
         self.loss = LocalConsistencyLoss() if loss is None else loss
-        self.weight = float(weight)
-        self.warmup_steps = warmup_steps
-        self.start_step = start_step
+        self.schedule = WeightSchedule(weight, warmup_steps, start_step)
         self.masks = masks or batch_masks
         self.adapters = tuple(adapters)
         self._capture: RouterCapture | None = None
 
     def weight_at(self, step: int) -> float:
         """The weight at an optimizer step."""
-        since = step - self.start_step
-        if since < 0:
-            return 0.0
-        return self.weight * min(1.0, since / self.warmup_steps) if self.warmup_steps else self.weight
+        return self.schedule.at(step)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the routers and wrap ``training_step``."""
@@ -79,6 +69,7 @@ class ConsistencyRegularizer(Callback):
                 "consistency_reg.LocalConsistencyLoss on RouterCapture(model).trace() in training_step instead"
             )
         self._capture = RouterCapture(pl_module, self.adapters).attach()
+        warn_of_frozen(self._capture.routers)
         self.loss.to(pl_module.device)
         original = pl_module.training_step
 
@@ -117,18 +108,9 @@ class ConsistencyRegularizer(Callback):
         assert self._capture is not None
         trace = self._capture.trace(*self.masks(batch))
         self._capture.clear()
-        value_L = self.loss.per_layer(trace)
-        term, weight = value_L.mean(), self.weight_at(trainer.global_step)
-        if weight and not term.requires_grad:
-            raise RuntimeError(
-                "the consistency term has no gradient: the routers' scores come without a graph (routers and all that "
-                "feeds them are frozen, or activation checkpointing is reentrant: use use_reentrant=False)"
-            )
-        weighted = weight * term
-        logged: dict[str, Any] = {"loss": term.detach(), "weight": weight, "weighted": weighted.detach()}
-        logged |= {f"layer_{index:02d}": value for index, value in enumerate(value_L.detach())}
-        pl_module.log_dict({f"train/consistency/{name}": value for name, value in logged.items()})
-        return output + weighted.to(output.dtype)
+        term = Term.of(self.loss, trace, self.weight_at(trainer.global_step))
+        pl_module.log_dict({f"train/consistency/{name}": value for name, value in term.logged().items()})
+        return output + term.weighted.to(output.dtype)
 
     def _release(self, pl_module: LightningModule) -> None:
         if self._capture is None:

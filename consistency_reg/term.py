@@ -1,0 +1,98 @@
+"""A routing loss as a training term: its weight at each step, what is added to a loss, and what of it is logged."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from consistency_reg.losses import RoutingLoss
+from consistency_reg.routing import RoutingTrace
+
+
+@dataclass(frozen=True)
+class WeightSchedule:
+    """A weight that is 0 before ``start_step``, then rises linearly over ``warmup_steps`` to ``weight``.
+
+    Raises:
+        ValueError: a negative or non-finite weight, a negative number of steps.
+
+    Example:
+        >>> schedule = WeightSchedule(0.3, warmup_steps=100, start_step=50)
+        >>> [schedule.at(step) for step in (0, 100, 200)]
+        [0.0, 0.15, 0.3]
+    """
+
+    weight: float
+    warmup_steps: int = 0
+    start_step: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weight", check_weight(self.weight))
+        for name in ("warmup_steps", "start_step"):
+            if (steps := getattr(self, name)) < 0:
+                raise ValueError(f"{name} must be >= 0, got {steps}")
+
+    def at(self, step: int) -> float:
+        """The weight at an optimizer step."""
+        since = step - self.start_step
+        if since < 0:
+            return 0.0
+        return self.weight * min(1.0, since / self.warmup_steps) if self.warmup_steps else self.weight
+
+
+@dataclass(frozen=True)
+class Term:
+    """A weighted term of one forward.
+
+    Attributes:
+        weighted: scalar ``weight * mean over layers``, with the graph.
+        value: the mean over layers, no graph.
+        value_L: [L] the raw value of every layer, no graph.
+        weight: its weight.
+    """
+
+    weighted: Tensor
+    value: Tensor
+    value_L: Tensor
+    weight: float
+
+    @classmethod
+    def of(cls, loss: RoutingLoss, trace: RoutingTrace, weight: float) -> "Term":
+        """``weight * loss(trace)``.
+
+        Raises:
+            RuntimeError: the weight is not 0 and the term has no gradient.
+        """
+        value_L = loss.per_layer(trace)
+        value = value_L.mean()
+        if weight and not value.requires_grad:
+            raise RuntimeError(
+                "the consistency term has no gradient: the routers' scores come without a graph (routers and all that "
+                "feeds them are frozen, or activation checkpointing is reentrant: use use_reentrant=False)"
+            )
+        return cls(weight * value, value.detach(), value_L.detach(), weight)
+
+    def logged(self) -> dict[str, Tensor | float]:
+        """What is logged of it: ``loss`` (raw), ``weight``, ``weighted``, ``layer_00``, ..."""
+        logged = {"loss": self.value, "weight": self.weight, "weighted": self.weighted.detach()}
+        return logged | {f"layer_{index:02d}": value for index, value in enumerate(self.value_L)}
+
+
+def check_weight(weight: float) -> float:
+    """The weight as a float; ValueError unless it is a finite number >= 0."""
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"weight must be a finite number >= 0, got {weight}")
+    return float(weight)
+
+
+def warn_of_frozen(routers: Mapping[str, nn.Module]) -> None:
+    """Warn if no parameter of any router learns: a term on their scores then moves only what feeds them."""
+    learns = {name: any(p.requires_grad for p in router.parameters()) for name, router in routers.items()}
+    if not any(learns.values()):
+        warnings.warn(
+            f"all {len(learns)} routers are frozen: the consistency term acts on what feeds them alone. Unfreeze them "
+            "(with PEFT: modules_to_save or target_parameters that name the router) to train the routing itself",
+            stacklevel=3,
+        )
