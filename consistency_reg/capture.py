@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from consistency_reg.hooks import OwnedHook
 from consistency_reg.routing import RoutingTrace
 
 
@@ -156,12 +157,12 @@ class RouterCapture:
         if self._handles:
             return self
         self._in_forward = False
-        self._handles.append(self.model.register_forward_pre_hook(_Hook(self, "_begin_forward")))
-        self._handles.append(self.model.register_forward_hook(_Hook(self, "_end_forward"), always_call=True))
+        self._handles.append(self.model.register_forward_pre_hook(OwnedHook(self, "_begin_forward")))
+        self._handles.append(self.model.register_forward_hook(OwnedHook(self, "_end_forward"), always_call=True))
         for name, (router, _) in self._routers.items():
-            block = self.model.get_submodule(name.rpartition(".")[0])
-            self._handles.append(block.register_forward_pre_hook(_Hook(self, "_see_block", name)))
-            self._handles.append(router.register_forward_hook(_Hook(self, "_read", name)))
+            block = self.model.get_submodule(_block_name(name))
+            self._handles.append(block.register_forward_pre_hook(OwnedHook(self, "_see_block", name)))
+            self._handles.append(router.register_forward_hook(OwnedHook(self, "_read", name)))
         return self
 
     def detach(self) -> None:
@@ -314,33 +315,23 @@ class RouterCapture:
         self._readings.setdefault(name, []).append(reading)
 
 
-class _Hook:
-    """A forward hook that belongs to one capture on one model: copies and pickles of it do nothing."""
-
-    def __init__(self, capture: RouterCapture | None, method: str, name: str | None = None) -> None:
-        self.capture = capture
-        self.method = method
-        self.name = name
-
-    def __call__(self, module: nn.Module, *args: Any) -> None:
-        if self.capture is None:
-            return
-        leading = () if self.name is None else (self.name,)
-        getattr(self.capture, self.method)(*leading, module, *args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
-        return _Hook(None, self.method, self.name)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, (None, self.method, self.name)
+def _block_name(router: str) -> str:
+    """The module around a router, past what PEFT's target_parameters wrap it in."""
+    return re.sub(r"(\.base_layer)+$", "", router).rpartition(".")[0]
 
 
 def _find_routers(model: nn.Module, adapters: Sequence[RouterAdapter]) -> dict[str, tuple[nn.Module, RouterAdapter]]:
-    routers = {}
+    routers: dict[str, tuple[nn.Module, RouterAdapter]] = {}
+    last = ""
     for name, module in model.named_modules():
-        adapter = next((adapter for adapter in adapters if adapter.matches(module)), None)
+        if last and name.startswith(f"{last}."):
+            continue  # a part of a router
+        # PEFT's modules_to_save holds a router and its trained copies: it calls one of them, so it is the router
+        router = getattr(module, "original_module", module)
+        adapter = next((adapter for adapter in adapters if adapter.matches(router)), None)
         if adapter is not None:
             routers[name] = (module, adapter)
+            last = name
     if not routers:
         alike = sorted(
             {type(m).__name__ for m in model.modules() if re.search(r"rout|gate|expert|moe", type(m).__name__, re.I)}

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -49,13 +49,13 @@ class Term:
     Attributes:
         weighted: scalar ``weight * mean over layers``, with the graph.
         value: the mean over layers, no graph.
-        value_L: [L] the raw value of every layer, no graph.
+        per_layer: [L] the raw value of every layer, no graph.
         weight: its weight.
     """
 
     weighted: Tensor
     value: Tensor
-    value_L: Tensor
+    per_layer: Tensor
     weight: float
 
     @classmethod
@@ -74,10 +74,14 @@ class Term:
             )
         return cls(weight * value, value.detach(), value_L.detach(), weight)
 
+    def detach(self) -> "Term":
+        """The same term without its graph."""
+        return replace(self, weighted=self.weighted.detach())
+
     def logged(self) -> dict[str, Tensor | float]:
         """What is logged of it: ``loss`` (raw), ``weight``, ``weighted``, ``layer_00``, ..."""
-        logged = {"loss": self.value, "weight": self.weight, "weighted": self.weighted.detach()}
-        return logged | {f"layer_{index:02d}": value for index, value in enumerate(self.value_L)}
+        logged: dict[str, Tensor | float] = {"loss": self.value, "weight": self.weight, "weighted": self.weighted.detach()}
+        return logged | {f"layer_{index:02d}": value for index, value in enumerate(self.per_layer)}
 
 
 def check_weight(weight: float) -> float:
