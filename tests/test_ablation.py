@@ -179,6 +179,12 @@ def test_only_runs_a_part_of_the_grid_and_a_dry_run_nothing(folder, capsys):
         ablate(grid, "--jobs", "0")
 
 
+def test_labels_of_one_axis_are_alternatives(folder):
+    grid = load_grid(write_grid(seeds=[0, 1, 2]))
+    chosen = grid.select(["loss=srp", "seed=0", "seed=2", "width=wide"])
+    assert [cell.name for cell in chosen] == ["wide-srp-seed0", "wide-srp-seed2"]
+
+
 def test_a_folder_of_other_settings_is_neither_reused_nor_overwritten(folder):
     assert ablate(write_grid(), "--only", "width=narrow") == 0
     other = {**GRID["grid"], "width": {"key": "model.width", "values": {"narrow": 9}}}

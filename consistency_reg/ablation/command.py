@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("grid", type=Path, metavar="GRID", help="YAML: recipe, runs, seeds, and grid or cells")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time, threads divided (default 1)")
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="AXIS=LABEL", help="only the cells with these values; also seed=N"
+        "--only", nargs="+", default=[], metavar="AXIS=LABEL", help="only the cells with these values; also seed=N; of one axis any"
     )
     parser.add_argument("--dry-run", action="store_true", help="check the grid and list its cells")
     parser.add_argument("--export-sweep", type=Path, metavar="FILE", help="write the grid as a wandb sweep and stop")

@@ -74,22 +74,26 @@ class Grid:
         return tuple(cells)
 
     def select(self, conditions: Iterable[str]) -> tuple[Cell, ...]:
-        """The cells for which every ``AXIS=LABEL`` (or ``seed=N``) of ``conditions`` holds.
+        """The cells with the values that ``AXIS=LABEL`` (or ``seed=N``) of ``conditions`` name.
+
+        Several labels of one axis are alternatives; of several axes all must hold.
 
         Raises:
             ValueError: an axis or a label that the grid does not have.
         """
-        cells = self.cells
+        known = {axis: list(values) for axis, values in self.axes.items()} | {"seed": [str(s) for s in self.seeds]}
+        wanted: dict[str, set[str]] = {}
         for condition in conditions:
             axis, _, label = condition.partition("=")
-            known = {axis: list(values) for axis, values in self.axes.items()} | {
-                "seed": [str(seed) for seed in self.seeds]
-            }
             if label not in known.get(axis, ()):
                 choices = "; ".join(f"{axis}={'|'.join(labels)}" for axis, labels in known.items())
                 raise ValueError(f"--only takes {choices}; got {condition!r}")
-            cells = tuple(cell for cell in cells if {**cell.labels, "seed": str(cell.seed)}[axis] == label)
-        return cells
+            wanted.setdefault(axis, set()).add(label)
+        return tuple(
+            cell
+            for cell in self.cells
+            if all({**cell.labels, "seed": str(cell.seed)}[axis] in labels for axis, labels in wanted.items())
+        )
 
 
 def nest(overrides: Mapping[str, Any]) -> dict[str, Any]:
