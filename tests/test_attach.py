@@ -1,0 +1,254 @@
+"""attach(): the term in a model's own loss, whoever trains it; what it leaves alone, and what it refuses."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+from accelerate import Accelerator
+from tiny_models import COMMON, KINDS, tiny_model, token_ids
+from torch.utils.data import DataLoader
+
+from consistency_reg import LocalConsistencyLoss, RouterCapture
+from consistency_reg.integrations import attach
+
+B, T = 4, 12
+LOSS = LocalConsistencyLoss((3, 5), scope="sequence")
+
+
+def parameters(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def step(model, loss):
+    loss.backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    return parameters(model)
+
+
+def count_hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+# --- what it adds -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_one_step_is_the_step_of_loss_plus_weighted_term(kind, return_dict):
+    ids = token_ids(B, T)
+    plain, attached = tiny_model(kind).train(), tiny_model(kind).train()
+    with RouterCapture(plain) as capture:
+        loss = plain(ids, labels=ids).loss
+    expected = step(plain, loss + 5.0 * LOSS(capture.trace()))
+
+    attach(attached, LOSS, weight=5.0)
+    output = attached(ids, labels=ids, return_dict=return_dict)
+    assert torch.equal(step(attached, output.loss if return_dict else output[0]), expected)
+
+
+def test_weight_zero_is_training_without_it():
+    ids = token_ids(B, T)
+    plain, attached = tiny_model("olmoe").train(), tiny_model("olmoe").train()
+    attach(attached, LOSS, weight=0.0)
+    assert torch.equal(step(plain, plain(ids, labels=ids).loss), step(attached, attached(ids, labels=ids).loss))
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_masks_are_those_of_the_forward(by_name):
+    ids, valid = token_ids(B, T), torch.ones(B, T, dtype=torch.int64)
+    valid[1, 7:], valid[2, :4] = 0, 0
+    positions = torch.arange(T).expand(B, T) % 6  # two documents a row
+    model = tiny_model("olmoe").train()
+    term = attach(model, LOSS)
+    given = {"input_ids": ids, "attention_mask": valid, "position_ids": positions}
+    model(**given, labels=ids) if by_name else model(*given.values(), labels=ids)
+    with RouterCapture(model) as capture:
+        model(**given, labels=ids)
+    expected = LOSS(capture.trace(valid=valid.bool(), document_ids=(torch.arange(T) // 6).expand(B, T)))
+    assert term.value == expected.item()
+    assert term.value != pytest.approx(LOSS(capture.trace()).item(), abs=1e-4)
+
+
+def test_masks_of_ones_own():
+    model, ids = tiny_model("olmoe").train(), token_ids(B, T)
+    seen = {}
+
+    def masks(given):
+        seen.update(given)
+        return torch.ones(B, T, dtype=torch.bool), torch.zeros(B, T, dtype=torch.int64)
+
+    attach(model, LOSS, masks=masks)
+    model(ids, labels=ids)
+    assert torch.equal(seen["input_ids"], ids)
+
+
+def test_the_handle_reads_and_sets():
+    model, ids = tiny_model("olmoe").train(), token_ids(B, T)
+    term = attach(model, LOSS, weight=0.5)
+    assert term.weight == 0.5
+    assert term.value != term.value  # NaN: nothing was measured yet
+    assert term.per_layer == {}
+    with_half = model(ids, labels=ids).loss
+    assert list(term.per_layer) == ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
+    assert sum(term.per_layer.values()) / 2 == pytest.approx(term.value)
+    term.weight = 2.5
+    torch.testing.assert_close(model(ids, labels=ids).loss, with_half + 2.0 * term.value)
+
+
+# --- what it leaves alone -----------------------------------------------------------------------------------------
+
+
+def test_evaluation_and_generation_are_as_they_were():
+    plain, attached = tiny_model("olmoe"), tiny_model("olmoe")
+    ids = token_ids(B, T)
+    term = attach(attached, LOSS, weight=5.0)
+    for training in (False, True):
+        with torch.no_grad():
+            output = [model.train(training)(ids, labels=ids).loss for model in (plain, attached)]
+        assert torch.equal(*output)
+    assert torch.equal(plain.eval()(ids, labels=ids).loss, attached.eval()(ids, labels=ids).loss)
+    generated = [model.generate(ids[:, :4], max_new_tokens=3, do_sample=False) for model in (plain, attached)]
+    assert torch.equal(*generated)
+    assert term.term is None
+    with pytest.raises(RuntimeError, match="0 of 2 routers"):
+        term._capture.trace()  # nothing of them is kept
+
+
+def test_detaching_leaves_the_model_as_it_was():
+    model, ids = tiny_model("olmoe").train(), token_ids(B, T)
+    before, hooks = model(ids, labels=ids).loss, count_hooks(model)
+    with attach(model, LOSS) as term:
+        assert model(ids, labels=ids).loss > before
+        term.attach()
+        once = model(ids, labels=ids).loss
+        torch.testing.assert_close(once, before + 0.3 * term.value)
+    value = term.value
+    assert count_hooks(model) == hooks
+    assert torch.equal(model(ids, labels=ids).loss, before)
+    assert term.value == value
+    term.detach()
+    term.attach()
+    assert torch.equal(model(ids, labels=ids).loss, once)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_the_model_is_free_of_it(way):
+    model, ids = tiny_model("olmoe").train(), token_ids(B, T)
+    without = model(ids, labels=ids).loss
+    attach(model, LOSS)
+    model(ids, labels=ids)
+    assert torch.equal(way(model)(ids, labels=ids).loss, without)
+    assert model(ids, labels=ids).loss > without
+
+
+def test_files_of_the_model_are_as_they_were(tmp_path):
+    model, ids = tiny_model("olmoe"), token_ids(B, T)
+    keys = list(model.state_dict())
+    attach(model, LOSS)
+    assert list(model.state_dict()) == keys
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)
+
+
+# --- micro-batches ------------------------------------------------------------------------------------------------
+
+
+def test_where_a_trainer_sums_micro_batches_the_term_counts_by_their_tokens():
+    """Three micro-batches of one optimizer step, one of them with fewer labels."""
+    model, ids = tiny_model("olmoe").train(), token_ids(6, T)
+    labels = ids.clone()
+    labels[4:, :7] = -100
+    items = (labels[:, 1:] != -100).sum()
+    plain = [model(ids[i : i + 2], labels=labels[i : i + 2], num_items_in_batch=items).loss for i in (0, 2, 4)]
+    term, added = attach(model, LOSS, weight=5.0), []
+    for i, loss in zip((0, 2, 4), plain, strict=True):
+        with_term = model(ids[i : i + 2], labels=labels[i : i + 2], num_items_in_batch=items).loss
+        added.append(((with_term - loss) / (5.0 * term.value)).item())
+    assert added == pytest.approx([22 / 54, 22 / 54, 10 / 54], rel=1e-4)
+
+
+@pytest.mark.parametrize("first", ["attach", "prepare"])
+def test_accelerate_with_accumulation_4x2_equals_1x8(first):
+    """Each row is its own statistic: then the mean over micro-batches is the mean over the batch."""
+    results = []
+    for rows, accumulated in ((8, 1), (2, 4)):
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulated)
+        model = tiny_model("olmoe").train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        if first == "attach":
+            attach(model, LOSS, weight=5.0)
+        model, optimizer, loader = accelerator.prepare(
+            model, optimizer, DataLoader(token_ids(16, T), batch_size=rows, shuffle=False)
+        )
+        if first == "prepare":
+            attach(model, LOSS, weight=5.0)
+        for ids in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(ids, labels=ids).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+        results.append(parameters(model))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+def test_a_dense_model_is_refused():
+    dense = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**COMMON))
+    with pytest.raises(ValueError, match=r"mixture-of-experts routers, got LlamaForCausalLM"):
+        attach(dense)
+
+
+@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
+def test_a_weight_must_be_a_number_from_zero(weight):
+    model = tiny_model("olmoe")
+    with pytest.raises(ValueError, match="weight must be a finite number >= 0"):
+        attach(model, weight=weight)
+    term = attach(model)
+    with pytest.raises(ValueError, match="weight must be a finite number >= 0"):
+        term.weight = weight
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_missing_labels_are_told(return_dict):
+    model, ids = tiny_model("olmoe").train(), token_ids(B, T)
+    attach(model)
+    with pytest.raises(RuntimeError, match=r"OlmoeForCausalLM returned no loss.*give it labels.*'input_ids'"):
+        model(ids, return_dict=return_dict)
+
+
+def test_frozen_routers_are_warned_of_and_the_term_acts_on_what_feeds_them():
+    model, ids = tiny_model("olmoe").train(), token_ids(B, T)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".gate." not in name)
+    with pytest.warns(UserWarning, match="all 2 routers are frozen: the consistency term acts on what feeds them"):
+        term = attach(model, LOSS, weight=1.0)
+    before = tiny_model("olmoe")
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    without = before.train()(ids, labels=ids).loss
+    without.backward()
+    torch.testing.assert_close(loss, without + term.value)
+    assert not torch.allclose(model.model.embed_tokens.weight.grad, before.model.embed_tokens.weight.grad)
+
+
+@pytest.mark.filterwarnings("ignore:all 2 routers are frozen")
+def test_a_term_without_gradient_is_refused():
+    model, ids = tiny_model("olmoe").train(), token_ids(B, T)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lm_head" in name)
+    attach(model, LOSS)
+    with pytest.raises(RuntimeError, match="the consistency term has no gradient.*frozen"):
+        model(ids, labels=ids)
+
+
+def test_training_past_the_model_that_is_attached_to_is_an_error():
+    model, ids = tiny_model("olmoe").train(), token_ids(B, T)
+    attach(model, LOSS)
+    with pytest.raises(RuntimeError, match=r"outside of a forward of the OlmoeForCausalLM.*attach to the module that"):
+        model.model(ids)
