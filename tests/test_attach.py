@@ -243,7 +243,7 @@ def test_a_term_without_gradient_is_refused():
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lm_head" in name)
     attach(model, LOSS)
-    with pytest.raises(RuntimeError, match="the consistency term has no gradient.*frozen"):
+    with pytest.raises(RuntimeError, match=r"the consistency term has no gradient.*frozen"):
         model(ids, labels=ids)
 
 

@@ -285,22 +285,24 @@ def one_half(rank, logits, ids, valid, running):
 
 def step_of(loss, step, logits, ids, valid, rows=slice(None)):
     leaf = logits[step].clone().requires_grad_()
-    value = loss(RoutingTrace([ids[step][rows]], logits.shape[-1], logits=[leaf[rows]], valid=valid[rows]))
+    valid = valid[step][rows]
+    value = loss(RoutingTrace([ids[step][rows]], logits.shape[-1], logits=[leaf[rows]], valid=valid))
     value.backward()
     return value.detach(), leaf.grad
 
 
 def test_global_scope_on_two_processes_equals_one_process_with_the_whole_batch(tmp_path):
-    """The halves hold equally many tokens: each averages its own probabilities, as it does its own cross-entropy."""
+    """With as many valid tokens on both, with few on one of them, with none on one of them."""
     logits = torch.randn(3, 4, 6, 5, generator=torch.Generator().manual_seed(0)) + torch.arange(5) / 2
-    ids, valid = logits.topk(2).indices, torch.ones(4, 6, dtype=torch.bool)
-    valid[1, 2:] = valid[2, :4] = False
+    ids, valid = logits.topk(2).indices, torch.ones(3, 4, 6, dtype=torch.bool)
+    valid[1, 1, 1:] = valid[1, 2, :4] = valid[1, 3] = False
+    valid[2, :2] = False
     halves = on_processes(2, one_half, tmp_path, logits, ids, valid, 0.5)
     whole = LoadBalanceLoss("global", 0.5)
     for step in range(3):
         value, gradient = step_of(whole, step, logits, ids, valid)
         first, second = halves[0][step], halves[1][step]
-        torch.testing.assert_close((first[0] + second[0]) / 2, value)
+        torch.testing.assert_close((first[0], second[0]), (value, value))
         torch.testing.assert_close((first[1] + second[1]) / 2, gradient, rtol=1e-5, atol=1e-8)
 
 

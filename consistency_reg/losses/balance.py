@@ -8,7 +8,7 @@ from torch import Tensor
 from consistency_reg.functional.segments import active_experts
 from consistency_reg.losses.base import RoutingLoss, without_padding
 from consistency_reg.losses.consistency import SCOPES
-from consistency_reg.losses.distributed import all_sum
+from consistency_reg.losses.distributed import all_sum, world_size
 from consistency_reg.routing import LayerRouting, RoutingTrace
 
 
@@ -16,7 +16,8 @@ class LoadBalanceLoss(RoutingLoss):
     """Switch's ``E/K * sum_e share_e * prob_e`` for each layer, 1 when usage is uniform.
 
     ``share_e`` is the share of tokens that expert e is active on (sums to K, no gradient), ``prob_e`` the mean router
-    probability of e over the valid tokens of this batch (gradient).
+    probability of e over the valid tokens of this batch (gradient). With "global" that is the batch of all processes,
+    each of which has its value; the gradients are right where they are averaged over the processes, as DDP and FSDP do.
 
     Args:
         scope: where usage is counted. "sequence": in each row by itself; "batch": in the batch of this process;
@@ -69,7 +70,10 @@ class LoadBalanceLoss(RoutingLoss):
         probability_BE = (probabilities_BTE * valid_BT[:, :, None]).sum(dim=1)
         if self.scope != "sequence":
             probability_BE = probability_BE.sum(dim=0, keepdim=True)
-        mean_probability_GE = probability_BE / rows_G.clamp_min(1)[:, None]
+        if self.scope == "global":
+            mean_probability_GE = _mean_over_processes(probability_BE, rows_G)
+        else:
+            mean_probability_GE = probability_BE / rows_G.clamp_min(1)[:, None]
         loss_G = (
             layer.num_experts / layer.top_k * (share_GE.to(mean_probability_GE.dtype) * mean_probability_GE).sum(dim=-1)
         )
@@ -131,6 +135,17 @@ class LoadBalanceLoss(RoutingLoss):
     def extra_repr(self) -> str:
         """The options, for printing."""
         return f"scope={self.scope!r}, running={self.running}"
+
+
+def _mean_over_processes(sums: Tensor, counts: Tensor) -> Tensor:
+    """[1, E] sums and [1] counts of this process -> the mean over all processes, each with its part of the gradient.
+
+    The part is multiplied by the number of processes, over which data-parallel training averages gradients: so
+    processes with more valid tokens count for more.
+    """
+    all_sums, all_counts = all_sum(sums.detach(), counts.to(sums.dtype))
+    own_part = world_size() * (sums - sums.detach())  # 0, with the gradient
+    return (all_sums + own_part) / all_counts.clamp_min(1)[:, None]
 
 
 class RouterZLoss(RoutingLoss):
