@@ -29,6 +29,7 @@ _ON_FIRST_USE = {
     "RoutingMonitor": "consistency_reg.callbacks",
     "SegmentCacheHitRate": "consistency_reg.metrics",
     "SegmentRoutingPerformance": "consistency_reg.metrics",
+    "attach": "consistency_reg.integrations",
 }
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "RoutingTrace",
     "SegmentCacheHitRate",
     "SegmentRoutingPerformance",
+    "attach",
     "functional",
 ]
 
