@@ -1,0 +1,244 @@
+"""ConsistencyCallback in transformers' Trainer: normalized, scheduled, logged, resumed."""
+
+import json
+import warnings
+
+import pytest
+import torch
+import transformers
+from tiny_models import tiny_model, token_ids
+
+from consistency_reg import LoadBalanceLoss, LocalConsistencyLoss
+from consistency_reg.integrations import ConsistencyCallback, attach
+
+T = 12
+LOSS = LocalConsistencyLoss((3, 5), scope="sequence")
+
+
+def rows(count, *, ragged=False, seed=0):
+    """Rows of tokens with labels; ragged ones are padded to T."""
+    ids = token_ids(count, T, seed)
+    data = []
+    for index, row in enumerate(ids):
+        real = T - (index * 5 % 7 if ragged else 0)
+        mask = (torch.arange(T) < real).long()
+        data.append({"input_ids": row, "attention_mask": mask, "labels": row.where(mask.bool(), -100)})
+    return data
+
+
+def trainer_of(model, folder, data, batch_size, callbacks=(), **options):
+    options = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": batch_size,
+        "optim": "sgd",
+        "learning_rate": 0.5,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0,
+        "num_train_epochs": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    } | options
+    return transformers.Trainer(
+        model, transformers.TrainingArguments(**options), train_dataset=data, callbacks=list(callbacks)
+    )
+
+
+def train(folder, data, batch_size, callbacks=(), *, model=None, accepts=True, **options):
+    model = tiny_model("olmoe") if model is None else model
+    model.accepts_loss_kwargs = accepts
+    trainer = trainer_of(model, folder, data, batch_size, callbacks, **options)
+    trainer.train()
+    return model, trainer
+
+
+def parameters(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def callback(**options):
+    return ConsistencyCallback(LOSS, **({"weight": 5.0} | options))
+
+
+# --- normalization ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("accepts", "ragged", "count"),
+    [(True, True, 12), (False, False, 12)],
+)
+def test_accumulation_4x2_equals_1x8(tmp_path, accepts, ragged, count):
+    """Whether the trainer sums micro-batches (num_items_in_batch) or averages them; the last step may be shorter."""
+    data = rows(count, ragged=ragged)
+    whole, _ = train(tmp_path, data, 8, [callback()], accepts=accepts)
+    parts, _ = train(tmp_path, data, 2, [callback()], accepts=accepts, gradient_accumulation_steps=4)
+    torch.testing.assert_close(parameters(whole), parameters(parts), rtol=1e-5, atol=1e-6)
+    plain, _ = train(tmp_path, data, 8, accepts=accepts)
+    assert not torch.allclose(parameters(whole), parameters(plain), rtol=1e-3, atol=1e-4)
+
+
+def test_the_two_ways_of_the_trainer_give_the_same(tmp_path):
+    summed, averaged = (
+        train(tmp_path, rows(16), 2, [callback()], accepts=accepts, gradient_accumulation_steps=4)[0]
+        for accepts in (True, False)
+    )
+    torch.testing.assert_close(parameters(summed), parameters(averaged), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("accepts", [True, False])
+def test_attach_alone_serves_the_trainer(tmp_path, accepts):
+    """Rows of one length: there the share of the tokens is the share of the rows."""
+    with_callback, _ = train(tmp_path, rows(16), 2, [callback()], accepts=accepts, gradient_accumulation_steps=4)
+    model = tiny_model("olmoe")
+    attach(model, LOSS, 5.0)
+    train(tmp_path, rows(16), 2, model=model, accepts=accepts, gradient_accumulation_steps=4)
+    torch.testing.assert_close(parameters(model), parameters(with_callback), rtol=1e-5, atol=1e-6)
+
+
+# --- weight and logs ----------------------------------------------------------------------------------------------
+
+
+def test_the_weight_is_scheduled_and_the_term_logged(tmp_path):
+    model, trainer = train(
+        tmp_path, rows(24), 2, [callback(warmup_steps=2, start_step=2)], gradient_accumulation_steps=2
+    )
+    logs = [log for log in trainer.state.log_history if "consistency/loss" in log]
+    assert [log["consistency/weight"] for log in logs] == [0, 0, 0, 2.5, 5, 5]
+    for log in logs:
+        assert 0 < log["consistency/loss"] < 1
+        assert log["consistency/weighted"] == pytest.approx(log["consistency/weight"] * log["consistency/loss"])
+        layers = [log["consistency/layer_00"], log["consistency/layer_01"]]
+        assert sum(layers) / 2 == pytest.approx(log["consistency/loss"])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_logs_are_means_since_the_last_one(tmp_path):
+    every = {}
+    for logging_steps in (1, 3):
+        _, trainer = train(tmp_path, rows(24), 4, [callback()], logging_steps=logging_steps)
+        every[logging_steps] = [log["consistency/loss"] for log in trainer.state.log_history if "loss" in log]
+    assert every[3] == pytest.approx([sum(every[1][:3]) / 3, sum(every[1][3:]) / 3])
+
+
+def test_evaluation_loss_is_without_the_term(tmp_path):
+    model, trainer = train(tmp_path, rows(8), 8, [callback()])
+    attach(model, LOSS, 5.0)
+    before = trainer.evaluate(rows(4, seed=1))["eval_loss"]
+    ids = torch.stack([row["input_ids"] for row in rows(4, seed=1)])
+    assert before == pytest.approx(model.eval()(ids, labels=ids).loss.item(), rel=1e-5)
+
+
+class Reporter(transformers.TrainerCallback):
+    """Stands where wandb's stands: before the callbacks that a user gives."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+def test_reporters_see_the_term_of_a_callback_that_is_added_before_them(tmp_path):
+    late, early = Reporter(), Reporter()
+    train(tmp_path, rows(8), 4, [late, callback()])
+    assert not any("consistency/loss" in logs for logs in late.logs)
+    trainer = trainer_of(tiny_model("olmoe"), tmp_path, rows(8), 4, [early])
+    callback().add_to(trainer)
+    trainer.train()
+    assert [log["consistency/loss"] for log in early.logs if "loss" in log] == [
+        log["consistency/loss"] for log in trainer.state.log_history if "loss" in log
+    ]
+
+
+def test_tensorboard_has_it_below_train(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = trainer_of(tiny_model("olmoe"), tmp_path, rows(8), 4, report_to=["tensorboard"])
+    ConsistencyCallback(LOSS).add_to(trainer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message=".*pin_memory.*")
+        trainer.train()
+    (folder,) = {file.parent for file in tmp_path.rglob("events.out.tfevents.*")}
+    events = EventAccumulator(str(folder)).Reload()
+    assert {"train/loss", "train/consistency/loss", "train/consistency/layer_00"} <= set(events.Tags()["scalars"])
+
+
+def test_a_reporter_that_would_miss_it_is_warned_of(tmp_path):
+    trainer = trainer_of(tiny_model("olmoe"), tmp_path, rows(4), 4, [callback()], report_to=["tensorboard"])
+    with pytest.warns(UserWarning, match=r"\['tensorboard'\] will not see consistency.*\.add_to\(trainer\)"):
+        trainer.train()
+
+
+# --- resuming -----------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path):
+    """A loss with a state of its own, and a weight that rises.
+
+    The model is loaded from the checkpoint: resuming in transformers 5.23 takes no experts that are stored one by one.
+    """
+
+    def one():
+        return ConsistencyCallback(LoadBalanceLoss(running=0.9), weight=5.0, warmup_steps=8)
+
+    straight, _ = train(tmp_path, rows(16), 2, [one()], save_strategy="steps", save_steps=4)
+    checkpoint = tmp_path / "checkpoint-4"
+    again = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    trainer_of(again, tmp_path, rows(16), 2, [one()]).train(resume_from_checkpoint=str(checkpoint))
+    torch.testing.assert_close(parameters(again), parameters(straight), rtol=0, atol=0)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert state["log_history"][-1]["consistency/weight"] == pytest.approx(5.0 * 3 / 8)
+
+
+def test_a_second_training_adds_the_term_once(tmp_path):
+    """Also after one that failed in between."""
+    first, second = tiny_model("olmoe"), tiny_model("olmoe")
+    train(tmp_path, rows(4), 4, [callback()], model=first)
+    twice = callback()
+    trainer = trainer_of(second, tmp_path, [{"input_ids": row["input_ids"]} for row in rows(4)], 4, [twice])
+    with pytest.raises(RuntimeError, match="returned no loss in training"):
+        trainer.train()
+    train(tmp_path, rows(4), 4, [twice], model=second)
+    assert torch.equal(parameters(first), parameters(second))
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_outside_of_the_model_is_told(tmp_path):
+    trainer = trainer_of(tiny_model("olmoe"), tmp_path, rows(4), 4, [callback()], label_smoothing_factor=0.1)
+    with pytest.raises(RuntimeError, match=r"Where the loss is computed outside of the model, add"):
+        trainer.train()
+
+
+def test_reentrant_checkpointing_is_refused(tmp_path):
+    trainer = trainer_of(
+        tiny_model("olmoe"),
+        tmp_path,
+        rows(4),
+        4,
+        [callback()],
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+    )
+    with (
+        pytest.warns(UserWarning, match="use_reentrant=False"),
+        pytest.raises(RuntimeError, match=r"no gradient.*use_reentrant=False"),
+    ):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": -1.0}, "weight must be a finite number >= 0, got -1.0"),
+        ({"warmup_steps": -1}, "warmup_steps must be >= 0, got -1"),
+        ({"start_step": -2}, "start_step must be >= 0, got -2"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ConsistencyCallback(**options)
