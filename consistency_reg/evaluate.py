@@ -20,11 +20,12 @@ from consistency_reg.evaluation.text import Documents, corpus_documents, cut, da
 from consistency_reg.evaluation.traces import Recording, load_trace, save_trace
 from consistency_reg.evaluation.tracking import log_to_wandb
 from consistency_reg.files import write_atomically
-from consistency_reg.functional.srp import check_segment_lengths
+from consistency_reg.functional.segments import check_segment_lengths
 from consistency_reg.lm.corpus import DOMAINS
 from consistency_reg.optional import require
 from consistency_reg.provenance import git_commit, package_versions
 from consistency_reg.report.command import NARROWEST, print_table
+from consistency_reg.usage import CommandParser
 
 with require("plots"):
     from rich.console import Console
@@ -32,10 +33,9 @@ with require("plots"):
 SEQUENCE_LENGTH = 512
 EXAMPLE = """\
 examples:
-  consistency-reg evaluate runs/first                                a finished run, on the default corpus
-  consistency-reg evaluate allenai/OLMoE-1B-7B-0924 --dtype bfloat16 --save-trace olmoe.safetensors
-  consistency-reg evaluate --trace olmoe.safetensors --trace other.safetensors --out comparison
-  consistency-reg evaluate runs/first --data my.jsonl --text-column body
+  consistency-reg evaluate runs/first                                         on the default corpus
+  consistency-reg evaluate allenai/OLMoE-1B-7B-0924 --dtype bfloat16 --data my.jsonl
+  consistency-reg evaluate --trace olmoe.safetensors --trace other.safetensors     saved routing
 """
 
 
@@ -165,46 +165,39 @@ def _sequence_length(candidate: Candidate, wanted: int | None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="consistency-reg evaluate",
-        description="Judge mixture-of-experts models by their routing: segment routing performance, cache hit rates,\n"
-        "balance, and how large a cache of experts should be.",
+    parser = CommandParser(
+        "consistency-reg evaluate",
+        description="Judge mixture-of-experts models by their routing, and say how large a cache of experts they need.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("models", nargs="*", metavar="MODEL", help="folder, finished run, or hub id of a model")
     parser.add_argument("--trace", action="append", type=Path, default=[], metavar="FILE", help="saved routing instead")
     parser.add_argument("--save-trace", type=Path, metavar="FILE", help="keep the routing of the MODEL")
     parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR", help="default: evaluation")
-    text = parser.add_argument_group("text")
-    text.add_argument(
-        "--domains", nargs="+", type=names, metavar="NAME", help=f"of the default corpus: {' '.join(DOMAINS)}"
-    )
-    text.add_argument("--data", action="append", default=[], metavar="PATH", help="data set of the hub, folder, file")
-    text.add_argument("--data-config", metavar="NAME", help="configuration of the data set")
-    text.add_argument(
-        "--split", default="train", metavar="NAME", help="of the data set, such as test or train[:1%%]; default: train"
-    )
-    text.add_argument("--text-column", default="text", metavar="NAME", help="of the data set; default: text")
-    text.add_argument("--max-tokens", type=int, default=131_072, metavar="N", help="of all domains; default: 131072")
-    text.add_argument(
+    parser.add_argument("--domains", nargs="+", type=names, metavar="NAME", help=" ".join(DOMAINS))
+    parser.add_argument("--data", action="append", default=[], metavar="PATH", help="data set of the hub, folder, file")
+    parser.add_argument("--data-config", metavar="NAME", help="configuration of the data set")
+    parser.add_argument("--split", default="train", metavar="NAME", help="such as test or train[:1%%]; default: train")
+    parser.add_argument("--text-column", default="text", metavar="NAME", help="of the data set; default: text")
+    parser.add_argument("--max-tokens", type=int, default=131_072, metavar="N", help="of all domains; default: 131072")
+    parser.add_argument(
         "--sequence-length", type=int, metavar="T", help=f"tokens read at once; default: {SEQUENCE_LENGTH}"
     )
-    text.add_argument(
+    parser.add_argument(
         "--corpus-bytes", type=int, default=4_500_000, metavar="N", help="as in the recipe that trained the model"
     )
-    model = parser.add_argument_group("model")
-    model.add_argument(
+    parser.add_argument(
         "--device", default="auto", metavar="NAME", help="such as cpu or cuda:0; default: cuda if there is one"
     )
-    model.add_argument("--dtype", choices=DTYPES, default="auto", help="default: auto, as saved")
-    model.add_argument("--batch-size", type=int, metavar="B", help="rows to begin with; halved when memory runs out")
-    model.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    measures = parser.add_argument_group("measures")
-    measures.add_argument("--segment-lengths", nargs="+", type=integers, metavar="M", help="default: 4,16,64")
-    measures.add_argument("--cache-ratios", nargs="+", type=numbers, metavar="RHO", help="slots / K; default: 1,2,3,4")
-    measures.add_argument("--replicates", type=int, default=200, metavar="R", help="of the bootstrap; 0: no intervals")
-    measures.add_argument("--wandb", nargs="?", const="consistency-reg", metavar="PROJECT", help="log to wandb too")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", metavar="NAME", help=f"{', '.join(DTYPES)}; default: as saved"
+    )
+    parser.add_argument("--batch-size", type=int, metavar="B", help="rows to begin with; halved when memory runs out")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    parser.add_argument("--segment-lengths", nargs="+", type=integers, metavar="M", help="default: 4,16,64")
+    parser.add_argument("--cache-ratios", nargs="+", type=numbers, metavar="RHO", help="slots / K; default: 1,2,3,4")
+    parser.add_argument("--replicates", type=int, default=200, metavar="R", help="of the bootstrap; 0: no intervals")
+    parser.add_argument("--wandb", nargs="?", const="consistency-reg", metavar="PROJECT", help="log to wandb too")
     parser.set_defaults(segment_lengths=[[4, 16, 64]], cache_ratios=[[1.0, 2.0, 3.0, 4.0]])
     return parser
 

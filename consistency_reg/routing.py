@@ -1,14 +1,29 @@
 """What the routers of one forward pass decided, and the one place where such input is checked."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from consistency_reg.functional.segments import document_positions
+from consistency_reg.functional.segments import document_positions, row_chunks
 
-SCORE_FUNCTIONS = ("softmax", "sigmoid")
+LOWEST = -80.0  # softplus(x) is e^x there, still a normal number in fp32
+
+# How routers turn logits [..., E] into weights, before they are normalized, and the logarithms of these.
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": partial(torch.softmax, dim=-1),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits: nn.functional.softplus(logits).sqrt(),
+}
+LOG_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits,  # up to a constant of each token
+    "sigmoid": nn.functional.logsigmoid,
+    "sqrtsoftplus": lambda logits: nn.functional.softplus(logits.clamp_min(LOWEST)).log() / 2,
+}
+SCORE_FUNCTIONS = tuple(WEIGHTS)
+CHECKED_TOKENS = 2**16  # at a time: bounds the memory of a check
 
 
 @dataclass(frozen=True)
@@ -21,7 +36,7 @@ class LayerRouting:
         num_experts: E.
         scores: [B, T, E] what the router selects by, graph kept; None where only ids are known.
         logits: [B, T, E] the router's raw output, graph kept; None where only ids are known.
-        score_function: how logits become weights, "softmax" or "sigmoid".
+        score_function: how logits become weights, "softmax", "sigmoid" or "sqrtsoftplus" (the square root of softplus).
         inputs: [B, T, H] the router's input, no graph; None where it was not captured.
     """
 
@@ -40,20 +55,16 @@ class LayerRouting:
 
     @property
     def probabilities(self) -> Tensor:
-        """[B, T, E] the router's distribution over experts, in fp32 or better (sigmoid weights normalized)."""
-        logits = self._exact_logits
+        """[B, T, E] the router's distribution over experts, in fp32 or better (all weights normalized)."""
+        weights = WEIGHTS[self.score_function](self._exact_logits)
         if self.score_function == "softmax":
-            return logits.softmax(dim=-1)
-        weights = logits.sigmoid()
+            return weights
         return weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
 
     @property
     def log_probabilities(self) -> Tensor:
         """[B, T, E] the logarithm of :attr:`probabilities`, finite also where those underflow."""
-        logits = self._exact_logits
-        if self.score_function == "softmax":
-            return logits.log_softmax(dim=-1)
-        return torch.nn.functional.logsigmoid(logits).log_softmax(dim=-1)
+        return LOG_WEIGHTS[self.score_function](self._exact_logits).log_softmax(dim=-1)
 
     @property
     def _exact_logits(self) -> Tensor:
@@ -76,7 +87,7 @@ class RoutingTrace:
         valid: [B, T] bool, True for real tokens; all when None.
         document_ids: [B, T] integers; one document a row when None.
         layer_names: one for each layer; "layer_00", ... when None.
-        score_functions: "softmax" or "sigmoid" for each layer; softmax when None.
+        score_functions: "softmax", "sigmoid" or "sqrtsoftplus" for each layer; softmax when None.
         inputs: a [B, T, H] tensor for each layer, what the router was given; optional.
 
     Raises:
@@ -221,9 +232,15 @@ def check_expert_ids(
 ) -> None:
     """Raise if the ids of a valid token are out of range or repeated. Reads the data."""
     check_id_shape(expert_ids, num_experts, name)
-    ids_NK = expert_ids.flatten(0, 1) if valid is None else expert_ids[valid]
-    if ids_NK.numel() == 0:
-        return
+    before = 0
+    for rows in row_chunks(len(expert_ids), expert_ids.shape[1], CHECKED_TOKENS):
+        ids_NK = expert_ids[rows].flatten(0, 1) if valid is None else expert_ids[rows][valid[rows]]
+        if ids_NK.numel():
+            _check_tokens(ids_NK, num_experts, name, before)
+        before += len(ids_NK)
+
+
+def _check_tokens(ids_NK: Tensor, num_experts: int, name: str, before: int) -> None:
     low, high = (int(bound) for bound in ids_NK.aminmax())
     if low < 0 or high >= num_experts:
         raise ValueError(
@@ -232,9 +249,8 @@ def check_expert_ids(
     repeated_N = _repeats_an_expert(ids_NK)
     if bool(repeated_N.any()):
         first = int(repeated_N.nonzero()[0])
-        raise ValueError(
-            f"{name} must not repeat an expert within a token, got {ids_NK[first].tolist()} (valid token {first})"
-        )
+        found = f"{ids_NK[first].tolist()} (valid token {before + first})"
+        raise ValueError(f"{name} must not repeat an expert within a token, got {found}")
 
 
 def _repeats_an_expert(ids_NK: Tensor) -> Tensor:

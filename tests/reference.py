@@ -4,6 +4,7 @@ Nothing here is shared with the package, so that a mistake cannot be made twice 
 """
 
 from fractions import Fraction
+from math import exp, factorial
 
 import numpy as np
 
@@ -71,6 +72,38 @@ def static_f1_oracle(usage, tokens):
         hits += count
         best = max(best, Fraction(2 * hits, size * tokens + total) if tokens else Fraction(0))
     return best
+
+
+# --- bootstrap ----------------------------------------------------------------------------------------------------
+
+
+def poisson_weight_oracle(sequence, replicate, seed):
+    """How often a replicate draws a sequence: SplitMix64 hashes in plain integers, then the Poisson(1) quantile."""
+
+    def mix(x):
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
+        return x ^ (x >> 31)
+
+    golden = 0x9E3779B97F4A7C15
+    key = mix(mix((replicate + seed * golden) % 2**64))
+    uniform = Fraction(mix((key + sequence * golden) % 2**64) >> 11, 2**53)
+    weight, below, term = 0, 0.0, exp(-1)
+    while weight < 18:
+        below += term / factorial(weight)
+        if uniform < Fraction(round(below * 2**53), 2**53):
+            break
+        weight += 1
+    return weight
+
+
+def resampled_means_oracle(rates_by_row, weights):
+    """The mean over documents in every replicate, documents being drawn with their row; NaN for an empty one."""
+    means = []
+    for w in weights:
+        drawn = [rate for row, rate in rates_by_row for _ in range(int(w[row]))]
+        means.append(sum(drawn) / len(drawn) if drawn else float("nan"))
+    return means
 
 
 # --- caches -------------------------------------------------------------------------------------------------------

@@ -3,10 +3,45 @@
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from reference import documents
 
 from consistency_reg.routing import RoutingTrace
+
+MANY = 10_000
+
+
+def on_cases(few, *strategies, many=MANY):
+    """Make a check of one case two tests: on ``few`` cases, and as a slow one on ``many``, really that many."""
+
+    def decorate(check):
+        def one(case):
+            nonlocal passed
+            check(*case)
+            passed += 1
+
+        one.__name__ = check.__name__  # the name under which Hypothesis remembers what failed
+        passed = 0
+        slow = pytest.param(many, marks=[pytest.mark.slow, pytest.mark.timeout(2 * 3600)])
+
+        @pytest.mark.parametrize("cases", [few, slow])
+        def test(cases):
+            nonlocal passed
+            passed = 0
+            health = [HealthCheck.too_slow, HealthCheck.nested_given]
+            run = settings(max_examples=cases, deadline=None, suppress_health_check=health)(
+                given(st.tuples(*strategies))(one)
+            )
+            run()
+            assert passed >= cases
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return test
+
+    return decorate
 
 
 @dataclass(frozen=True)
@@ -54,6 +89,21 @@ def models(draw, max_layers=3, max_rows=3, max_tokens=12, max_experts=6):
 def routings(**sizes):
     """Small routings of one layer, of every kind; now and then 256 experts, of which most are never used."""
     return models(max_layers=1, **sizes).map(lambda layers: layers[0])
+
+
+models_with_one_cache = models(max_tokens=10, max_experts=4).filter(
+    lambda layers: layers[0].tokens > 0 and sum(layer.num_experts for layer in layers) <= 20
+)
+
+
+def joined_documents(layers):
+    """The documents with the experts of all layers side by side, and how many experts these are."""
+    joined, E = [], 0
+    for layer in layers:
+        joined.append(layer.expert_ids + E)
+        E += layer.num_experts
+    ids = torch.cat(joined, dim=-1)
+    return [ids[n, first:end].tolist() for n, first, end in documents(*layers[0].arrays)], E
 
 
 def _layer(draw, valid, max_experts, rng):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import cv_oracle, local_cv_oracle, overlap_oracle, usage_oracle
-from strategies import routings
+from strategies import on_cases, routings
 
 from consistency_reg.functional.balance import (
     _segment_usage,
@@ -37,22 +37,12 @@ def assert_equals_oracle(routing, m, chunk_tokens):
     assert float(overlap_rate(ids, E, **routing.masks)) == pytest.approx(shared / max(accesses, 1), abs=1e-12)
 
 
-@settings(max_examples=200, deadline=None)
-@given(routings(), st.integers(1, 8), st.integers(1, 40))
+@on_cases(200, routings(), st.integers(1, 8), st.integers(1, 40))
 def test_balance_equals_the_oracle(routing, m, chunk_tokens):
     assert_equals_oracle(routing, m, chunk_tokens)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@settings(max_examples=10_000, deadline=None)
-@given(routings(), st.integers(1, 8), st.integers(1, 40))
-def test_balance_equals_the_oracle_on_many_cases(routing, m, chunk_tokens):
-    assert_equals_oracle(routing, m, chunk_tokens)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(0, 20), min_size=1, max_size=8), st.integers(20, 40))
+@on_cases(100, st.lists(st.integers(0, 20), min_size=1, max_size=8), st.integers(20, 40))
 def test_global_balance_is_that_of_the_shares(usage, tokens):
     balance = usage_balance(torch.tensor(usage), torch.tensor(tokens))
     share = np.array(usage) / tokens

@@ -5,17 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import cache_hits_oracle, documents, fixed_set_hits_oracle
-from strategies import models, routings
+from strategies import joined_documents, models_with_one_cache, on_cases, routings
 
 from consistency_reg.functional import policies, stack
-from consistency_reg.functional.cache import (
-    POLICIES,
-    cache_hit_counts,
-    cache_hit_rate,
-    document_usage,
-    row_hit_rates,
-)
-from consistency_reg.functional.sch import sch_counts
+from consistency_reg.functional.cache import POLICIES, cache_hit_counts, cache_hit_rate, row_hit_rates
+from consistency_reg.routing import RoutingTrace
 
 
 def corpus(routing):
@@ -39,52 +33,29 @@ few_experts = routings(max_experts=7, max_tokens=20).filter(lambda routing: rout
 many_experts = routings(max_rows=1, max_tokens=6, max_experts=1).filter(lambda routing: routing.num_experts == 256)
 
 
-@settings(max_examples=300, deadline=None)
-@given(few_experts)
+@on_cases(300, few_experts)
 def test_hits_equal_those_of_a_cache_simulated_at_every_size(routing):
     assert_equals_oracle(routing)
 
 
-@settings(max_examples=10, deadline=None)
-@given(many_experts)
+@on_cases(10, many_experts, many=300)
 def test_hits_with_256_experts_of_which_few_are_used(routing):
     assert_equals_oracle(routing)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@settings(max_examples=10_000, deadline=None)
-@given(few_experts)
-def test_hits_equal_those_of_simulated_caches_on_many_cases(routing):
-    assert_equals_oracle(routing)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@settings(max_examples=300, deadline=None)
-@given(many_experts)
-def test_hits_with_256_experts_on_many_cases(routing):
-    assert_equals_oracle(routing)
-
-
-@settings(max_examples=60, deadline=None)
-@given(models(max_layers=3, max_tokens=10, max_experts=4))
+@on_cases(60, models_with_one_cache)
 def test_layers_share_one_cache_with_their_experts_side_by_side(layers):
-    if layers[0].tokens == 0 or sum(layer.num_experts for layer in layers) > 20:
-        return
-    side_by_side, E = [], 0
-    for layer in layers:
-        side_by_side.append(layer.expert_ids + E)
-        E += layer.num_experts
-    joined = torch.cat(side_by_side, dim=-1)
-    found = [joined[n, first:end].tolist() for n, first, end in documents(*layers[0].arrays)]
+    joined, E = joined_documents(layers)
     ids, num_experts = [layer.expert_ids for layer in layers], [layer.num_experts for layer in layers]
-    for policy in ("lru", "belady"):
-        rates = cache_hit_rate(ids, num_experts, policy, **layers[0].masks)
-        shares = [
-            [cache_hits_oracle(doc, C, policy) / (len(doc) * len(doc[0])) for C in range(1, E + 1)] for doc in found
-        ]
-        assert rates.tolist() == pytest.approx(torch.tensor(shares, dtype=torch.float64).mean(0).tolist(), abs=1e-12)
+    for policy in POLICIES:
+        if policy == "fixed":
+            hits = fixed_set_hits_oracle(joined, E)
+        else:
+            hits = [[cache_hits_oracle(doc, C, policy) for C in range(1, E + 1)] for doc in joined]
+        shares = [[h / (len(doc) * len(doc[0])) for h in of_doc] for of_doc, doc in zip(hits, joined, strict=True)]
+        expected = torch.tensor(shares, dtype=torch.float64).mean(0).tolist()
+        found = cache_hit_rate(ids, num_experts, policy, **layers[0].masks)
+        assert found.tolist() == pytest.approx(expected, abs=1e-12)
 
 
 @settings(max_examples=100, deadline=None)
@@ -184,12 +155,14 @@ def test_rows_of_several_layers_may_be_counted_at_once():
 
 @settings(max_examples=50, deadline=None)
 @given(routings(max_rows=4))
-def test_the_fixed_set_over_batches_follows_from_document_usage(routing):
+def test_the_fixed_set_over_batches_follows_from_usage(routing):
     ids, E = routing.expert_ids, routing.num_experts
     if routing.tokens == 0:
         return
-    parts = [document_usage(ids[[n]], E, routing.valid[[n]], routing.document_ids[[n]]) for n in range(len(ids))]
-    uses_DE = torch.cat(parts)
+    parts = [
+        cache_hit_counts(ids[[n]], E, "uses", routing.valid[[n]], routing.document_ids[[n]]) for n in range(len(ids))
+    ]
+    uses_DE = torch.cat([part.hits for part in parts])
     most_used = uses_DE.sum(dim=0).argsort(descending=True, stable=True)
     share_E = (uses_DE / uses_DE.sum(dim=1, keepdim=True)).double().mean(dim=0)
     expected = cache_hit_rate(ids, E, "fixed", **routing.masks)
@@ -237,7 +210,7 @@ def all_policies(routing, segment_lengths=(1, 2, 5, 99)):
     for policy in ("lru", "lfu"):
         yield cache_hit_counts(ids, E, policy, **routing.masks).hits
     for m in segment_lengths:
-        yield sch_counts(ids, E, m, **routing.masks).hits
+        yield cache_hit_counts(ids, E, "sch", **routing.masks, segment_length=m).hits
 
 
 @settings(max_examples=100, deadline=None)
@@ -251,8 +224,7 @@ def test_with_one_expert_per_token_no_policy_hits_more_often_than_belady(routing
 def hits_with_two_slots(document, policy, m=None):
     simulated = cache_hits_oracle(document, 2, policy, m)
     ids, E = torch.tensor([document]), max(map(max, document)) + 1
-    counts = sch_counts(ids, E, m) if policy == "sch" else cache_hit_counts(ids, E, policy)
-    assert counts.hits[0, 1] == simulated
+    assert cache_hit_counts(ids, E, policy, segment_length=m or 1).hits[0, 1] == simulated
     return simulated
 
 
@@ -270,16 +242,15 @@ def test_belady_is_not_an_upper_bound_where_a_token_uses_several_experts():
 @given(routings(max_rows=4, max_tokens=20), st.sampled_from(("lru", "sch", "uses")))
 def test_hit_rates_by_row_are_the_sums_over_its_documents(routing, policy):
     ids, E, masks = routing.expert_ids, routing.num_experts, routing.masks
-    counts = sch_counts(ids, E, 5, **masks) if policy == "sch" else cache_hit_counts(ids, E, "lru", **masks)
-    hits_DE = document_usage(ids, E, **masks) if policy == "uses" else counts.hits
-    by_row = row_hit_rates(ids, E, policy, **masks, segment_length=5)
+    counts = cache_hit_counts(ids, E, policy, **masks, segment_length=5)
+    by_row = row_hit_rates(RoutingTrace([ids], E, **masks), policy, 5)
     for n in range(len(ids)):
         of_row = counts.rows == n
         assert by_row.documents[n] == of_row.sum()
-        expected = (hits_DE[of_row] / counts.accesses[of_row, None].double()).sum(dim=0)
+        expected = counts.hit_rate[of_row].sum(dim=0)
         assert by_row.hit_rate[n].tolist() == pytest.approx(expected.tolist(), abs=1e-12)
 
 
 def test_an_unknown_policy_by_row_is_named():
     with pytest.raises(ValueError, match=r"policy must be one of .* got 'fixed'"):
-        row_hit_rates(torch.zeros(1, 1, 1, dtype=torch.int64), 2, "fixed")
+        row_hit_rates(RoutingTrace([torch.zeros(1, 1, 1, dtype=torch.int64)], 2), "fixed")

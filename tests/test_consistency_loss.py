@@ -562,7 +562,7 @@ def test_memory_stays_below_twice_the_router_scores(kind, membership):
         (LocalConsistencyLoss, {"segment_lengths": ()}, r"segment_lengths must be a list of distinct integers.*\(\)"),
         (LocalConsistencyLoss, {"segment_lengths": (4, 4)}, "segment_lengths must be a list of distinct"),
         (LocalConsistencyLoss, {"segment_lengths": (4.0,)}, "segment_lengths must be a list of distinct integers"),
-        (LocalConsistencyLoss, {"segment_lengths": 4}, "segment_lengths must be a list of distinct integers"),
+        (LocalConsistencyLoss, {"segment_lengths": 1}, "segment_lengths must be an integer of at least 2, got 1"),
         (LocalConsistencyLoss, {"segment_lengths": (True, 4)}, "segment_lengths must be a list of distinct integers"),
         (LocalConsistencyLoss, {"temperature": 0.0}, "temperature must be a positive number, got 0.0"),
         (LocalConsistencyLoss, {"temperature": float("nan")}, "temperature must be a positive number, got nan"),

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from strategies import routings
 
 from consistency_reg import kernels
-from consistency_reg.functional.cache import cache_hit_counts, document_usage, row_hit_rates
-from consistency_reg.functional.sch import sch_counts
+from consistency_reg.functional.cache import cache_hit_counts, row_hit_rates
 from consistency_reg.functional.segments import document_positions
 from consistency_reg.functional.srp import srp_counts
+from consistency_reg.routing import RoutingTrace
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -61,25 +61,16 @@ def test_importing_the_package_does_not_import_triton():
     subprocess.run([sys.executable, "-c", command], check=True)
 
 
-def functional_counts(policy, ids, E, m, masks):
-    if policy == "sch":
-        return sch_counts(ids, E, m, **masks)
-    return cache_hit_counts(ids, E, policy, **masks)
-
-
 def assert_caches_equal(ids, E, m, masks):
     from consistency_reg.kernels import cache
 
     position = document_positions(ids.shape[:2], **masks)
     on_device, position_on_device = ids.to(DEVICE), position.to(DEVICE)
     for policy in POLICIES:
-        if policy == "uses":
-            expected = document_usage(ids, E, **masks)
-        else:
-            expected = functional_counts(policy, ids, E, m, masks).hits
+        expected = cache_hit_counts(ids, E, policy, **masks, segment_length=m).hits
         found = cache.document_hits(on_device, E, position_on_device, len(expected), policy, m)
         assert torch.equal(found.cpu(), expected)
-        by_row = row_hit_rates(ids, E, policy, **masks, segment_length=m)
+        by_row = row_hit_rates(RoutingTrace([ids], E, **masks), policy, m)
         rates = cache.row_hit_rates(on_device, E, position_on_device, policy, m).cpu()
         assert torch.allclose(rates, by_row.hit_rate, rtol=0, atol=1e-13)
         assert torch.equal(by_row.documents, (position == 0).sum(dim=1))
@@ -172,8 +163,8 @@ def test_functions_hand_over_to_the_kernels(monkeypatch):
 
     def everything(ids, valid):
         yield from (cache_hit_counts(ids, 5, policy, valid).hits for policy in ("lru", "fixed"))
-        yield sch_counts(ids, 5, 3).hits
-        yield from (row_hit_rates(ids, 5, policy, valid, segment_length=3).hit_rate for policy in POLICIES)
+        yield cache_hit_counts(ids, 5, "sch", segment_length=3).hits
+        yield from (row_hit_rates(RoutingTrace([ids], 5, valid=valid), policy, 3).hit_rate for policy in POLICIES)
         counts = srp_counts(ids, 5, [2, 99], valid, per_sequence=True)
         yield from (*counts.windows.values(), *counts.sequence_windows.values(), counts.usage)
         assert srp_counts(ids, 5, [2], valid).sequence_windows == {}
@@ -222,12 +213,16 @@ def test_kernels_on_routing_of_real_sizes(E, K, T):
 def test_tensors_on_a_gpu_go_to_the_kernels_and_the_host_does_not_wait():
     ids = torch.rand(4, 50, 16).topk(4).indices
     valid = torch.arange(50) < torch.tensor([[50], [3], [0], [20]])
-    expected = row_hit_rates(ids, 16, "sch", valid, segment_length=4), srp_counts(ids, 16, [4], valid)
+
+    def both(ids, valid):
+        return row_hit_rates(RoutingTrace([ids], 16, valid=valid), "sch", 4), srp_counts(ids, 16, [4], valid)
+
+    expected = both(ids, valid)
     ids, valid = ids.cuda(), valid.cuda()
-    row_hit_rates(ids, 16, "sch", valid, segment_length=4), srp_counts(ids, 16, [4], valid)  # compiles
+    both(ids, valid)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        rates, windows = row_hit_rates(ids, 16, "sch", valid, segment_length=4), srp_counts(ids, 16, [4], valid)
+        rates, windows = both(ids, valid)
         whole_rows = cache_hit_counts(ids, 16, "lru")
     finally:
         torch.cuda.set_sync_debug_mode("default")

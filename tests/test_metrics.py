@@ -5,15 +5,23 @@ import copy
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import on_processes
-from reference import best_f1_oracle, window_histograms_oracle
-from strategies import models, trace_of
+from reference import (
+    best_f1_oracle,
+    cache_hits_oracle,
+    documents,
+    fixed_set_hits_oracle,
+    poisson_weight_oracle,
+    resampled_means_oracle,
+    window_histograms_oracle,
+)
+from strategies import joined_documents, models, models_with_one_cache, on_cases, trace_of
 
 from consistency_reg.functional.balance import local_cv, overlap_rate, usage_balance, usage_counts
 from consistency_reg.functional.bootstrap import poisson_weights
-from consistency_reg.functional.cache import POLICIES, cache_hit_counts, cache_hit_rate
+from consistency_reg.functional.cache import POLICIES, cache_hit_rate
 from consistency_reg.functional.sch import sch
 from consistency_reg.functional.specialization import (
     domain_specialization,
@@ -224,7 +232,7 @@ def test_metrics_refuse_bad_options():
         SegmentRoutingPerformance(0)
     with pytest.raises(ValueError, match="replicates must be 0 or more, got -1"):
         SegmentRoutingPerformance(4, replicates=-1)
-    with pytest.raises(ValueError, match="segment_length must be at least 1 token, got 0"):
+    with pytest.raises(ValueError, match=r"segment_lengths must be .* of at least 1, got \[0\]"):
         SegmentRoutingPerformance(4, [0])
     with pytest.raises(ValueError, match="num_domains or vocab_size must be given"):
         ExpertSpecialization(4)
@@ -249,8 +257,13 @@ def test_srp_of_batches_equals_srp_of_the_whole(layers, lengths, size):
                 assert torch.equal(getattr(found, name), getattr(by_function, name)), name
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(models(max_rows=5), st.integers(1, 4), st.integers(0, 10))
+@on_cases(100, st.integers(-(2**62), 2**62), st.integers(0, 2000), st.integers(0, 2**63 - 1))
+def test_bootstrap_weights_equal_the_oracle(sequence, replicate, seed):
+    found = poisson_weights(torch.tensor([sequence]), replicate + 1, seed)[replicate, 0]
+    assert found == poisson_weight_oracle(sequence, replicate, seed)
+
+
+@on_cases(20, models(max_rows=5), st.integers(1, 4), st.integers(0, 10))
 def test_intervals_are_those_of_resampled_histograms(layers, m, seed):
     trace = trace_of(layers)
     metric = updated(SegmentRoutingPerformance.from_trace(trace, m, replicates=15, seed=seed), [trace])
@@ -332,20 +345,43 @@ def test_hit_rates_of_batches_equal_the_functions_on_the_whole(layers, name, siz
     assert float(scalars[f"{name}_rho1_shared"]) == float(model.shared.hit_rate[model.shared.top_k - 1])
 
 
-def test_intervals_of_hit_rates_are_those_of_resampled_documents():
-    trace = random_trace(rows=9)
-    metric = CacheHitRate.from_trace(trace, "lru", cache_ratios=(2,), replicates=30, seed=5)
-    results = updated(metric, batches(trace, 4)).results()
-    weights = poisson_weights(torch.arange(9), 30, 5).double()
-    replicates = []
-    for found, layer in zip(results.layers, trace, strict=True):
-        counts = cache_hit_counts(layer.expert_ids, layer.num_experts, "lru", trace.valid, trace.document_ids)
-        drawn_RD = weights[:, counts.rows]
-        replicates.append((drawn_RD @ counts.hit_rate / drawn_RD.sum(dim=1, keepdim=True)).numpy())
-        expected = np.quantile(replicates[-1], [0.025, 0.975], axis=0).T
-        assert found.interval.numpy() == pytest.approx(expected, abs=1e-12)
-    mean = (replicates[0][:, 2 * 2 - 1] + replicates[1][:, 2 * 1 - 1]) / 2
-    assert results.intervals[2].tolist() == pytest.approx(list(np.quantile(mean, [0.025, 0.975])), abs=1e-12)
+@on_cases(20, models_with_one_cache, st.sampled_from(["sch_m3", *POLICIES]), st.integers(0, 10))
+def test_intervals_of_hit_rates_are_those_of_resampled_documents(layers, name, seed):
+    trace, (rows, _) = trace_of(layers), layers[0].valid.shape
+    make, what = (CacheHitRate, name) if name in POLICIES else (SegmentCacheHitRate, 3)
+    metric = make.from_trace(trace, what, shared=True, cache_ratios=(2,), replicates=15, seed=seed)
+    results = updated(metric, batches(trace, 1)).results()
+    results = results if name in POLICIES else results[3]
+    weights = [[poisson_weight_oracle(row, replicate, seed) for row in range(rows)] for replicate in range(15)]
+    where = [n for n, _, _ in documents(*layers[0].arrays)]
+
+    def intervals(simulated):
+        return [resampled_interval(list(zip(where, of_size, strict=True)), weights) for of_size in simulated]
+
+    of_layers = [hit_rates_oracle(*joined_documents([layer]), name) for layer in layers]
+    for found, simulated in zip(results.layers, of_layers, strict=True):
+        assert found.interval.numpy() == pytest.approx(np.array(intervals(simulated)), abs=1e-12, nan_ok=True)
+    shared = hit_rates_oracle(*joined_documents(layers), name)
+    assert results.shared.interval.numpy() == pytest.approx(np.array(intervals(shared)), abs=1e-12, nan_ok=True)
+    at = [of_layer[found.slots(2) - 1] for found, of_layer in zip(results.layers, of_layers, strict=True)]
+    mean = [sum(of_layers) / len(of_layers) for of_layers in zip(*at, strict=True)]
+    assert results.intervals[2].numpy() == pytest.approx(intervals([mean])[0], abs=1e-12, nan_ok=True)
+
+
+def hit_rates_oracle(corpus, num_experts, name):
+    """For every cache size the hit rate of every document."""
+    sizes = range(1, num_experts + 1)
+    if name == "fixed":
+        hits = np.array(fixed_set_hits_oracle(corpus, num_experts)).T
+    else:
+        policy, m = ("sch", 3) if name == "sch_m3" else (name, None)
+        hits = [[cache_hits_oracle(doc, size, policy, m) for doc in corpus] for size in sizes]
+    return [[h / (len(doc) * len(doc[0])) for h, doc in zip(of_size, corpus, strict=True)] for of_size in hits]
+
+
+def resampled_interval(rates_by_row, weights):
+    means = [mean for mean in resampled_means_oracle(rates_by_row, weights) if mean == mean]
+    return np.quantile(means, [0.025, 0.975]) if means else np.full(2, np.nan)
 
 
 def test_bad_cache_options_are_named():

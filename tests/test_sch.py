@@ -5,10 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import cache_hits_oracle, documents
-from strategies import models, routings
+from strategies import joined_documents, models_with_one_cache, on_cases, routings
 
 from consistency_reg.functional import policies, stack
-from consistency_reg.functional.sch import sch, sch_counts
+from consistency_reg.functional.cache import cache_hit_counts
+from consistency_reg.functional.sch import sch
+
+
+def sch_counts(ids, num_experts, m, valid=None, document_ids=None):
+    return cache_hit_counts(ids, num_experts, "sch", valid, document_ids, segment_length=m)
 
 
 def assert_equals_oracle(routing, m):
@@ -27,46 +32,22 @@ many_experts = routings(max_rows=1, max_tokens=6, max_experts=1).filter(lambda r
 segment_lengths = st.integers(1, 25)
 
 
-@settings(max_examples=300, deadline=None)
-@given(few_experts, segment_lengths)
+@on_cases(300, few_experts, segment_lengths)
 def test_hits_equal_those_of_a_cache_simulated_at_every_size(routing, m):
     assert_equals_oracle(routing, m)
 
 
-@settings(max_examples=10, deadline=None)
-@given(many_experts, segment_lengths)
+@on_cases(10, many_experts, segment_lengths, many=300)
 def test_hits_with_256_experts_of_which_few_are_used(routing, m):
     assert_equals_oracle(routing, m)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@settings(max_examples=10_000, deadline=None)
-@given(few_experts, segment_lengths)
-def test_hits_equal_those_of_simulated_caches_on_many_cases(routing, m):
-    assert_equals_oracle(routing, m)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@settings(max_examples=300, deadline=None)
-@given(many_experts, segment_lengths)
-def test_hits_with_256_experts_on_many_cases(routing, m):
-    assert_equals_oracle(routing, m)
-
-
-@settings(max_examples=60, deadline=None)
-@given(models(max_layers=3, max_tokens=10, max_experts=4), segment_lengths)
+@on_cases(60, models_with_one_cache, segment_lengths)
 def test_the_sch_of_a_model_is_that_of_one_cache_for_the_experts_of_all_layers(layers, m):
-    E = sum(layer.num_experts for layer in layers)
-    if layers[0].tokens == 0 or E > 20:
-        return
     ids, num_experts = [layer.expert_ids for layer in layers], [layer.num_experts for layer in layers]
-    offsets = [sum(num_experts[:i]) for i in range(len(layers))]
-    joined = torch.cat([layer + offset for layer, offset in zip(ids, offsets, strict=True)], dim=-1)
-    found = [joined[n, first:end].tolist() for n, first, end in documents(*layers[0].arrays)]
+    joined, E = joined_documents(layers)
     shares = [
-        [cache_hits_oracle(doc, C, "sch", m) / (len(doc) * len(doc[0])) for C in range(1, E + 1)] for doc in found
+        [cache_hits_oracle(doc, C, "sch", m) / (len(doc) * len(doc[0])) for C in range(1, E + 1)] for doc in joined
     ]
     expected = torch.tensor(shares, dtype=torch.float64).mean(0).tolist()
     assert sch(ids, num_experts, m, **layers[0].masks).tolist() == pytest.approx(expected, abs=1e-12)
@@ -120,8 +101,8 @@ def test_a_window_of_the_whole_document_knows_all_future_uses():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"segment_length": 0}, ValueError, "segment_length must be at least 1 token, got 0"),
-        ({"segment_length": 2.0}, TypeError, "segment_length must be an integer"),
+        ({"segment_length": 0}, ValueError, "segment_length must be an integer of at least 1, got 0"),
+        ({"segment_length": 2.0}, TypeError, "segment_length must be one integer"),
         ({"segment_length": [4, 8]}, TypeError, "segment_length must be one integer"),
         ({"expert_ids": torch.zeros(1, 2, 1)}, TypeError, "must be an int64 tensor, got torch.float32"),
         ({"expert_ids": torch.tensor([[[0], [4]]])}, ValueError, r"must lie in 0\.\.3"),

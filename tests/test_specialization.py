@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import domain_specialization_oracle, grouped_usage_oracle, vocabulary_specialization_oracle
-from strategies import routings
+from strategies import on_cases, routings
 
 from consistency_reg.functional.specialization import (
     domain_specialization,
@@ -17,8 +16,7 @@ from consistency_reg.functional.specialization import (
 )
 
 
-@settings(max_examples=300, deadline=None)
-@given(routings(), st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**32 - 1))
+@on_cases(300, routings(), st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**32 - 1))
 def test_specialization_equals_the_oracle(routing, groups, favourites, seed):
     ids, E, valid = routing.expert_ids, routing.num_experts, routing.valid
     group_ids = torch.randint(0, groups, valid.shape, generator=torch.Generator().manual_seed(seed))
@@ -53,8 +51,7 @@ def ranks(values):
 VALUES = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=3, max_size=12)
 
 
-@settings(max_examples=200, deadline=None)
-@given(VALUES)
+@on_cases(200, VALUES)
 def test_correlations_equal_numpy(pairs):
     x, y = (torch.tensor(column, dtype=torch.float64) for column in zip(*pairs, strict=True))
     if len(x.unique()) == 1 or len(y.unique()) == 1:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from consistency_reg.functional.segments import active_experts, document_positions, window_ends
+from consistency_reg.functional.segments import active_experts, document_positions, row_chunks, rows_of, window_ends
 from consistency_reg.routing import check_expert_ids, check_id_shape, check_masks
 
 CHUNK_TOKENS = 8192  # bounds the memory whatever B is
@@ -60,9 +60,13 @@ def usage_counts(expert_ids: Tensor, num_experts: int, valid: Tensor | None = No
         tensor([1, 2, 1, 0])
     """
     check_id_shape(expert_ids, num_experts)
-    ids = expert_ids if valid is None else expert_ids.where(valid[..., None], num_experts)  # a bin for padding
     bins = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_ids.device)
-    return bins.scatter_add_(0, ids.flatten(), torch.ones_like(ids).flatten())[:num_experts]
+    for rows in row_chunks(len(expert_ids), expert_ids.shape[1], CHUNK_TOKENS):
+        ids_BTK, valid_BT, _ = rows_of(rows, expert_ids, valid, None)
+        if valid_BT is not None:
+            ids_BTK = ids_BTK.where(valid_BT[..., None], num_experts)  # a bin for padding
+        bins.scatter_add_(0, ids_BTK.flatten(), torch.ones_like(ids_BTK).flatten())
+    return bins[:num_experts]
 
 
 def usage_balance(usage: Tensor, tokens: Tensor) -> UsageBalance:
@@ -137,15 +141,19 @@ def local_cv_means(
     B, T, _ = expert_ids.shape
     check_masks((B, T), valid, document_ids)
     device = expert_ids.device
-    position_BT = document_positions((B, T), valid, document_ids, device=device)
     totals = {m: torch.zeros((), dtype=torch.float64, device=device) for m in segment_lengths}
+    counts = {m: torch.zeros((), dtype=torch.int64, device=device) for m in segment_lengths}
     sum_dtype = torch.int16 if T < 2**15 else torch.int32
-    for chunk in _row_chunks(B, T, chunk_tokens):
-        active_BTE = active_experts(expert_ids[chunk], num_experts, None if valid is None else valid[chunk])
+    for rows in row_chunks(B, T, chunk_tokens):
+        ids_BTK, valid_BT, document_BT = rows_of(rows, expert_ids, valid, document_ids)
+        position_BT = document_positions((len(ids_BTK), T), valid_BT, document_BT, device=device)
+        active_BTE = active_experts(ids_BTK, num_experts, valid_BT)
         before_BTE = pad(active_BTE.cumsum(dim=1, dtype=sum_dtype), (0, 0, 1, 0))  # [B, T+1, E]
         for m in segment_lengths:
-            totals[m] += _cv(_segment_usage(before_BTE, *_segments(position_BT[chunk], m))).sum()
-    return {m: Mean(totals[m], _segments(position_BT, m)[0].sum()) for m in segment_lengths}
+            ends_BT, length_BT = _segments(position_BT, m)
+            totals[m] += _cv(_segment_usage(before_BTE, ends_BT, length_BT)).sum()
+            counts[m] += ends_BT.sum()
+    return {m: Mean(totals[m], counts[m]) for m in segment_lengths}
 
 
 def overlap_rate(
@@ -173,13 +181,16 @@ def overlap_mean(
     check_id_shape(expert_ids, num_experts)
     B, T, K = expert_ids.shape
     check_masks((B, T), valid, document_ids)
-    follows_BT = document_positions((B, T), valid, document_ids, device=expert_ids.device)[:, 1:] >= 1
-    shared = torch.zeros((), dtype=torch.int64, device=expert_ids.device)
-    for chunk in _row_chunks(B, T, chunk_tokens):
-        active_BTE = active_experts(expert_ids[chunk], num_experts, None if valid is None else valid[chunk])
+    shared, pairs = torch.zeros(2, dtype=torch.int64, device=expert_ids.device)
+    for rows in row_chunks(B, T, chunk_tokens):
+        ids_BTK, valid_BT, document_BT = rows_of(rows, expert_ids, valid, document_ids)
+        position_BT = document_positions((len(ids_BTK), T), valid_BT, document_BT, device=ids_BTK.device)
+        follows_BT = position_BT[:, 1:] >= 1
+        active_BTE = active_experts(ids_BTK, num_experts, valid_BT)
         shared_BT = (active_BTE[:, 1:] & active_BTE[:, :-1]).sum(dim=-1)
-        shared += shared_BT.where(follows_BT[chunk], 0).sum()
-    return Mean(shared, K * follows_BT.sum())
+        shared += shared_BT.where(follows_BT, 0).sum()
+        pairs += follows_BT.sum()
+    return Mean(shared, K * pairs)
 
 
 def document_ends(position: Tensor) -> Tensor:
@@ -190,11 +201,6 @@ def document_ends(position: Tensor) -> Tensor:
         tensor([[False,  True,  True, False, False,  True]])
     """
     return (position >= 0) & (pad(position[:, 1:], (0, 1)) <= 0)
-
-
-def _row_chunks(B: int, T: int, chunk_tokens: int) -> list[slice]:
-    rows = max(1, chunk_tokens // max(T, 1))
-    return [slice(first, first + rows) for first in range(0, B, rows)]
 
 
 def _segments(position_BT: Tensor, segment_length: int | None) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ A cache of experts that starts empty with each document. Counting, the same for 
 N rows, T tokens, K active of E routed experts, D documents, C slots.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +19,18 @@ from torch import Tensor
 
 from consistency_reg import kernels
 from consistency_reg.functional.policies import priorities_of
-from consistency_reg.functional.segments import document_positions
-from consistency_reg.functional.srp import check_segment_lengths
+from consistency_reg.functional.segments import (
+    check_segment_lengths,
+    document_positions,
+    row_chunks,
+    side_by_side,
+)
 from consistency_reg.functional.stack import Columns, column_groups, stack_hits
-from consistency_reg.routing import RoutingTrace, check_id_shape, check_masks
+from consistency_reg.routing import RoutingTrace
 
 POLICIES = ("lru", "lfu", "belady", "fixed")
+SIMULATED = ("lru", "lfu", "belady", "sch", "uses")  # "uses" counts the uses of each expert instead of hits
+CHUNK_ACCESSES = 2**22  # that are looked at together: bounds memory, and leaves enough documents to work on at once
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class HitCounts:
     """What the hit rates of a cache need to know of some documents: integers, to be concatenated over batches.
 
     Attributes:
-        hits: [D, E] int64, with a cache of 1, 2, ..., E slots.
+        hits: [D, E] int64, with a cache of 1, 2, ..., E slots; for "uses" the uses of each expert.
         accesses: [D] int64, tokens x K of each document.
         rows: [D] int64, the row of the batch that each document stands in; documents are in reading order.
     """
@@ -69,9 +75,10 @@ def cache_hit_rate(
 ) -> Tensor:
     """Hit rate of a cache of experts for every size, the mean over documents of equal weight.
 
-    Priorities: "lru" the more recent use; "lfu" more uses in the document so far; "belady" the nearer next use, by
-    token; all with ties to the more recent use. "fixed" is a set that never changes and is resident from the start, the
-    experts that the whole given data uses most (the lower id on ties), the set that static SRP is about.
+    ``hits / (T K)`` of a document. Priorities: "lru" the more recent use; "lfu" more uses in the document so far;
+    "belady" the nearer next use, by token; all with ties to the more recent use. "fixed" is a set that never changes
+    and is resident from the start, the experts that the whole given data uses most (the lower id on ties), the set
+    that static SRP is about. Memory beyond the result does not grow with N.
 
     Args:
         expert_ids: [N, T, K] int64, one layer; or a list with one for each layer, for one cache that all layers share
@@ -94,156 +101,124 @@ def cache_hit_rate(
         >>> cache_hit_rate(ids, 3, "lru"), cache_hit_rate(ids, 3, "belady")
         (tensor([0.1250, 0.6250, 1.0000], dtype=torch.float64), tensor([0.1250, 0.6250, 1.0000], dtype=torch.float64))
     """
-    counts = cache_hit_counts(*one_cache(expert_ids, num_experts, valid, document_ids), policy, valid, document_ids)
-    return mean_hit_rate(counts)
+    _check_policy(policy, POLICIES)
+    trace = checked_trace(expert_ids, num_experts, valid, document_ids)
+    if policy != "fixed":
+        return mean_hit_rate(simulate(trace, policy))
+    usage_E = torch.stack([part.hits.sum(dim=0) for part in simulate(trace, "uses")]).sum(dim=0)
+    return mean_hit_rate(simulate(trace, "uses"))[most_used(usage_E)].cumsum(dim=0)
 
 
 def cache_hit_counts(
-    expert_ids: Tensor,
-    num_experts: int,
+    expert_ids: Tensor | Sequence[Tensor],
+    num_experts: int | Sequence[int],
     policy: str = "lru",
     valid: Tensor | None = None,
     document_ids: Tensor | None = None,
+    *,
+    segment_length: int = 1,
 ) -> HitCounts:
     """The hits of each document, see :func:`cache_hit_rate`. Ids are not checked, only their shape.
 
     Layers of equal E and K may stand below each other as more rows: they are simulated at once.
+
+    Args:
+        expert_ids, num_experts, valid, document_ids: see :func:`cache_hit_rate`.
+        policy: "lru", "lfu", "belady", "fixed", or "sch" with windows of ``segment_length`` tokens; "uses" counts the
+            uses of each expert instead of hits.
+        segment_length: m of "sch".
 
     Example:
         >>> counts = cache_hit_counts(torch.tensor([[[0], [1], [0]]]), 2, "lru")
         >>> counts.hits.tolist(), counts.accesses.tolist()
         ([[1, 3]], [3])
     """
-    _check_policy(policy, POLICIES)
+    _check_policy(policy, (*SIMULATED, "fixed"))
+    trace = RoutingTrace(_layers(expert_ids), num_experts, valid=valid, document_ids=document_ids)
+    parts = list(simulate(trace, "uses" if policy == "fixed" else policy, segment_length))
+    hits_DE, accesses_D, rows_D = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("hits", "accesses", "rows")
+    )
     if policy == "fixed":
-        return _fixed_set_counts(expert_ids, num_experts, valid, document_ids)
-    return count_hits(expert_ids, num_experts, policy, valid, document_ids)
+        hits_DE = hits_DE[:, most_used(hits_DE.sum(dim=0))].cumsum(dim=1)
+    return HitCounts(hits_DE, accesses_D, rows_D)
 
 
-def count_hits(
-    expert_ids: Tensor,
-    num_experts: int,
-    policy: str,
-    valid: Tensor | None = None,
-    document_ids: Tensor | None = None,
-    segment_length: int = 1,
-) -> HitCounts:
-    """The hits of each document with "lru", "lfu", "belady", or "sch" with windows of ``segment_length`` tokens."""
-    _check_one_length(segment_length)
-    position_NT = _positions(expert_ids, num_experts, valid, document_ids)
-    rows_D, first_D, length_D = _documents(position_NT, whole_rows=valid is None and document_ids is None)
-    K = expert_ids.shape[-1]
-    if kernels.takes(expert_ids):
-        from consistency_reg.kernels.cache import document_hits
-
-        hits_DE = document_hits(expert_ids, num_experts, position_NT, len(rows_D), policy, segment_length)
-        return HitCounts(hits_DE, length_D * K, rows_D)
-    hits_DE = torch.zeros(len(rows_D), num_experts, dtype=torch.int64, device=expert_ids.device)
-    with torch.inference_mode():  # half the cost of a small operation
-        for group in column_groups(length_D, num_experts, K):
-            columns = Columns(expert_ids.flatten(0, 1), num_experts, first_D[group], length_D[group])
-            hits_DE[group] = stack_hits(priorities_of(policy, columns, segment_length))
-    return HitCounts(hits_DE, length_D * K, rows_D)
-
-
-def row_hit_rates(
-    expert_ids: Tensor,
-    num_experts: int,
-    policy: str,
-    valid: Tensor | None = None,
-    document_ids: Tensor | None = None,
-    *,
-    segment_length: int = 1,
-) -> RowHitRates:
+def row_hit_rates(trace: RoutingTrace, policy: str, segment_length: int = 1) -> RowHitRates:
     """What a mean over documents needs, by row instead of by document: on a GPU the host never waits for it.
 
     Args:
-        expert_ids: [N, T, K] int64; only the shape is checked.
-        num_experts: E.
-        policy: "lru", "lfu", "belady", "sch"; or "uses" for the share of accesses of each expert, from which the hit
-            rates of the fixed set follow once all data is seen.
-        valid, document_ids: [N, T], see :func:`cache_hit_rate`.
+        trace: N rows; several layers are one cache that they share. Only shapes are checked.
+        policy: as of :func:`cache_hit_counts`; instead of "fixed" there is "uses", the share of a document's accesses
+            that each expert has, from which the hit rates of the fixed set follow once all data is seen.
         segment_length: m of "sch".
 
     Example:
-        >>> rates = row_hit_rates(torch.tensor([[[0], [1], [0]], [[1], [1], [1]]]), 2, "lru")
+        >>> trace = RoutingTrace([torch.tensor([[[0], [1], [0]], [[1], [1], [1]]])], num_experts=2)
+        >>> rates = row_hit_rates(trace, "lru")
         >>> rates.hit_rate.sum(dim=0) / rates.documents.sum()
         tensor([0.6667, 1.0000], dtype=torch.float64)
     """
-    _check_policy(policy, ("lru", "lfu", "belady", "sch", "uses"))
+    _check_policy(policy, SIMULATED)
     _check_one_length(segment_length)
-    position_NT = _positions(expert_ids, num_experts, valid, document_ids)
-    documents_N = (position_NT == 0).sum(dim=1)
-    if kernels.takes(expert_ids):
-        from consistency_reg.kernels import cache
+    rates, documents = [], []
+    for _, ids, E, position_BT in _chunks(trace):
+        if kernels.takes(ids):
+            from consistency_reg.kernels import cache
 
-        rates_NE = cache.row_hit_rates(expert_ids, num_experts, position_NT, policy, segment_length)
-        return RowHitRates(rates_NE, documents_N)
-    if policy == "uses":
-        rows_D, _, length_D = _documents(position_NT)
-        uses_DE = document_usage(expert_ids, num_experts, valid, document_ids)
-        counts = HitCounts(uses_DE, length_D * expert_ids.shape[-1], rows_D)
-    else:
-        counts = count_hits(expert_ids, num_experts, policy, valid, document_ids, segment_length)
-    rates_NE = torch.zeros(len(expert_ids), num_experts, dtype=torch.float64, device=expert_ids.device)
-    return RowHitRates(rates_NE.index_add_(0, counts.rows, counts.hit_rate), documents_N)
+            rates_BE = cache.row_hit_rates(ids, E, position_BT, policy, segment_length)
+        else:
+            part = _count_hits(ids, E, position_BT, policy, segment_length, whole_rows=_whole_rows(trace))
+            rates_BE = torch.zeros(len(ids), E, dtype=torch.float64, device=ids.device)
+            rates_BE.index_add_(0, part.rows, part.hit_rate)
+        rates.append(rates_BE)
+        documents.append((position_BT == 0).sum(dim=1))
+    return RowHitRates(torch.cat(rates), torch.cat(documents))
 
 
-def document_usage(
-    expert_ids: Tensor,
-    num_experts: int,
-    valid: Tensor | None = None,
-    document_ids: Tensor | None = None,
-) -> Tensor:
-    """How many tokens of each document every expert is active on: [D, E] int64.
+def simulate(trace: RoutingTrace, policy: str, segment_length: int = 1) -> Iterator[HitCounts]:
+    """The hits of the documents, some rows at a time; several layers are one cache that they share.
 
-    Enough for the fixed set over many batches: its hits with C slots are the sum over the C experts of most use.
+    Policies as of :func:`row_hit_rates`.
+    """
+    _check_one_length(segment_length)
+    for rows, ids, E, position_BT in _chunks(trace):
+        part = _count_hits(ids, E, position_BT, policy, segment_length, whole_rows=_whole_rows(trace))
+        yield HitCounts(part.hits, part.accesses, part.rows + rows.start)
+
+
+def mean_hit_rate(parts: Iterable[HitCounts]) -> Tensor:
+    """[E] float64, the mean over documents; raises ValueError where there are none."""
+    rates_PE, documents_P = zip(*((part.hit_rate.sum(dim=0), len(part.rows)) for part in parts), strict=True)
+    if sum(documents_P) == 0:
+        raise ValueError("expert_ids must hold at least one valid token, got none")
+    return torch.stack(rates_PE).sum(dim=0) / sum(documents_P)
+
+
+def most_used(usage: Tensor) -> Tensor:
+    """The experts by their usage [E], the lower id first on ties: what a fixed set of any size begins with.
 
     Example:
-        >>> document_usage(torch.tensor([[[0], [1], [0]]]), 3)
-        tensor([[2, 1, 0]])
+        >>> most_used(torch.tensor([3, 7, 3]))
+        tensor([1, 0, 2])
     """
-    position_NT = _positions(expert_ids, num_experts, valid, document_ids)
-    rows_D, _, length_D = _documents(position_NT, whole_rows=valid is None and document_ids is None)
-    if kernels.takes(expert_ids):
-        from consistency_reg.kernels.cache import document_hits
-
-        return document_hits(expert_ids, num_experts, position_NT, len(rows_D), "uses")
-    ids_SK = expert_ids.flatten(0, 1) if valid is None else expert_ids[valid]
-    document_S = torch.arange(len(rows_D), device=expert_ids.device).repeat_interleave(length_D)
-    cells = len(rows_D) * num_experts
-    return torch.bincount((document_S[:, None] * num_experts + ids_SK).flatten(), minlength=cells).view(-1, num_experts)
+    return usage.argsort(descending=True, stable=True)
 
 
-def mean_hit_rate(counts: HitCounts) -> Tensor:
-    """[E] float64, the mean over documents; raises ValueError where there are none."""
-    if len(counts.rows) == 0:
-        raise ValueError("expert_ids must hold at least one valid token, got none")
-    return counts.hit_rate.mean(dim=0)
-
-
-def one_cache(
+def checked_trace(
     expert_ids: Tensor | Sequence[Tensor],
     num_experts: int | Sequence[int],
     valid: Tensor | None,
     document_ids: Tensor | None,
-) -> tuple[Tensor, int]:
-    """The ids and E of one layer, or of layers side by side (ids of each behind those of the one before); checked."""
-    layers = [expert_ids] if isinstance(expert_ids, Tensor) else expert_ids
-    trace = RoutingTrace(layers, num_experts, valid=valid, document_ids=document_ids)
+) -> RoutingTrace:
+    """One layer or several as a trace whose values are checked too."""
+    trace = RoutingTrace(_layers(expert_ids), num_experts, valid=valid, document_ids=document_ids)
     trace.check_values()
-    ids, total = [], 0
-    for layer in trace:
-        ids.append(layer.expert_ids + total if total else layer.expert_ids)
-        total += layer.num_experts
-    return torch.cat(ids, dim=-1) if len(ids) > 1 else ids[0], total
+    return trace
 
 
-def _positions(expert_ids: Tensor, num_experts: int, valid: Tensor | None, document_ids: Tensor | None) -> Tensor:
-    check_id_shape(expert_ids, num_experts)
-    N, T, _ = expert_ids.shape
-    check_masks((N, T), valid, document_ids)
-    return document_positions((N, T), valid, document_ids, device=expert_ids.device)
+def _layers(expert_ids: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return [expert_ids] if isinstance(expert_ids, Tensor) else expert_ids
 
 
 def _check_policy(policy: str, known: tuple[str, ...]) -> None:
@@ -252,9 +227,44 @@ def _check_policy(policy: str, known: tuple[str, ...]) -> None:
 
 
 def _check_one_length(segment_length: int) -> None:
-    if isinstance(segment_length, Sequence):
+    if not isinstance(segment_length, int):
         raise TypeError(f"segment_length must be one integer number of tokens, got {segment_length!r}")
-    check_segment_lengths(segment_length)
+    check_segment_lengths(segment_length, name="segment_length")
+
+
+def _chunks(trace: RoutingTrace) -> Iterator[tuple[slice, Tensor, int, Tensor]]:
+    """Some rows at a time, their ids [B, T, K] and E with the layers side by side, and positions [B, T]."""
+    (N, T), experts = trace.shape, [layer.num_experts for layer in trace]
+    for rows in row_chunks(N, T * sum(layer.top_k for layer in trace), CHUNK_ACCESSES):
+        ids_BTK = side_by_side([layer[rows] for layer in trace.expert_ids], experts)
+        masks = [None if mask is None else mask[rows] for mask in (trace.valid, trace.document_ids)]
+        yield rows, ids_BTK, sum(experts), document_positions((len(ids_BTK), T), *masks, device=ids_BTK.device)
+
+
+def _whole_rows(trace: RoutingTrace) -> bool:
+    return trace.valid is None and trace.document_ids is None
+
+
+def _count_hits(
+    ids_BTK: Tensor, E: int, position_BT: Tensor, policy: str, segment_length: int, *, whole_rows: bool
+) -> HitCounts:
+    rows_D, first_D, length_D = _documents(position_BT, whole_rows=whole_rows)
+    K = ids_BTK.shape[-1]
+    if kernels.takes(ids_BTK):
+        from consistency_reg.kernels.cache import document_hits
+
+        hits_DE = document_hits(ids_BTK, E, position_BT, len(rows_D), policy, segment_length)
+    elif policy == "uses":
+        document_S = torch.arange(len(rows_D), device=ids_BTK.device).repeat_interleave(length_D)
+        bin_SK = document_S[:, None] * E + ids_BTK[position_BT >= 0]
+        hits_DE = torch.bincount(bin_SK.flatten(), minlength=len(rows_D) * E).view(-1, E)
+    else:
+        hits_DE = torch.zeros(len(rows_D), E, dtype=torch.int64, device=ids_BTK.device)
+        with torch.inference_mode():  # half the cost of a small operation
+            for group in column_groups(length_D, E, K):
+                columns = Columns(ids_BTK.flatten(0, 1), E, first_D[group], length_D[group])
+                hits_DE[group] = stack_hits(priorities_of(policy, columns, segment_length))
+    return HitCounts(hits_DE, length_D * K, rows_D)
 
 
 def _documents(position_NT: Tensor, *, whole_rows: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -271,12 +281,3 @@ def _documents(position_NT: Tensor, *, whole_rows: bool = False) -> tuple[Tensor
     following_S = torch.cat([position_S[1:], position_S.new_full((1,), -1)])
     last_S = (position_S >= 0) & (following_S <= 0)
     return first_D // max(T, 1), first_D, position_S[last_S] + 1
-
-
-def _fixed_set_counts(
-    expert_ids: Tensor, num_experts: int, valid: Tensor | None, document_ids: Tensor | None
-) -> HitCounts:
-    uses_DE = document_usage(expert_ids, num_experts, valid, document_ids)
-    rows_D, _, length_D = _documents(_positions(expert_ids, num_experts, valid, document_ids))
-    by_usage = uses_DE.sum(dim=0).argsort(descending=True, stable=True)
-    return HitCounts(uses_DE[:, by_usage].cumsum(dim=1), length_D * expert_ids.shape[-1], rows_D)

@@ -6,8 +6,86 @@ simulated cache crosses a row, a pad or a document boundary.
 B rows, T tokens a row, E routed experts of the layer, K active experts per token, m segment length.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
+
 import torch
 from torch import Tensor
+
+
+def check_segment_lengths(
+    segment_lengths: int | Iterable[int], *, lowest: int = 1, name: str = "segment_lengths"
+) -> tuple[int, ...]:
+    """One or several segment lengths as a tuple.
+
+    Args:
+        segment_lengths: m in tokens, or several of them.
+        lowest: the shortest that makes sense.
+        name: of the argument, for the message.
+
+    Raises:
+        ValueError: unless there is at least one and all are distinct integers of at least ``lowest``.
+
+    Example:
+        >>> check_segment_lengths(16), check_segment_lengths([4, 16], lowest=2)
+        ((16,), (4, 16))
+    """
+    several = isinstance(segment_lengths, Iterable)
+    lengths = tuple(segment_lengths) if isinstance(segment_lengths, Iterable) else (segment_lengths,)
+    if (
+        not lengths
+        or any(not isinstance(m, int) or isinstance(m, bool) or m < lowest for m in lengths)
+        or len(set(lengths)) != len(lengths)
+    ):
+        expected = "a list of distinct integers" if several else "an integer"
+        raise ValueError(f"{name} must be {expected} of at least {lowest}, got {segment_lengths!r}")
+    return lengths
+
+
+def row_chunks(rows: int, row_size: int, most: int) -> Iterator[slice]:
+    """Rows to work on together so that memory does not grow with their number; one empty chunk where there are none.
+
+    Args:
+        rows: how many there are.
+        row_size: of one row, in the unit of ``most``.
+        most: of a chunk, unless a single row is larger.
+
+    Example:
+        >>> list(row_chunks(5, row_size=10, most=25))
+        [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    step = max(1, most // max(row_size, 1))
+    for first in range(0, max(rows, 1), step):
+        yield slice(first, min(first + step, rows))
+
+
+def rows_of(
+    rows: slice, expert_ids: Tensor, valid: Tensor | None, document_ids: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Some rows of the ids and of the masks that there are."""
+    return (
+        expert_ids[rows],
+        None if valid is None else valid[rows],
+        None if document_ids is None else document_ids[rows],
+    )
+
+
+def side_by_side(expert_ids: Sequence[Tensor], num_experts: Sequence[int]) -> Tensor:
+    """The experts of several layers as those of one layer, each layer's ids behind those of the layer before.
+
+    Args:
+        expert_ids: [B, T, K] for each layer.
+        num_experts: E of each layer.
+
+    Returns:
+        [B, T, sum of K]; a single layer's ids as they are.
+
+    Example:
+        >>> side_by_side([torch.tensor([[[2, 0]]]), torch.tensor([[[1]]])], [3, 4])
+        tensor([[[2, 0, 4]]])
+    """
+    first = [sum(num_experts[:layer]) for layer in range(len(num_experts))]
+    shifted = [ids + at if at else ids for ids, at in zip(expert_ids, first, strict=True)]
+    return torch.cat(shifted, dim=-1) if len(shifted) > 1 else shifted[0]
 
 
 def document_positions(

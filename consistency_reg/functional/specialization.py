@@ -6,7 +6,10 @@ Source: arXiv 2505.16056. B rows, T tokens, K active of E routed experts of one 
 import torch
 from torch import Tensor
 
+from consistency_reg.functional.segments import row_chunks
 from consistency_reg.routing import check_id_shape
+
+CHUNK_TOKENS = 2**13  # bounds the memory whatever B is
 
 
 def grouped_usage(
@@ -45,11 +48,12 @@ def grouped_usage(
     group_BT = check_group_ids(group_ids, num_groups, (B, T), valid)
     if out is None:
         out = torch.zeros(num_groups, num_experts, dtype=torch.int64, device=expert_ids.device)
-    bin_BTK = group_BT[..., None] * num_experts + expert_ids
-    counts = torch.ones_like(bin_BTK, dtype=out.dtype)
-    if valid is not None:
-        bin_BTK, counts = bin_BTK.where(valid[..., None], 0), counts * valid[..., None]
-    out.view(-1).scatter_add_(0, bin_BTK.flatten(), counts.flatten())
+    for rows in row_chunks(B, T, CHUNK_TOKENS):
+        bin_BTK = group_BT[rows, :, None] * num_experts + expert_ids[rows]
+        counts = torch.ones_like(bin_BTK, dtype=out.dtype)
+        if valid is not None:
+            bin_BTK, counts = bin_BTK.where(valid[rows, :, None], 0), counts * valid[rows, :, None]
+        out.view(-1).scatter_add_(0, bin_BTK.flatten(), counts.flatten())
     return out
 
 

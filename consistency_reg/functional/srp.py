@@ -16,10 +16,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from consistency_reg import kernels
-from consistency_reg.functional.segments import active_experts, document_positions
+from consistency_reg.functional.segments import (
+    active_experts,
+    check_segment_lengths,
+    document_positions,
+    row_chunks,
+    rows_of,
+    window_ends,
+)
 from consistency_reg.routing import RoutingTrace, check_id_shape, check_masks
 
-CHUNK_TOKENS = 8192  # with 64 experts a chunk is a megabyte: it stays in a CPU's cache
+CHUNK_TOKENS = 2**13  # with 64 experts a chunk is a megabyte: it stays in a CPU's cache
+KERNEL_CHUNK_TOKENS = 2**22  # enough to fill a GPU
 
 
 @dataclass(frozen=True)
@@ -159,7 +167,8 @@ def srp(
 
     Raises:
         TypeError: ids that are not int64, masks of a wrong dtype.
-        ValueError: shapes that do not match, K > E, ids out of range or repeated within a token, m < 1.
+        ValueError: shapes that do not match, K > E, ids out of range or repeated within a token, an m that is no
+            integer of at least 1.
 
     Example:
         >>> result = srp(torch.tensor([[[0], [0], [1], [1]]]), num_experts=2, segment_length=2)
@@ -169,9 +178,10 @@ def srp(
     layers = [expert_ids] if isinstance(expert_ids, Tensor) else expert_ids
     trace = RoutingTrace(layers, num_experts, valid=valid, document_ids=document_ids)
     trace.check_values()
-    lengths = check_segment_lengths(segment_length)
+    lengths = check_segment_lengths(segment_length, name="segment_length")
     counts = [srp_counts(layer.expert_ids, layer.num_experts, lengths, valid, document_ids) for layer in trace]
-    usage, tokens = [layer.usage for layer in counts], trace.valid_mask.sum()
+    usage = [layer.usage for layer in counts]
+    tokens = usage[0].sum() // trace.expert_ids[0].shape[-1]
     models = {m: model_srp([layer.windows[m] for layer in counts], usage, tokens) for m in lengths}
     results = {m: model.layers[0] for m, model in models.items()} if isinstance(expert_ids, Tensor) else models
     return results[segment_length] if isinstance(segment_length, int) else results
@@ -185,11 +195,11 @@ def srp_counts(
     document_ids: Tensor | None = None,
     *,
     per_sequence: bool = False,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> SRPCounts:
     """Count the windows of one layer by expert and f, for several segment lengths in one pass.
 
-    Memory beyond the result is bounded by ``chunk_tokens`` x E (or one row, if that is longer) whatever N is.
+    Memory beyond the result is bounded by ``chunk_tokens`` x E (or one row, if that is longer), whatever N is.
     On CUDA the host does not wait, so ids are not checked: see :func:`consistency_reg.routing.check_expert_ids`.
 
     Args:
@@ -198,7 +208,7 @@ def srp_counts(
         segment_lengths: the m.
         valid, document_ids: [N, T], see :func:`srp`.
         per_sequence: count the windows of each sequence too, for a bootstrap.
-        chunk_tokens: tokens that are worked on at a time.
+        chunk_tokens: tokens that are worked on at a time; what suits the device when None.
 
     Example:
         >>> counts = srp_counts(torch.tensor([[[0], [0], [1], [1]]]), num_experts=2, segment_lengths=[2])
@@ -208,36 +218,52 @@ def srp_counts(
     check_id_shape(expert_ids, num_experts)
     N, T, _ = expert_ids.shape
     check_masks((N, T), valid, document_ids)
-    device = expert_ids.device
-    E = num_experts
-    position_NT = document_positions((N, T), valid, document_ids, device=device)
-    if kernels.takes(expert_ids):
-        from consistency_reg.kernels.srp import window_counts
-
-        found = {m: window_counts(expert_ids, E, position_NT, m, per_sequence=per_sequence) for m in segment_lengths}
-        by_row = {m: counts for m, (_, counts) in found.items() if counts is not None}
-        usage_E = window_counts(expert_ids, E, position_NT, 1)[0][:, 1]  # a window of one token counts uses
-        return SRPCounts({m: counts for m, (counts, _) in found.items()}, by_row, usage_E)
+    device, E = expert_ids.device, num_experts
     windows = {m: torch.zeros(E, m + 1, dtype=torch.int64, device=device) for m in segment_lengths}
     sequences = {m: torch.zeros(N, m + 1, dtype=torch.int64, device=device) for m in segment_lengths if per_sequence}
     usage_E = torch.zeros(E, dtype=torch.int64, device=device)
-    sum_dtype = torch.int16 if T < 2**15 else torch.int32
-
-    rows = max(1, chunk_tokens // max(T, 1))
-    for first in range(0, N, rows):
-        chunk = slice(first, first + rows)
-        active_BTE = active_experts(expert_ids[chunk], E, None if valid is None else valid[chunk])
-        before_BTE = pad(active_BTE.cumsum(dim=1, dtype=sum_dtype), (0, 0, 1, 0))  # [B, T+1, E]
-        usage_E += before_BTE[:, -1].sum(dim=0)
+    by_kernel = kernels.takes(expert_ids)
+    count, most = (_count_by_kernel, KERNEL_CHUNK_TOKENS) if by_kernel else (_count, CHUNK_TOKENS)
+    for rows in row_chunks(N, T, chunk_tokens or most):
+        ids_BTK, valid_BT, document_BT = rows_of(rows, expert_ids, valid, document_ids)
+        position_BT = document_positions((len(ids_BTK), T), valid_BT, document_BT, device=device)
+        part = count(ids_BTK, E, segment_lengths, valid_BT, position_BT, per_sequence)
+        usage_E += part.usage
         for m in segment_lengths:
-            if m > T:
-                continue
-            f_BWE = before_BTE[:, m:] - before_BTE[:, :-m]
-            whole_BW = position_NT[chunk, m - 1 :] >= m - 1
-            windows[m] += _count_rows(f_BWE, torch.arange(E, device=device), whole_BW, (E, m + 1))
+            windows[m] += part.windows[m]
             if per_sequence:
-                sequence_B11 = torch.arange(len(f_BWE), device=device)[:, None, None]
-                sequences[m][chunk] = _count_rows(f_BWE, sequence_B11, whole_BW, (len(f_BWE), m + 1))
+                sequences[m][rows] = part.sequence_windows[m]
+    return SRPCounts(windows, sequences, usage_E)
+
+
+def _count(
+    ids_BTK: Tensor, E: int, lengths: Sequence[int], valid_BT: Tensor | None, position_BT: Tensor, per_sequence: bool
+) -> SRPCounts:
+    B, T, _ = ids_BTK.shape
+    active_BTE = active_experts(ids_BTK, E, valid_BT)
+    sum_dtype = torch.int16 if T < 2**15 else torch.int32
+    before_BTE = pad(active_BTE.cumsum(dim=1, dtype=sum_dtype), (0, 0, 1, 0))  # [B, T+1, E]
+    expert_E = torch.arange(E, device=ids_BTK.device)
+    sequence_B11 = torch.arange(B, device=ids_BTK.device)[:, None, None]
+    windows, sequences = {}, {}
+    for m in lengths:
+        f_BWE = before_BTE[:, m:] - before_BTE[:, : max(T + 1 - m, 0)]  # W = 0 where a row is shorter than m
+        whole_BW = window_ends(position_BT, m)[:, m - 1 :]
+        windows[m] = _count_rows(f_BWE, expert_E, whole_BW, (E, m + 1))
+        if per_sequence:
+            sequences[m] = _count_rows(f_BWE, sequence_B11, whole_BW, (B, m + 1))
+    return SRPCounts(windows, sequences, before_BTE[:, -1].sum(dim=0))
+
+
+def _count_by_kernel(
+    ids_BTK: Tensor, E: int, lengths: Sequence[int], valid_BT: Tensor | None, position_BT: Tensor, per_sequence: bool
+) -> SRPCounts:
+    from consistency_reg.kernels.srp import window_counts
+
+    found = {m: window_counts(ids_BTK, E, position_BT, m, per_sequence=per_sequence) for m in lengths}
+    windows = {m: by_expert for m, (by_expert, _) in found.items()}
+    sequences = {m: by_row for m, (_, by_row) in found.items() if by_row is not None}
+    usage_E = window_counts(ids_BTK, E, position_BT, 1)[0][:, 1]  # a window of one token counts uses
     return SRPCounts(windows, sequences, usage_E)
 
 
@@ -346,19 +372,6 @@ def model_srp(windows: Sequence[Tensor], usage: Sequence[Tensor], tokens: Tensor
         histogram=pooled,
         layers=tuple(layer_srp(*layer, tokens) for layer in zip(windows, usage, strict=True)),
     )
-
-
-def check_segment_lengths(segment_lengths: int | Sequence[int]) -> tuple[int, ...]:
-    """One or several segment lengths as a tuple; raise unless they are distinct integers of at least 1."""
-    lengths = tuple(segment_lengths) if isinstance(segment_lengths, Sequence) else (segment_lengths,)
-    if not lengths or len(set(lengths)) != len(lengths):
-        raise ValueError(f"segment_length must be one or several distinct lengths, got {segment_lengths}")
-    for m in lengths:
-        if not isinstance(m, int) or isinstance(m, bool):
-            raise TypeError(f"segment_length must be an integer number of tokens, got {m!r}")
-        if m < 1:
-            raise ValueError(f"segment_length must be at least 1 token, got {m}")
-    return lengths
 
 
 def _sum_from(values: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The local-consistency losses: SRP, or the hit rate of a cache of known size, by the envelope theorem."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from consistency_reg.functional.consistency import (
     margin_membership,
     srp_marginals,
 )
-from consistency_reg.functional.segments import active_experts, window_ends, window_sums
+from consistency_reg.functional.segments import active_experts, check_segment_lengths, window_ends, window_sums
 from consistency_reg.losses.base import RoutingLoss
 from consistency_reg.losses.distributed import all_sum, world_size
 from consistency_reg.routing import LayerRouting, RoutingTrace
@@ -162,7 +162,7 @@ class LocalConsistencyLoss(EnvelopeLoss):
         scope: Literal["global", "batch", "sequence"] = "global",
     ) -> None:
         super().__init__(membership=membership, temperature=temperature, balance_neutral=balance_neutral, scope=scope)
-        self.segment_lengths = check_segment_lengths(segment_lengths)
+        self.segment_lengths = check_segment_lengths(segment_lengths, lowest=2)
 
     def marginals(self, layer: LayerRouting, position: Tensor) -> Iterator[Marginals]:
         """SRP of each segment length."""
@@ -234,11 +234,3 @@ class _Attach(torch.autograd.Function):
         gradient, unit = ctx.saved_tensors
         factor = grad_outputs[0] * unit  # first the loss scale of mixed precision, then the router's dtype
         return (gradient.to(factor.dtype) * factor).to(gradient.dtype), None, None, None
-
-
-def check_segment_lengths(segment_lengths: Sequence[int]) -> tuple[int, ...]:
-    """The lengths as a tuple; ValueError unless there is at least one and all are distinct integers of at least 2."""
-    lengths = tuple(segment_lengths) if isinstance(segment_lengths, Iterable) else ()
-    if not lengths or len(set(lengths)) != len(lengths) or any(not isinstance(m, int) or m < 2 for m in lengths):
-        raise ValueError(f"segment_lengths must be a list of distinct integers of at least 2, got {segment_lengths!r}")
-    return lengths

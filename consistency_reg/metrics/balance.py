@@ -15,7 +15,7 @@ from consistency_reg.functional.balance import (
     usage_balance,
     usage_counts,
 )
-from consistency_reg.functional.srp import check_segment_lengths
+from consistency_reg.functional.segments import check_segment_lengths
 from consistency_reg.metrics.base import RoutingMetric
 from consistency_reg.metrics.plots import axes_of
 from consistency_reg.routing import RoutingTrace

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from consistency_reg.functional.balance import usage_counts
-from consistency_reg.functional.cache import POLICIES, RowHitRates, row_hit_rates
-from consistency_reg.functional.srp import check_segment_lengths
-from consistency_reg.metrics.hit_rates import HitRateMetric, Masks, ModelHitRates
+from consistency_reg.functional.cache import POLICIES, RowHitRates, most_used, row_hit_rates
+from consistency_reg.functional.segments import check_segment_lengths
+from consistency_reg.metrics.hit_rates import HitRateMetric, ModelHitRates
 from consistency_reg.routing import RoutingTrace
 
 
@@ -40,8 +40,8 @@ class SegmentCacheHitRate(HitRateMetric):
         super().__init__(num_experts, [f"sch_m{m}" for m in lengths], **options)
         self.segment_lengths = dict(zip(self.names, lengths, strict=True))
 
-    def _row_rates(self, name: str, expert_ids: Tensor, num_experts: int, masks: Masks) -> RowHitRates:
-        return row_hit_rates(expert_ids, num_experts, "sch", *masks, segment_length=self.segment_lengths[name])
+    def _row_rates(self, name: str, cache: RoutingTrace) -> RowHitRates:
+        return row_hit_rates(cache, "sch", self.segment_lengths[name])
 
     def _results(self) -> dict[int, ModelHitRates]:
         return dict(zip(self.segment_lengths.values(), self._models(), strict=True))
@@ -86,16 +86,15 @@ class CacheHitRate(HitRateMetric):
             usage = [usage_counts(layer.expert_ids, layer.num_experts, trace.valid) for layer in trace]
             self._add("usage", torch.cat(usage))
 
-    def _row_rates(self, name: str, expert_ids: Tensor, num_experts: int, masks: Masks) -> RowHitRates:
+    def _row_rates(self, name: str, cache: RoutingTrace) -> RowHitRates:
         # The fixed set is not known before all data is seen: count each expert by itself, and choose at the end.
-        return row_hit_rates(expert_ids, num_experts, "uses" if name == "fixed" else name, *masks)
+        return row_hit_rates(cache, "uses" if name == "fixed" else name)
 
     def _hit_rates(self, rates: Tensor) -> Tensor:
         if self.policy != "fixed":
             return rates
         usage = [self.usage[experts] for experts in self._layer_experts] + [self.usage] * self.shared
-        by_usage = [layer.argsort(descending=True, stable=True) for layer in usage]
-        of_caches = zip(rates.split(self.caches, dim=-1), by_usage, strict=True)
+        of_caches = zip(rates.split(self.caches, dim=-1), map(most_used, usage), strict=True)
         return torch.cat([of_experts[..., order].cumsum(dim=-1) for of_experts, order in of_caches], dim=-1)
 
     def _results(self) -> ModelHitRates:

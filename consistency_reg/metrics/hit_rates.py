@@ -13,8 +13,6 @@ from consistency_reg.metrics.plots import axes_of
 from consistency_reg.metrics.resampled import ResampledMetric
 from consistency_reg.routing import RoutingTrace
 
-Masks = tuple[Tensor | None, ...]
-
 
 @dataclass(frozen=True)
 class CacheHitRates:
@@ -145,8 +143,8 @@ class HitRateMetric(ResampledMetric):
         ax.legend()
         return ax.figure, ax
 
-    def _row_rates(self, name: str, expert_ids: Tensor, num_experts: int, masks: Masks) -> RowHitRates:
-        """The documents' hit rates in one simulation of one cache, summed by row; layers may stand below each other."""
+    def _row_rates(self, name: str, cache: RoutingTrace) -> RowHitRates:
+        """The documents' hit rates in one simulation of one cache, which all layers share, summed by row."""
         raise NotImplementedError
 
     def _by_name(self, results: Any) -> dict[str, ModelHitRates]:
@@ -165,19 +163,18 @@ class HitRateMetric(ResampledMetric):
         rates: dict[int, RowHitRates] = {}
         N = trace.shape[0]
         for (E, _), layers in alike.items():
-            below_each_other = torch.cat([trace.expert_ids[i] for i in layers])
-            masks = [
-                None if mask is None else mask.repeat(len(layers), 1) for mask in (trace.valid, trace.document_ids)
-            ]
-            together = self._row_rates(name, below_each_other, E, tuple(masks))
+            below_each_other = RoutingTrace(
+                [torch.cat([trace.expert_ids[i] for i in layers])],
+                E,
+                valid=None if trace.valid is None else trace.valid.repeat(len(layers), 1),
+                document_ids=None if trace.document_ids is None else trace.document_ids.repeat(len(layers), 1),
+            )
+            together = self._row_rates(name, below_each_other)
             for place, i in enumerate(layers):
                 rows = slice(place * N, (place + 1) * N)
                 rates[i] = RowHitRates(together.hit_rate[rows], together.documents[rows])
         if self.shared:
-            first = [experts.start for experts in self._layer_experts]
-            side_by_side = torch.cat([ids + at for ids, at in zip(trace.expert_ids, first, strict=True)], dim=-1)
-            masks = [trace.valid, trace.document_ids]
-            rates[len(trace)] = self._row_rates(name, side_by_side, sum(self.num_experts), tuple(masks))
+            rates[len(trace)] = self._row_rates(name, trace)
         return [rates[i] for i in range(len(self.caches))]
 
     def _models(self) -> list[ModelHitRates]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consistency_reg.functional.segments import check_segment_lengths, side_by_side
 from consistency_reg.functional.specialization import (
     check_group_ids,
     domain_specialization,
@@ -15,7 +16,7 @@ from consistency_reg.functional.specialization import (
     spearman,
     vocabulary_specialization,
 )
-from consistency_reg.functional.srp import best_f1, check_segment_lengths, srp_counts
+from consistency_reg.functional.srp import best_f1, srp_counts
 from consistency_reg.metrics.base import RoutingMetric
 from consistency_reg.metrics.plots import axes_of
 from consistency_reg.routing import RoutingTrace
@@ -117,28 +118,26 @@ class ExpertSpecialization(RoutingMetric):
             token_ids: [B, T] integers in 0..V-1, if the metric has a vocabulary; those of padding do not matter.
         """
         self._check(trace)
-        for name, ids, wanted in (
+        for name, given, wanted in (
             ("domain_ids", domain_ids, self.num_domains),
             ("token_ids", token_ids, self.vocab_size),
         ):
-            if (ids is None) != (wanted is None):
+            if (given is None) != (wanted is None):
                 raise ValueError(f"{name} must {'not ' if wanted is None else ''}be given to a metric made as this one")
         masks = trace.valid, trace.document_ids
         m = self.segment_length
         counts = [srp_counts(layer.expert_ids, layer.num_experts, [m], *masks) for layer in trace]
         self._add("windows", torch.cat([layer.windows[m] for layer in counts]))
-        first = [experts.start for experts in self._layer_experts]
-        side_by_side = torch.cat([layer.expert_ids + at for layer, at in zip(trace, first, strict=True)], dim=-1)
-        experts = sum(self.num_experts)
+        ids, experts = side_by_side(trace.expert_ids, self.num_experts), sum(self.num_experts)
         if domain_ids is not None:
             assert self.num_domains is not None
-            self._add("domain_usage", grouped_usage(side_by_side, experts, domain_ids, self.num_domains, trace.valid))
+            self._add("domain_usage", grouped_usage(ids, experts, domain_ids, self.num_domains, trace.valid))
             self._add("domain_tokens", _tokens_by_domain(trace, domain_ids, self.num_domains))
         if token_ids is not None:
             assert self.vocab_size is not None
             if self.token_usage.is_inference() and not torch.is_inference_mode_enabled():
                 self.token_usage = self.token_usage.clone()
-            grouped_usage(side_by_side, experts, token_ids, self.vocab_size, trace.valid, out=self.token_usage)
+            grouped_usage(ids, experts, token_ids, self.vocab_size, trace.valid, out=self.token_usage)
 
     def plot(self, val: ModelSpecialization | None = None, ax: Any = None) -> Any:
         """Each expert's specialization against its SRP. -> (figure, axes)."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from consistency_reg.functional.bootstrap import percentile_interval
-from consistency_reg.functional.srp import ModelSRP, best_f1, check_segment_lengths, model_srp, srp_counts
+from consistency_reg.functional.segments import check_segment_lengths
+from consistency_reg.functional.srp import ModelSRP, best_f1, model_srp, srp_counts
 from consistency_reg.metrics.plots import interval_plot
 from consistency_reg.metrics.resampled import ResampledMetric
 from consistency_reg.routing import RoutingTrace
