@@ -2,11 +2,11 @@
 
 import math
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from consistency_reg.capture import RouterCapture
 from consistency_reg.losses import RoutingLoss
 from consistency_reg.routing import RoutingTrace
 
@@ -80,7 +80,11 @@ class Term:
 
     def logged(self) -> dict[str, Tensor | float]:
         """What is logged of it: ``loss`` (raw), ``weight``, ``weighted``, ``layer_00``, ..."""
-        logged: dict[str, Tensor | float] = {"loss": self.value, "weight": self.weight, "weighted": self.weighted.detach()}
+        logged: dict[str, Tensor | float] = {
+            "loss": self.value,
+            "weight": self.weight,
+            "weighted": self.weighted.detach(),
+        }
         return logged | {f"layer_{index:02d}": value for index, value in enumerate(self.per_layer)}
 
 
@@ -91,12 +95,12 @@ def check_weight(weight: float) -> float:
     return float(weight)
 
 
-def warn_of_frozen(routers: Mapping[str, nn.Module]) -> None:
-    """Warn if no parameter of any router learns: a term on their scores then moves only what feeds them."""
-    learns = {name: any(p.requires_grad for p in router.parameters()) for name, router in routers.items()}
-    if not any(learns.values()):
+def warn_of_frozen(capture: RouterCapture) -> None:
+    """Warn if no router learns: a term on their scores then moves only what feeds them."""
+    if not capture.any_router_learns():
         warnings.warn(
-            f"all {len(learns)} routers are frozen: the consistency term acts on what feeds them alone. Unfreeze them "
-            "(with PEFT: modules_to_save or target_parameters that name the router) to train the routing itself",
+            f"all {len(capture.layer_names)} routers are frozen: the consistency term acts on what feeds them alone. "
+            "Unfreeze them (with PEFT: modules_to_save or target_parameters that name the router) to train the routing "
+            "itself",
             stacklevel=3,
         )

@@ -25,6 +25,7 @@ def attach(
     masks: Callable[[Mapping[str, Any]], Masks] | None = None,
     adapters: Sequence[RouterAdapter] = (),
     keep_inputs: bool = False,
+    layers: str | None = None,
 ) -> "Attachment":
     """Make ``model`` return ``loss + weight * term`` for its loss, in training, until the handle is detached.
 
@@ -43,6 +44,7 @@ def attach(
             and ``document_ids`` or ``position_ids`` when None.
         adapters: kinds of routers that the capture does not know by itself.
         keep_inputs: capture the routers' inputs too, which :class:`~consistency_reg.RouterAnchorLoss` needs.
+        layers: regular expression, the routers to capture; all when None.
 
     Returns:
         the :class:`Attachment`, which is a context manager as well.
@@ -72,7 +74,9 @@ def attach(
         >>> 0 < term.value < 1, list(term.per_layer)
         (True, ['router'])
     """
-    return Attachment(model, loss, weight, masks=masks, adapters=adapters, keep_inputs=keep_inputs).attach()
+    return Attachment(
+        model, loss, weight, masks=masks, adapters=adapters, keep_inputs=keep_inputs, layers=layers
+    ).attach()
 
 
 class Attachment:
@@ -97,6 +101,7 @@ class Attachment:
         masks: Callable[[Mapping[str, Any]], Masks] | None = None,
         adapters: Sequence[RouterAdapter] = (),
         keep_inputs: bool = False,
+        layers: str | None = None,
     ) -> None:
         self.loss = LocalConsistencyLoss() if loss is None else loss
         self.weight = weight
@@ -104,10 +109,10 @@ class Attachment:
         self.term: Term | None = None
         self._model = model
         self._masks = masks or batch_masks
-        self._capture = RouterCapture(model, adapters, keep_inputs=keep_inputs)
+        self._capture = RouterCapture(model, adapters, keep_inputs=keep_inputs, layers=layers)
         self._handles: list[RemovableHandle] = []
         self._called = False
-        warn_of_frozen(self._capture.routers)
+        warn_of_frozen(self._capture)
 
     @property
     def weight(self) -> float:

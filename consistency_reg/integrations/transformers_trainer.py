@@ -61,10 +61,16 @@ class ConsistencyCallback(TrainerCallback):
         masks: Callable[[Mapping[str, Any]], Masks] | None = None,
         adapters: Sequence[RouterAdapter] = (),
         keep_inputs: bool = False,
+        layers: str | None = None,
     ) -> None:
         self.loss = LocalConsistencyLoss() if loss is None else loss
         self.schedule = WeightSchedule(weight, warmup_steps, start_step)
-        self._options: dict[str, Any] = {"masks": masks, "adapters": adapters, "keep_inputs": keep_inputs}
+        self._options: dict[str, Any] = {
+            "masks": masks,
+            "adapters": adapters,
+            "keep_inputs": keep_inputs,
+            "layers": layers,
+        }
         self._attachment: Attachment | None = None
         self._seen: dict[str, list[Tensor | float]] = {}  # since the last log
         self._heard_first = False
