@@ -7,26 +7,30 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 FIT_HELP = """\
-usage: consistency-reg fit --config RECIPE [--config MORE] [--KEY VALUE ...] [--run_dir DIR]
+usage: consistency-reg fit --config RECIPE [--KEY VALUE ...] [--run_dir DIR]
 
-Train one recipe into one folder. Later configs and keys override earlier ones. Stopped, it goes on where it was when
-the same command runs again.
+Train one recipe into one folder. Later configs and keys override earlier ones. Stopped, it goes
+on where it was when the same command runs again.
 
-options:
-  --config RECIPE   a recipe, such as those under recipes/
-  --KEY VALUE       any key of a recipe, such as --trainer.max_steps 200 or --consistency.weight 0.1
-  --run_dir DIR     folder of the run: config.yaml, metrics.csv, checkpoints, the offline wandb run, result.json
-  --print_config    print the whole recipe with every default, and stop
+arguments:
+  -h, --help        show this help and exit
   --debug           show the traceback of an error
+  --config RECIPE   a recipe, such as those under recipes/; several are read one after the other
+  --KEY VALUE       any key of a recipe, such as --trainer.max_steps 200 --consistency.weight 0.1
+  --model PLACE     the checkpoint to fine-tune: a folder, a finished run or a hub id
+  --run_dir DIR     of config.yaml, metrics.csv, checkpoints, model, result.json, the wandb run
+  --print_config    print the whole recipe with every default, and stop
 
-example:
-  consistency-reg fit --config recipes/quickstart.yaml --consistency.weight 0.1 --run_dir runs/first
+examples:
+  consistency-reg fit --config recipes/quickstart.yaml --run_dir runs/first
+  consistency-reg fit --config recipes/finetune.yaml --model runs/first --run_dir runs/tuned
 """
 MODULES = {
     "fit": "consistency_reg.lm.fit",
     "evaluate": "consistency_reg.evaluate",
     "ablate": "consistency_reg.ablation",
     "report": "consistency_reg.report",
+    "workspace": "consistency_reg.tracking.workspace",
 }
 
 
@@ -37,11 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         command = arguments[0] if arguments and arguments[0] in MODULES else None
+        if not arguments:
+            _parser().print_help(sys.stderr)
+            return 2
         if command is None:
             _parser().parse_args(arguments)
-        if command == "fit" and {"-h", "--help"} & set(arguments[1:]):
-            print(FIT_HELP, end="")
-            return 0
+        if command == "fit" and (len(arguments) == 1 or {"-h", "--help"} & set(arguments[1:])):
+            print(FIT_HELP, end="", file=sys.stderr if len(arguments) == 1 else sys.stdout)
+            return 2 if len(arguments) == 1 else 0
         run: Callable[[list[str]], int | None] = import_module(MODULES[str(command)]).main
         return run(arguments[1:]) or 0
     except KeyboardInterrupt:
@@ -68,6 +75,8 @@ def _interrupted() -> int:
 
 def _message(error: Exception) -> str:
     """What the error says; its kind too where what it says alone is no sentence."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
     spoken = isinstance(error, ValueError | TypeError | RuntimeError | ImportError | OSError) and str(error)
     return str(error) if spoken else f"{type(error).__name__}: {error} (--debug shows where)"
 
@@ -78,12 +87,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Train mixture-of-experts language models for local routing consistency.",
         epilog="example:\n  consistency-reg fit --config recipes/quickstart.yaml --run_dir runs/first\n"
         "  consistency-reg report runs/first\n\nconsistency-reg COMMAND --help says more.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=16),
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("fit", help="train one recipe into a run folder")
-    commands.add_parser("evaluate", help="measure a checkpoint or a model")
+    commands.add_parser("evaluate", help="judge models, and say how large a cache of experts they need")
     commands.add_parser("ablate", help="train every cell of a grid of recipes")
     commands.add_parser("report", help="compare runs: table, figures, one HTML page")
+    commands.add_parser("workspace", help="lay out a wandb project for reading trade-offs")
     return parser

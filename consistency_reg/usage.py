@@ -1,0 +1,54 @@
+"""What the commands' help and their messages about wrong usage share."""
+
+import argparse
+from typing import Any, NoReturn
+
+WIDTH = 100
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose help fits a screen: a line of usage, one list of arguments, examples as written.
+
+    Args:
+        prog: the words of the command, such as "consistency-reg report".
+        options: those of :class:`argparse.ArgumentParser`.
+
+    Example:
+        >>> parser = CommandParser("consistency-reg show", epilog="example:\\n  consistency-reg show a")
+        >>> _ = parser.add_argument("runs", nargs="+", metavar="RUNS", help="folders")
+        >>> print(parser.format_help(), end="")
+        usage: consistency-reg show [options] RUNS...
+        <BLANKLINE>
+        arguments:
+          -h, --help  show this help and exit
+          --debug     show the traceback of an error
+          RUNS        folders
+        <BLANKLINE>
+        example:
+          consistency-reg show a
+    """
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog=prog, usage=f"{prog} [options]", formatter_class=_wide, add_help=False, **options)
+        self._arguments = self.add_argument_group("arguments")
+        self.add_argument("-h", "--help", action="help", help="show this help and exit")
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """As argparse does, with options and positional arguments in one list."""
+        action = self._arguments.add_argument(*names, **options)
+        if not action.option_strings:
+            self.usage = f"{self.usage} {action.metavar or action.dest}{'' if action.nargs is None else '...'}"
+        return action
+
+    def format_help(self) -> str:
+        """The help, without a blank line at its end."""
+        return super().format_help().rstrip() + "\n"
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and where to read how it is right."""
+        self.exit(2, f"{self.format_usage()}{self.prog}: error: {message}\n`{self.prog} --help` shows an example\n")
+
+
+def _wide(prog: str) -> argparse.HelpFormatter:
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=WIDTH)
