@@ -93,6 +93,7 @@ def evaluate(recordings: Sequence[Recording], options: argparse.Namespace) -> li
             segment_lengths=options.segment_lengths,
             cache_ratios=options.cache_ratios,
             replicates=options.replicates,
+            shared_cache=options.shared_cache,
             device=_device(options.device),
         )
         for stack, again in zip(stacks, earlier, strict=True)
@@ -133,6 +134,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError(f"--cache-ratios must be positive, got {options.cache_ratios}")
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out must be a folder, got the file {options.out}")
+    if options.save_trace is not None and options.save_trace.is_dir():
+        raise ValueError(f"--save-trace must be a file, got the folder {options.save_trace}")
     return options
 
 
@@ -196,6 +199,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--segment-lengths", nargs="+", type=integers, metavar="M", help="default: 4,16,64")
     parser.add_argument("--cache-ratios", nargs="+", type=numbers, metavar="RHO", help="slots / K; default: 1,2,3,4")
+    parser.add_argument(
+        "--no-shared-cache",
+        dest="shared_cache",
+        action="store_false",
+        help="skip one cache for all layers: many layers",
+    )
     parser.add_argument("--replicates", type=int, default=200, metavar="R", help="of the bootstrap; 0: no intervals")
     parser.add_argument("--wandb", nargs="?", const="consistency-reg", metavar="PROJECT", help="log to wandb too")
     parser.set_defaults(segment_lengths=[[4, 16, 64]], cache_ratios=[[1.0, 2.0, 3.0, 4.0]])

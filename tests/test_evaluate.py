@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from consistency_reg.evaluation.run import in_batches, record
 from consistency_reg.evaluation.tables import in_bytes, tables
 from consistency_reg.evaluation.text import cut
 from consistency_reg.evaluation.traces import load_trace, save_trace
+from consistency_reg.functional.specialization import grouped_usage
 from consistency_reg.metrics.hit_rates import CacheHitRates, ModelHitRates
 
 PNG = b"\x89PNG"
@@ -123,6 +125,8 @@ def test_every_row_is_routed_as_if_it_were_alone(olmoe, texts, batch_size):
         assert recording.valid[index].tolist() == [True] * len(row) + [False] * (40 - len(row))
         for layer, ids in zip(capture.trace(), recording.expert_ids, strict=True):
             assert ids[index, : len(row)].tolist() == layer.expert_ids[0].tolist()
+        assert recording.token_ids[index, : len(row)].tolist() == row
+    assert recording.decoder_token_ids is None
     assert recording.sample_row == 1
     assert recording.sample == [WORDS[token - 3] for token in rows[1]]
 
@@ -170,6 +174,8 @@ def test_an_encoder_decoder_is_two_models_with_the_routers_own_choice(texts):
     assert (encoder.model, decoder.model) == ("switch (encoder)", "switch (decoder)")
     assert [ids.shape[-1] for ids in (*encoder.expert_ids, *decoder.expert_ids)] == [1, 1]
     row = texts["prose"][1]
+    assert encoder.token_ids[1, : len(row)].tolist() == row
+    assert decoder.token_ids[1, : len(row)].tolist() == [0, *row[:-1]]
     router = switch.model.encoder.block[1].layer[1].mlp.router
     seen = []
     with router.register_forward_hook(lambda module, inputs, output: seen.append(output)):
@@ -308,12 +314,44 @@ def test_measures_are_the_functions_of_the_package(olmoe, texts):
         assert low <= result.srp <= high
         for cache, ids in zip(evaluation.sch[m].layers, trace.expert_ids, strict=True):
             torch.testing.assert_close(cache.hit_rate, functional.sch(ids, E, m, trace.valid), rtol=0, atol=1e-12)
+        shared = functional.sch(trace.expert_ids, E, m, trace.valid)
+        torch.testing.assert_close(evaluation.sch[m].shared.hit_rate, shared, rtol=0, atol=1e-12)
     for policy, rates in evaluation.policies.items():
-        for cache, ids in zip(rates.layers, trace.expert_ids, strict=True):
+        for cache, ids in zip((*rates.layers, rates.shared), (*trace.expert_ids, trace.expert_ids), strict=True):
             expected = functional.cache_hit_rate(ids, E, policy, trace.valid)
             torch.testing.assert_close(cache.hit_rate, expected, rtol=0, atol=1e-12)
     prose = functional.srp([ids[:4] for ids in trace.expert_ids], E, 2, trace.valid[:4])
     assert torch.equal(evaluation.domain_srp["prose"][2].srp, prose.srp)
+
+
+def test_specialization_is_that_of_the_domains_and_of_the_token_ids(olmoe, texts):
+    recording = record(olmoe, texts)
+    found = measure(recording, segment_lengths=[2, 16], replicates=0)
+    trace, domain_ids = recording.trace(), recording.domain_ids
+    tokens = torch.stack([trace.valid[domain_ids == domain].sum() for domain in range(2)])
+    for i, ids in enumerate(trace.expert_ids):
+        of_words = grouped_usage(ids, E, recording.token_ids, COMMON["vocab_size"], trace.valid)
+        torch.testing.assert_close(
+            found.kinds["vocabulary"].layers[i], functional.vocabulary_specialization(of_words, 10), equal_nan=True
+        )
+        of_domains = grouped_usage(ids, E, domain_ids, 2, trace.valid)
+        torch.testing.assert_close(
+            found.kinds["domain"].layers[i], functional.domain_specialization(of_domains, tokens), equal_nan=True
+        )
+        srp = functional.srp(ids, E, 16, trace.valid).per_expert
+        torch.testing.assert_close(found.specialization.srp[i], srp, rtol=0, atol=0)
+    one_domain = replace(recording, domains=["all"], domain_ids=torch.zeros_like(domain_ids))
+    assert list(measure(one_domain, segment_lengths=[2], replicates=0).kinds) == ["vocabulary"]
+    bare = measure(replace(one_domain, token_ids=None), segment_lengths=[2], replicates=0)
+    assert bare.kinds == {}
+    assert not any("Specialization" in table.title for table in tables([bare]))
+    assert "specialization" not in figures([bare])
+
+
+def test_a_single_layer_has_no_cache_to_share(texts):
+    evaluation = measure(record(Candidate("v3", tiny_model("deepseek_v3").eval(), tokenizer()), texts), replicates=0)
+    assert evaluation.policies["lru"].shared is None
+    assert not any("one cache for all layers" in table.title for table in tables([evaluation]))
 
 
 def test_segments_longer_than_every_document_are_left_out(olmoe, texts):
@@ -334,7 +372,7 @@ def test_models_that_differ_in_experts_domains_and_lengths_stand_in_one_table_an
     ]
     assert all(len(row) == len(table.header) for table in shown for row in table.rows)
     drawn = figures([first, *second])
-    assert list(drawn) == ["srp", "hit_rates", "layers", "routing_1", "routing_2", "routing_3"]
+    assert list(drawn) == ["srp", "hit_rates", "layers", "specialization", "routing_1", "routing_2", "routing_3"]
     assert all(picture.startswith(PNG) for picture in drawn.values())
 
 
@@ -345,12 +383,14 @@ def test_a_model_is_judged_and_its_saved_routing_gives_the_same(place, tmp_path,
     trace = tmp_path / "new" / "olmoe.safetensors"
     first = evaluate(place, "--save-trace", str(trace), "--cache-ratios", "1", "2")
     shown = capsys.readouterr().out
-    for said in ("Consistency", "Cache hit rates", "Balance", "Advice", "SCH m=2", "LRU", "LFU", "Belady"):
+    for said in ("Consistency", "Cache hit rates (in %)", "one cache for all layers", "Balance", "Specialization"):
+        assert said in shown
+    for said in ("Advice", "SCH m=2", "LRU", "LFU", "Belady", "token ids"):
         assert said in shown
     assert "Ranking" not in shown
     out = place / "out"
-    names = ["evaluation.csv", "evaluation.json", "hit_rates.png", "layers.png", "routing.png", "srp.png"]
-    assert sorted(path.name for path in out.iterdir()) == names
+    pictures = ["hit_rates.png", "layers.png", "routing.png", "specialization.png", "srp.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["evaluation.csv", "evaluation.json", *pictures]
     assert all(path.read_bytes().startswith(PNG) for path in out.glob("*.png"))
     rows = rows_of(out / "evaluation.csv")
     again = [
@@ -381,6 +421,12 @@ def test_a_model_is_judged_and_its_saved_routing_gives_the_same(place, tmp_path,
     lru = model["caches"]["lru"]
     assert value["all", "hit_rate_lru", "", "2.0"] == lru["at_ratio"]["2.0"]["hit_rate"]
     assert model["advice"]["2K"]["hit_rate"] == lru["at_ratio"]["2.0"]["hit_rate"]
+    shared = functional.cache_hit_rate(recording.trace().expert_ids, E, "lru", recording.valid)
+    assert lru["shared"]["by_slots"] == pytest.approx(shared.tolist(), abs=1e-12)
+    assert lru["shared"]["at_ratio"]["2.0"]["hit_rate"] == lru["shared"]["by_slots"][2 * 2 * K - 1]
+    assert value["shared by all", "hit_rate_lru", "", "2.0"] == lru["shared"]["at_ratio"]["2.0"]["hit_rate"]
+    assert value["all", "vocabulary_specialization_mean", "2", ""] == model["specialization"]["vocabulary"]["mean"]
+    assert list(map(len, model["specialization"]["vocabulary"]["layers"])) == [E, E]
     size = 3 * COMMON["hidden_size"] * COMMON["intermediate_size"] * 4
     assert model["advice"]["2K"]["memory_bytes"] == 2 * 2 * K * size
     misses = [K * (1 - layer[2 * K - 1]) for layer in lru["layers_by_slots"]]
@@ -411,11 +457,12 @@ def test_a_finished_run_and_its_domains(place, tmp_path, monkeypatch):
     assert model["model"] == "first"
     assert list(model["srp_by_domain"]) == ["math", "speeches"]
     assert model["tokens"] <= 400
-    assert model["domain_specialization"]["mean"] > 0
+    assert model["specialization"]["domain"]["mean"] > 0
 
 
 def test_memory_that_runs_out_in_a_model_is_no_error(place, monkeypatch):
-    expected = evaluate(place, "--batch-size", "1")
+    expected = evaluate(place, "--batch-size", "1", "--no-shared-cache")
+    assert "shared" not in expected["models"][0]["caches"]["lru"]
     forward = transformers.OlmoeModel.forward
 
     def at_most_two_rows(self, input_ids, **inputs):
@@ -472,6 +519,7 @@ def model_and(*arguments):
         (model_and("{place}/switch", "--save-trace", "x"), "--save-trace keeps the routing of one MODEL, got 2"),
         (model_and("--trace", "{place}/words.jsonl"), "no whole trace file"),
         (model_and("--out", "{place}/words.jsonl"), "--out must be a folder, got the file"),
+        (model_and("--save-trace", "{place}"), "--save-trace must be a file, got the folder"),
     ],
 )
 def test_bad_input_is_one_clear_error_and_nothing_is_written(place, tmp_path, arguments, message):

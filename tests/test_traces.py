@@ -37,9 +37,10 @@ def assert_equal(found, expected):
         assert torch.equal(one, other)
     assert torch.equal(found.valid, expected.valid)
     assert torch.equal(found.domain_ids, expected.domain_ids)
-    assert (found.document_ids is None) == (expected.document_ids is None)
-    if found.document_ids is not None:
-        assert torch.equal(found.document_ids, expected.document_ids)
+    for name in ("document_ids", "token_ids", "decoder_token_ids"):
+        one, other = getattr(found, name), getattr(expected, name)
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
 
 
 @pytest.mark.parametrize(
@@ -48,8 +49,9 @@ def assert_equal(found, expected):
         {},
         {"expert_bytes": None, "sample": [], "sample_row": 0, "about": {}},
         {"document_ids": torch.tensor([[0, 0, 0, 1, 1, 1, 1]]).repeat(5, 1)},
+        {"token_ids": torch.arange(35).view(5, 7), "decoder_token_ids": torch.arange(35, 70).view(5, 7)},
     ],
-    ids=["all", "least", "packed"],
+    ids=["all", "least", "packed", "read"],
 )
 def test_what_is_read_is_what_was_written(tmp_path, options):
     expected = recording(**options)
@@ -79,12 +81,15 @@ def test_chunks_are_all_rows_or_those_asked_for(monkeypatch):
 
 
 def test_encoder_and_decoder_are_told_apart_by_their_layers():
-    both = recording(layer_names=["encoder.block.1.router", "decoder.block.1.router"])
+    read = {"token_ids": torch.ones(5, 7), "decoder_token_ids": torch.zeros(5, 7)}
+    both = recording(layer_names=["encoder.block.1.router", "decoder.block.1.router"], **read)
     encoder, decoder = both.stacks()
     assert (encoder.model, decoder.model) == ("toy (encoder)", "toy (decoder)")
     assert (encoder.num_experts, decoder.num_experts) == ([8], [300])
     assert (encoder.expert_bytes, decoder.expert_bytes) == ([64], [128])
     assert torch.equal(decoder.expert_ids[0], both.expert_ids[1])
+    assert (encoder.token_ids is both.token_ids, decoder.token_ids is both.decoder_token_ids) == (True, True)
+    assert encoder.decoder_token_ids is decoder.decoder_token_ids is None
     one = recording(layer_names=["decoder.layers.0.gate", "decoder.layers.1.gate"])
     assert list(one.stacks()) == [one]
 
@@ -146,9 +151,13 @@ def corrupt(change):
         (lambda tensors, routing: tensors.update({"expert_ids.0": torch.rand(5, 7, 2)}), "must be integers"),
         (
             lambda tensors, routing: tensors.update({"expert_ids.1": tensors["expert_ids.1"][:4]}),
-            r"expert_ids\.1 must begin",
+            r"expert_ids\.1 must have shape \[5, 7, 'K'\], got \[4, 7, 3\]",
         ),
-        (lambda tensors, routing: tensors.update(document_ids=torch.zeros(5, dtype=int)), "document_ids must begin"),
+        (lambda tensors, routing: tensors.update(document_ids=torch.zeros(5, dtype=int)), "document_ids must have"),
+        (lambda tensors, routing: tensors.update(token_ids=torch.zeros(5, 7)), "token_ids must be integers"),
+        (lambda tensors, routing: routing.update(model=3), "model must be a string, got 3"),
+        (lambda tensors, routing: routing.update(domains="ab"), "domains must be a list of strings, got 'ab'"),
+        (lambda tensors, routing: routing.update(num_experts=["8", 300]), "fits together"),
         (lambda tensors, routing: tensors.update(valid=torch.ones(5)), r"valid must have shape \[N, T\]"),
         (
             lambda tensors, routing: tensors.update({"domain_ids": torch.full((5,), 2)}),

@@ -7,7 +7,7 @@ import torch
 
 from consistency_reg.evaluation.advice import ratios
 from consistency_reg.evaluation.measure import ADVISED_POLICY, Evaluation
-from consistency_reg.evaluation.tables import POLICY_NAMES, common_length
+from consistency_reg.evaluation.tables import KINDS, POLICY_NAMES, common_length
 from consistency_reg.optional import require
 from consistency_reg.report.plots import COLOURS
 
@@ -30,6 +30,8 @@ def figures(evaluations: Sequence[Evaluation]) -> dict[str, bytes]:
         "hit_rates": hit_rates(evaluations),
         "layers": srp_by_layer(evaluations),
     }
+    if any(one.kinds for one in evaluations):
+        drawn["specialization"] = specialization(evaluations)
     for i, one in enumerate(evaluations):
         drawn["routing" if len(evaluations) == 1 else f"routing_{i + 1}"] = routing(one)
     return {name: png(figure) for name, figure in drawn.items()}
@@ -78,6 +80,17 @@ def hit_rates(evaluations: Sequence[Evaluation]) -> Figure:
             advised = label == POLICY_NAMES[ADVISED_POLICY]
             ys = [_percent(rates.at(x)) for x in xs]
             axes.plot(xs, ys, color=colour, label=label, linewidth=2.2 if advised else 1.2)
+        shared = one.policies[ADVISED_POLICY].shared
+        if shared is not None:
+            slots = range(shared.top_k, len(shared.hit_rate) + 1)
+            axes.plot(
+                [count / shared.top_k for count in slots],
+                [_percent(shared.hit_rate[count - 1]) for count in slots],
+                ":",
+                color="black",
+                linewidth=1.5,
+                label=f"{POLICY_NAMES[ADVISED_POLICY]}, one cache for all layers",
+            )
         _mark_advice(axes, one)
         axes.set(xlabel="cache ratio rho: slots of a layer / K", title=one.recording.model)
     panels[0].set_ylabel("hit rate [%]")
@@ -100,6 +113,25 @@ def srp_by_layer(evaluations: Sequence[Evaluation]) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set(xlabel="MoE layer, from the first", ylabel=f"SRP, m = {m} [%]")
     _legend(figure)
+    return figure
+
+
+def specialization(evaluations: Sequence[Evaluation]) -> Figure:
+    """The specialization of each expert against its own SRP, a panel for each kind."""
+    measured = [kind for kind in KINDS if any(kind in one.kinds for one in evaluations)]
+    figure, panels = _panels(len(measured), width=5.2, sharey=False)
+    for axes, kind in zip(panels, measured, strict=True):
+        for one, colour in zip(evaluations, _colours(evaluations), strict=True):
+            if kind not in one.kinds or one.specialization is None:
+                continue
+            found = one.kinds[kind]
+            where = torch.cat(one.specialization.srp).cpu(), torch.cat(found.layers).cpu()
+            label = f"{one.recording.model}: Spearman {float(found.spearman):.2f}"
+            axes.scatter(100 * where[0], where[1], s=9, alpha=0.6, color=colour, linewidths=0, label=label)
+        in_what, measure = KINDS[kind]
+        m = evaluations[0].segment_length
+        axes.set(xlabel=f"SRP of the expert, m = {m} [%]", ylabel=f"{in_what}: {measure}")
+        axes.legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -145,12 +177,12 @@ def _mark_advice(axes: Axes, one: Evaluation) -> None:
         )
 
 
-def _panels(count: int, width: float = 4.6, height: float = 4.2) -> tuple[Figure, list[Axes]]:
+def _panels(count: int, width: float = 4.6, height: float = 4.2, *, sharey: bool = True) -> tuple[Figure, list[Axes]]:
     columns = min(count, COLUMNS)
     rows = -(-count // columns)
     figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten().tolist()
+    panels = figure.subplots(rows, columns, sharey=sharey, squeeze=False).flatten().tolist()
     for axes in panels:
         axes.grid(color="0.9", linewidth=0.8)
         axes.set_axisbelow(True)

@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from consistency_reg.evaluation.measure import Evaluation
+from consistency_reg.evaluation.measure import FAVOURITES, Evaluation
 from consistency_reg.functional.srp import ModelSRP, SRPResult
 from consistency_reg.metrics.hit_rates import ModelHitRates
+from consistency_reg.metrics.specialization import Specialization
 
 COLUMNS = ("model", "domain", "layer", "measure", "m", "cache_ratio", "value", "low", "high")
 ALL = "all"
+SHARED = "shared by all"  # in the place of a layer: one cache for all of them
 OF_SRP = ("srp", "size_ratio", "threshold", "static_srp", "local_gain")
 OF_BALANCE = ("sd", "cv", "max_over_mean", "min_share")
 
@@ -50,7 +52,13 @@ def _rows(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
             where = {"measure": f"hit_rate_{measure}", "m": length, "cache_ratio": ratio}
             yield where | {"value": float(rates.at(ratio))} | _interval(rates.intervals.get(ratio))
             for name, cache in zip(names, rates.layers, strict=True):
-                yield where | {"layer": name, "value": float(cache.at(ratio))}
+                yield where | {"layer": name, "value": float(cache.at(ratio))} | _interval(cache.interval_at(ratio))
+            if rates.shared is not None:
+                shared = {"value": float(rates.shared.at(ratio))} | _interval(rates.shared.interval_at(ratio))
+                yield where | {"layer": SHARED} | shared
+    for kind, found in evaluation.kinds.items():
+        for measure, value in _summary(found).items():
+            yield {"measure": f"{kind}_specialization_{measure}", "m": evaluation.segment_length, "value": value}
     for i, name in enumerate(names):
         balance = evaluation.balance
         for measure in OF_BALANCE:
@@ -68,7 +76,6 @@ def _srp_rows(result: ModelSRP | SRPResult, m: int) -> Iterator[dict[str, Any]]:
 
 def _model(evaluation: Evaluation) -> dict[str, Any]:
     recording, balance = evaluation.recording, evaluation.balance
-    kinds = evaluation.specialization
     return {
         "model": recording.model,
         "about": recording.about,
@@ -91,9 +98,7 @@ def _model(evaluation: Evaluation) -> dict[str, Any]:
             "local_cv": {m or "document": cv.tolist() for m, cv in balance.local_cv.items()},
             "overlap": balance.overlap.tolist(),
         },
-        "domain_specialization": None
-        if kinds is None or kinds.domain is None
-        else {name: float(getattr(kinds.domain, name)) for name in ("mean", "pearson", "spearman")},
+        "specialization": _specialization(evaluation),
         "advice": {name: asdict(choice) for name, choice in evaluation.advice.items()},
     }
 
@@ -104,7 +109,31 @@ def _srp(result: ModelSRP | SRPResult) -> dict[str, Any]:
 
 def _hit_rates(rates: ModelHitRates, cache_ratios: Sequence[float]) -> dict[str, Any]:
     at = {ratio: {"hit_rate": float(rates.at(ratio))} | _interval(rates.intervals.get(ratio)) for ratio in cache_ratios}
-    return {"at_ratio": at, "layers_by_slots": [layer.hit_rate.tolist() for layer in rates.layers]}
+    found = {"at_ratio": at, "layers_by_slots": [layer.hit_rate.tolist() for layer in rates.layers]}
+    if rates.shared is None:
+        return found
+    shared = {
+        ratio: {"hit_rate": float(rates.shared.at(ratio))} | _interval(rates.shared.interval_at(ratio))
+        for ratio in cache_ratios
+    }
+    return found | {"shared": {"at_ratio": shared, "by_slots": rates.shared.hit_rate.tolist()}}
+
+
+def _specialization(evaluation: Evaluation) -> dict[str, Any] | None:
+    """By kind the mean, the correlations with the experts' own SRP, and the value of every expert."""
+    found = evaluation.specialization
+    if found is None:
+        return None
+    of_experts = {
+        kind: _summary(one) | {"layers": [layer.tolist() for layer in one.layers]}
+        for kind, one in evaluation.kinds.items()
+    }
+    about = {"m": evaluation.segment_length, "favourites": FAVOURITES}
+    return {**about, "srp": [layer.tolist() for layer in found.srp], **of_experts}
+
+
+def _summary(kind: Specialization) -> dict[str, float]:
+    return {name: float(getattr(kind, name)) for name in ("mean", "pearson", "spearman")}
 
 
 def _interval(interval: Tensor | None) -> dict[str, float]:

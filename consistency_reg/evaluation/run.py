@@ -53,10 +53,16 @@ def record(
     layers: list[Tensor] = []
     capture = RouterCapture(body)
 
+    token_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    late_ids = _one_token_late(candidate, token_ids) if candidate.is_encoder_decoder else None
+
     def read(index: Tensor) -> RoutingTrace:
-        batch = torch.nn.utils.rnn.pad_sequence([rows[i] for i in index.tolist()], batch_first=True)
-        mask = valid[index, : batch.shape[1]].to(device)
-        body(**_inputs(candidate, batch.to(device), mask))
+        batch = index, slice(int(length_N[index].max()))
+        mask = valid[batch].to(device)
+        inputs: dict[str, Any] = {"input_ids": token_ids[batch].to(device), "attention_mask": mask.long()}
+        if late_ids is not None:
+            inputs |= {"decoder_input_ids": late_ids[batch].to(device), "decoder_attention_mask": mask.long()}
+        body(**inputs, use_cache=False)
         trace = capture.trace(valid=mask)
         trace.check_values()
         return trace
@@ -82,6 +88,8 @@ def record(
         valid=valid,
         domain_ids=torch.arange(len(texts)).repeat_interleave(torch.tensor([len(text) for text in texts.values()])),
         domains=list(texts),
+        token_ids=token_ids,
+        decoder_token_ids=late_ids,
         expert_bytes=expert_bytes(body, capture.layer_names, num_experts),
         sample_row=sample_row,
         sample=[candidate.text_of(token) for token in sample],
@@ -122,13 +130,10 @@ def _unless_out_of_memory(run: Callable[[Tensor], Result], batch: Tensor) -> Res
         raise
 
 
-def _inputs(candidate: Candidate, ids: Tensor, mask: Tensor) -> dict[str, Any]:
-    inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
-    if not candidate.is_encoder_decoder:
-        return inputs
+def _one_token_late(candidate: Candidate, ids: Tensor) -> Tensor:
     late = ids.roll(1, dims=1)
     late[:, 0] = _decoder_start(candidate)
-    return {**inputs, "decoder_input_ids": late, "decoder_attention_mask": mask.long()}
+    return late
 
 
 def _decoder_start(candidate: Candidate) -> int:

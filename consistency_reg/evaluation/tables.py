@@ -1,25 +1,37 @@
 """What was measured as tables for the terminal."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from torch import Tensor
 
-from consistency_reg.evaluation.measure import ADVISED_POLICY, Evaluation
+from consistency_reg.evaluation.measure import ADVISED_POLICY, FAVOURITES, Evaluation
+from consistency_reg.metrics.hit_rates import ModelHitRates
 from consistency_reg.report.runs import COLLAPSED_BELOW
 from consistency_reg.report.tables import Table, number, percent
 
 POLICY_NAMES = {"lru": "LRU", "lfu": "LFU", "belady": "Belady", "fixed": "fixed set"}
+KINDS = {
+    "domain": ("domains", "CV of the usage share"),
+    "vocabulary": ("token ids", f"share of the {FAVOURITES} favourites"),
+}
 RULES = "hit rates: mean over documents and layers; the first load into a slot that is still free counts as a hit"
+SHARED_RULES = "as many slots in all as a cache for each layer has; K is the sum over the layers"
 
 
 def tables(evaluations: Sequence[Evaluation]) -> list[Table]:
     """All tables; the ranking comes first where there are several models."""
     ranked = [ranking(evaluations)] if len(evaluations) > 1 else []
-    parts = [consistency(evaluations), hit_rates(evaluations), balance(evaluations)]
-    by_domain = [domains(evaluations)] if any(len(one.domain_srp) > 1 for one in evaluations) else []
-    return [*ranked, *parts, *by_domain, advice(evaluations)]
+    parts = [consistency(evaluations), hit_rates(evaluations)]
+    if any(cache.shared for one in evaluations for cache in one.policies.values()):
+        parts.append(shared_hit_rates(evaluations))
+    parts.append(balance(evaluations))
+    if any(len(one.domain_srp) > 1 for one in evaluations):
+        parts.append(domains(evaluations))
+    if any(one.kinds for one in evaluations):
+        parts.append(specialization(evaluations))
+    return [*ranked, *parts, advice(evaluations)]
 
 
 def common_length(evaluations: Sequence[Evaluation]) -> int:
@@ -70,18 +82,35 @@ def consistency(evaluations: Sequence[Evaluation]) -> Table:
 
 
 def hit_rates(evaluations: Sequence[Evaluation]) -> Table:
-    """Each simulated cache at each size."""
+    """Each simulated cache at each size, a cache for each layer."""
+
+    def cell(rates: ModelHitRates, ratio: float) -> str:
+        return _with_interval(rates.at(ratio), rates.intervals.get(ratio))
+
+    return _hit_rates("Cache hit rates (in %)", evaluations, cell, RULES)
+
+
+def shared_hit_rates(evaluations: Sequence[Evaluation]) -> Table:
+    """Each simulated cache at each size, one cache for all layers; models of which it was simulated."""
+
+    def cell(rates: ModelHitRates, ratio: float) -> str:
+        shared = rates.shared
+        return "" if shared is None else _with_interval(shared.at(ratio), shared.interval_at(ratio))
+
+    shared = [one for one in evaluations if all(rates.shared for rates in one.policies.values())]
+    return _hit_rates("Cache hit rates, one cache for all layers (in %)", shared, cell, SHARED_RULES)
+
+
+def _hit_rates(
+    title: str, evaluations: Sequence[Evaluation], cell: Callable[[ModelHitRates, float], str], note: str
+) -> Table:
     ratios = sorted({ratio for one in evaluations for ratio in one.cache_ratios})
-    table = Table("Cache hit rates (in %)", ["model", "cache", *(f"{ratio:g}K slots" for ratio in ratios)], note=RULES)
+    table = Table(title, ["model", "cache", *(f"{ratio:g}K slots" for ratio in ratios)], note=note)
     for one in evaluations:
         caches = {f"SCH m={m}": rates for m, rates in one.sch.items()}
         caches |= {POLICY_NAMES[name]: rates for name, rates in one.policies.items()}
         for place, (name, rates) in enumerate(caches.items()):
-            cells = [
-                f"{percent(float(rates.at(ratio)))} {_interval(rates.intervals.get(ratio))}".rstrip()
-                for ratio in ratios
-            ]
-            table.rows.append(["" if place else _name(one), name, *cells])
+            table.rows.append(["" if place else _name(one), name, *(cell(rates, ratio) for ratio in ratios)])
     return table
 
 
@@ -119,6 +148,21 @@ def domains(evaluations: Sequence[Evaluation]) -> Table:
         results = [one.domain_srp.get(name, {}).get(m) for name in names]
         rows.append([_name(one), *("" if result is None else percent(float(result.srp)) for result in results)])
     return Table(f"SRP by domain, m={m} (in %)", ["model", *names], rows)
+
+
+def specialization(evaluations: Sequence[Evaluation]) -> Table:
+    """What experts are for, and whether that goes with their own SRP."""
+    header = ["model", "in", "measure", "mean", "Pearson", "Spearman"]
+    note = "means over the experts that are used; correlations with the experts' own SRP, over all experts of a model"
+    lengths = sorted({one.segment_length for one in evaluations})
+    table = Table(f"Specialization of experts, and SRP, m={' or '.join(map(str, lengths))}", header, note=note)
+    for one in evaluations:
+        for place, (kind, found) in enumerate(one.kinds.items()):
+            mean = float(found.mean)
+            shown = number(2)(mean) if kind == "domain" else f"{percent(mean)}%"
+            correlations = [number(2)(float(value)) for value in (found.pearson, found.spearman)]
+            table.rows.append(["" if place else _name(one), *KINDS[kind], shown, *correlations])
+    return table
 
 
 def advice(evaluations: Sequence[Evaluation]) -> Table:
@@ -170,6 +214,10 @@ def _interval(interval: Tensor | None) -> str:
         return ""
     low, high = interval.tolist()
     return f"({percent(low)}-{percent(high)})"
+
+
+def _with_interval(value: Tensor, interval: Tensor | None) -> str:
+    return f"{percent(float(value))} {_interval(interval)}".rstrip()
 
 
 def _mean(values: Tensor | None) -> float:

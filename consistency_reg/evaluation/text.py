@@ -39,6 +39,8 @@ def dataset_documents(path: str, config: str | None, split: str, text_column: st
         OSError: no such data set.
     """
     file = Path(path)
+    if file.suffix in FORMATS and not file.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
     kind = FORMATS.get(file.suffix) if file.is_file() else None
     place = {"path": path} if kind is None else {"path": kind, "data_files": path}
     return DataSource(**place, name=config, split=split, validation_split=split, text_column=text_column).load().train
@@ -83,7 +85,7 @@ def _rows(documents: Iterable[list[int]], length: int, max_tokens: int) -> Rows:
     rest: Rows = []
     left = max_tokens
     for ids in documents:
-        pieces = [ids[start : start + length] for start in range(0, len(ids), length)]
+        pieces = [ids[start : start + length] for start in range(0, len(ids), length) if start + 1 < len(ids)]
         first += pieces[:1]
         rest += pieces[1:]
         left -= len(pieces[0]) if pieces else 0
@@ -93,7 +95,6 @@ def _rows(documents: Iterable[list[int]], length: int, max_tokens: int) -> Rows:
     for row in (*first, *rest):
         if left < 2:
             break
-        if len(row) > 1:
-            rows.append(row[:left])
-            left -= len(rows[-1])
+        rows.append(row[:left])
+        left -= len(rows[-1])
     return rows

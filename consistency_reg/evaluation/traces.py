@@ -4,8 +4,10 @@ The file is safetensors. Its tensors, for N rows of T tokens and K active of E r
 
 - ``expert_ids.0``, ``expert_ids.1``, ...: [N, T, K] for each layer, uint8 or a wider integer,
 - ``valid``: [N, T] uint8, 1 for real tokens,
+- ``domain_ids``: [N] integers, the domain of each row,
 - ``document_ids``: [N, T] integers; optional, one document a row without,
-- ``domain_ids``: [N] integers, the domain of each row.
+- ``token_ids``: [N, T] integers, what the model read; optional, no vocabulary specialization without,
+- ``decoder_token_ids``: [N, T] integers, what the decoder of an encoder-decoder read; optional.
 
 Its metadata are ``format`` = "consistency_reg.routing", ``format_version`` = "1" and ``routing``, a JSON object with
 the keys ``model``, ``num_experts`` and ``layer_names`` (one for each layer), ``domains`` (names), and optional ones:
@@ -33,6 +35,7 @@ with require("transformers"):
 
 FORMAT, VERSION = "consistency_reg.routing", "1"
 IN_METADATA = ("model", "num_experts", "layer_names", "domains", "expert_bytes", "sample_row", "sample", "about")
+OF_TOKENS = ("document_ids", "token_ids", "decoder_token_ids")  # [N, T], optional
 STACKS = ("encoder", "decoder")
 CHUNK_ROWS = 1024  # in int64 at a time
 
@@ -50,6 +53,8 @@ class Recording:
         domain_ids: [N] int64.
         domains: their names.
         document_ids: [N, T] int64; one document a row when None.
+        token_ids: [N, T] int64, what the model read, an encoder-decoder's encoder; None where that is not known.
+        decoder_token_ids: [N, T] int64, what the decoder of an encoder-decoder read.
         expert_bytes: parameter bytes of one routed expert of each layer; None where that is not known.
         sample_row: a row to look at.
         sample: its first tokens as text; empty where they are not known.
@@ -64,6 +69,8 @@ class Recording:
     domain_ids: Tensor
     domains: Sequence[str]
     document_ids: Tensor | None = None
+    token_ids: Tensor | None = None
+    decoder_token_ids: Tensor | None = None
     expert_bytes: Sequence[int] | None = None
     sample_row: int = 0
     sample: Sequence[str] = ()
@@ -112,6 +119,8 @@ class Recording:
                 num_experts=[self.num_experts[i] for i in layers],
                 layer_names=[self.layer_names[i] for i in layers],
                 expert_bytes=None if self.expert_bytes is None else [self.expert_bytes[i] for i in layers],
+                token_ids=self.token_ids if stack == "encoder" else self.decoder_token_ids,
+                decoder_token_ids=None,
             )
 
 
@@ -133,8 +142,7 @@ def save_trace(recording: Recording, path: Path) -> None:
     """
     tensors = {f"expert_ids.{i}": ids.contiguous() for i, ids in enumerate(recording.expert_ids)}
     tensors |= {"valid": recording.valid.to(torch.uint8), "domain_ids": recording.domain_ids}
-    if recording.document_ids is not None:
-        tensors["document_ids"] = recording.document_ids
+    tensors |= {name: ids for name in OF_TOKENS if (ids := getattr(recording, name)) is not None}
     routing = {name: getattr(recording, name) for name in IN_METADATA}
     metadata = {"format": FORMAT, "format_version": VERSION, "routing": json.dumps(routing)}
     write_atomically(path, save(tensors, metadata))
@@ -174,14 +182,22 @@ def _recording(routing: dict[str, Any], tensors: dict[str, Tensor]) -> Recording
     known = {name: routing[name] for name in IN_METADATA if name in routing}
     layers = len(known["layer_names"])
     ids = [tensors[f"expert_ids.{i}"] for i in range(layers)]
-    valid, domain_ids, document_ids = tensors["valid"].bool(), tensors["domain_ids"], tensors.get("document_ids")
+    valid, domain_ids = tensors["valid"].bool(), tensors["domain_ids"]
+    of_tokens: dict[str, Any] = {name: tensors[name] for name in OF_TOKENS if name in tensors}
     if valid.dim() != 2:
         raise ValueError(f"valid must have shape [N, T], got {list(valid.shape)}")
-    for name, tensor in [(f"expert_ids.{i}", layer) for i, layer in enumerate(ids)] + [("document_ids", document_ids)]:
-        if tensor is not None and tensor.shape[:2] != valid.shape:
-            raise ValueError(f"{name} must begin with [N, T] = {list(valid.shape)}, got {list(tensor.shape)}")
-    if floats := [i for i, layer in enumerate(ids) if layer.is_floating_point()]:
-        raise TypeError(f"expert_ids must be integers, got {ids[floats[0]].dtype} in layer {floats[0]}")
+    for name, tensor in {f"expert_ids.{i}": layer for i, layer in enumerate(ids)}.items() | of_tokens.items():
+        shape = [*valid.shape, "K"] if name.startswith("expert_ids") else list(valid.shape)
+        if tensor.dim() != len(shape) or tensor.shape[:2] != valid.shape:
+            raise ValueError(f"{name} must have shape {shape}, got {list(tensor.shape)}")
+        if tensor.is_floating_point() or tensor.dtype == torch.bool:
+            raise TypeError(f"{name} must be integers, got {tensor.dtype}")
+    for name in ("model", "domains", "layer_names"):
+        texts = [known[name]] if name == "model" else known[name]
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise TypeError(
+                f"{name} must be {'a string' if name == 'model' else 'a list of strings'}, got {known[name]!r}"
+            )
     for name in ("num_experts", "expert_bytes"):
         if known.get(name) is not None and len(known[name]) != layers:
             raise ValueError(f"{name} must have one entry for each of the {layers} layers, got {len(known[name])}")
@@ -193,7 +209,8 @@ def _recording(routing: dict[str, Any], tensors: dict[str, Tensor]) -> Recording
         raise ValueError(f"sample_row must lie in 0..{len(valid) - 1}, got {known['sample_row']}")
     if not bool(valid.any()):
         raise ValueError("valid must mark at least one real token, got none")
-    return Recording(**known, expert_ids=ids, valid=valid, domain_ids=domain_ids.long(), document_ids=document_ids)
+    of_tokens = {name: tensor.long() for name, tensor in of_tokens.items()}
+    return Recording(**known, expert_ids=ids, valid=valid, domain_ids=domain_ids.long(), **of_tokens)
 
 
 def _is_of(stack: str, layer_name: str) -> bool:

@@ -13,6 +13,8 @@ from consistency_reg.metrics.plots import axes_of
 from consistency_reg.metrics.resampled import ResampledMetric
 from consistency_reg.routing import RoutingTrace
 
+CHUNK_RATES = 2**22  # hit rates of rows that are in memory at a time
+
 
 @dataclass(frozen=True)
 class CacheHitRates:
@@ -35,6 +37,10 @@ class CacheHitRates:
     def at(self, ratio: float) -> Tensor:
         """The hit rate with ``ratio * top_k`` slots."""
         return self.hit_rate[self.slots(ratio) - 1]
+
+    def interval_at(self, ratio: float) -> Tensor | None:
+        """The [2] 95% interval of :meth:`at`; None where there was no bootstrap."""
+        return None if self.interval is None else self.interval[self.slots(ratio) - 1]
 
     def at_share(self, share: float) -> Tensor:
         """The hit rate with ``share`` of all experts in the cache, rounded to whole slots, at least one."""
@@ -76,7 +82,6 @@ class HitRateMetric(ResampledMetric):
     """
 
     higher_is_better = True
-    chunk_sequences = 1024
     tokens: Tensor
     accesses: Tensor
     documents: Tensor
@@ -102,6 +107,7 @@ class HitRateMetric(ResampledMetric):
         self.shared = shared
         experts = sum(self.num_experts)
         self.caches = (*self.num_experts, experts) if shared else self.num_experts  # how many sizes each cache has
+        self.chunk_sequences = min(1024, max(1, CHUNK_RATES // (len(self.names) * sum(self.caches))))
         self._add_sum("tokens")
         self._add_sum("accesses", len(self.num_experts))
         self._add_sum("documents")

@@ -52,6 +52,12 @@ class ModelSpecialization:
     domain: Specialization | None
     vocabulary: Specialization | None
 
+    @property
+    def kinds(self) -> dict[str, Specialization]:
+        """What was asked for, by name."""
+        both = {"domain": self.domain, "vocabulary": self.vocabulary}
+        return {name: kind for name, kind in both.items() if kind is not None}
+
 
 class ExpertSpecialization(RoutingMetric):
     """How much experts specialize in domains and in token ids, and the correlation with their own SRP.
@@ -143,9 +149,8 @@ class ExpertSpecialization(RoutingMetric):
         """Each expert's specialization against its SRP. -> (figure, axes)."""
         results = self.results() if val is None else val
         ax = axes_of(ax)
-        for label, kind in (("domains", results.domain), ("token ids", results.vocabulary)):
-            if kind is not None:
-                ax.scatter(torch.cat(results.srp), torch.cat(kind.layers), s=8, alpha=0.6, label=label)
+        for name, kind in results.kinds.items():
+            ax.scatter(torch.cat(results.srp), torch.cat(kind.layers), s=8, alpha=0.6, label=name)
         ax.set(xlabel=f"SRP of the expert, m = {self.segment_length}", ylabel="specialization")
         ax.legend()
         return ax.figure, ax
@@ -168,11 +173,10 @@ class ExpertSpecialization(RoutingMetric):
 
     def _scalars(self, results: ModelSpecialization) -> dict[str, Tensor]:
         scalars = {}
-        for name, kind in (("domain", results.domain), ("vocabulary", results.vocabulary)):
-            if kind is not None:
-                scalars[f"{name}_specialization"] = kind.mean
-                scalars[f"{name}_srp_pearson"] = kind.pearson
-                scalars[f"{name}_srp_spearman"] = kind.spearman
+        for name, kind in results.kinds.items():
+            scalars[f"{name}_specialization"] = kind.mean
+            scalars[f"{name}_srp_pearson"] = kind.pearson
+            scalars[f"{name}_srp_spearman"] = kind.spearman
         return scalars
 
 
