@@ -1,0 +1,134 @@
+"""The term in TRL's SFTTrainer, which builds its loss from a fused LM head instead of the model's own."""
+
+import copy
+
+import datasets
+import pytest
+import torch
+import transformers
+from peft import LoraConfig
+from tiny_models import tiny_model, token_ids
+from tokenizers import Tokenizer, models, pre_tokenizers
+from trl import SFTConfig, SFTTrainer
+
+from consistency_reg import LocalConsistencyLoss
+from consistency_reg.integrations import ConsistencyCallback, attach
+
+T = 12
+LOSS = LocalConsistencyLoss((3, 5), scope="sequence")
+
+
+def tokenizer():
+    words = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, 64))])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def trainer_of(model, folder, *, rows=8, batch_size=4, callbacks=(), peft_config=None, **options):
+    options = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": batch_size,
+        "optim": "sgd",
+        "learning_rate": 0.5,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0,
+        "num_train_epochs": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "router_aux_loss_coef": 0.0,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    } | options
+    data = datasets.Dataset.from_dict({"input_ids": token_ids(rows, T).tolist()})
+    return SFTTrainer(
+        model,
+        SFTConfig(**options),
+        train_dataset=data,
+        processing_class=tokenizer(),
+        callbacks=list(callbacks),
+        peft_config=peft_config,
+    )
+
+
+def parameters(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def expected_steps(weight, rows=8, batch_size=4):
+    """What a loop of one's own over the same rows gives, loss by loss."""
+    model = tiny_model("olmoe").train()
+    attach(model, LOSS, weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for ids in token_ids(rows, T).split(batch_size):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return parameters(model)
+
+
+class InOrder(SFTTrainer):
+    """Batches in the order of the data."""
+
+    def _get_train_sampler(self, *_):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+@pytest.mark.parametrize("way", ["attach", "callback"])
+def test_steps_are_those_of_the_loss_with_the_term(way, tmp_path):
+    model = tiny_model("olmoe")
+    if way == "attach":
+        attach(model, LOSS, 5.0)
+    trainer = trainer_of(model, tmp_path, callbacks=[ConsistencyCallback(LOSS, 5.0)] if way == "callback" else ())
+    trainer.__class__ = InOrder
+    trainer.train()
+    torch.testing.assert_close(parameters(model), expected_steps(5.0), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(parameters(model), expected_steps(0.0), rtol=1e-3, atol=1e-4)
+    if way == "callback":
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        assert all(0 < log["consistency/loss"] < 1 and log["consistency/weight"] == 5.0 for log in logs)
+
+
+def test_accumulation_4x2_equals_1x8(tmp_path):
+    results = []
+    for batch_size, accumulated in ((8, 1), (2, 4)):
+        model = tiny_model("olmoe")
+        callback = ConsistencyCallback(LOSS, 5.0)
+        options = {"batch_size": batch_size, "gradient_accumulation_steps": accumulated}
+        trainer_of(model, tmp_path, rows=16, callbacks=[callback], **options).train()
+        results.append(parameters(model))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_lora_with_the_router(tmp_path):
+    model = tiny_model("olmoe")
+    before = copy.deepcopy(model)
+    peft_config = LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["gate"])
+    trainer = trainer_of(model, tmp_path, callbacks=[ConsistencyCallback(LOSS, 20.0)], peft_config=peft_config)
+    trainer.train()
+    logs = [log["consistency/loss"] for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 2
+    merged = trainer.model.merge_and_unload()
+    for layer in (0, 1):
+        gates = [m.model.layers[layer].mlp.gate.weight for m in (before, merged)]
+        assert not torch.allclose(*gates, atol=1e-3)
+
+
+def test_a_loss_whose_scale_cannot_be_told_is_refused(tmp_path):
+    trainer = trainer_of(tiny_model("olmoe"), tmp_path, callbacks=[ConsistencyCallback(LOSS)], loss_type="dft")
+    with pytest.raises(RuntimeError, match=r"something else than their mean.*loss_type='nll'"):
+        trainer.train()
+
+
+def test_evaluation_is_without_the_term(tmp_path):
+    model = tiny_model("olmoe")
+    trainer = trainer_of(model, tmp_path)
+    before = trainer.evaluate(trainer.train_dataset)["eval_loss"]
+    attach(model, LOSS, 5.0)
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == before
