@@ -1,35 +1,40 @@
 """Reports: what is read, what is refused, what is paired with what, and what ends in the files."""
 
-import base64
 import json
-import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from run_folders import DOMAINS, result, write_demo, write_run
+import wandb
+from run_folders import DOMAINS, result, write_demo, write_losses, write_run
 
-from consistency_reg.report import main, pair_runs, read_folder, read_run
-from consistency_reg.report.plots import tradeoff
+from consistency_reg.report import command, main, pair_runs, read_folder, read_run
+from consistency_reg.report.command import gather
+from consistency_reg.report.findings import Findings
+from consistency_reg.report.recipe import architecture, consistency_term
 from consistency_reg.report.records import read_csv, to_frame
-from consistency_reg.report.runs import architecture, consistency_term
-from consistency_reg.report.tables import pair_table, run_tables
+from consistency_reg.report.runs import loss_labels
+from consistency_reg.report.tables import pair_table
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def drawing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def folder(drawing, monkeypatch):
+    """Where nothing is drawn: most tests are not about figures."""
+    monkeypatch.setattr(command, "pictures", lambda *_, **__: iter(()))
+    return drawing
 
 
 def report(*arguments):
     return main([str(argument) for argument in arguments])
 
 
-def test_a_folder_of_cells_becomes_table_csv_json_picture_and_page(folder, capsys):
+def test_a_folder_of_cells_becomes_table_csv_json_pictures_and_page(drawing, capsys):
     write_demo("runs/demo")
     assert report("runs/demo") == 0
     output = capsys.readouterr().out
@@ -53,8 +58,9 @@ def test_a_folder_of_cells_becomes_table_csv_json_picture_and_page(folder, capsy
     assert list(frame["val/cache/lru_25pct"]) == [0.48, 0.68, 0.48, 0.66]
     assert list(frame["architecture"]) == ["32/4", "32/4", "31/3 + 1 shared", "31/3 + 1 shared"]
     records = json.loads((files / "table.json").read_text())
-    assert records[0]["metrics"]["val/srp/m16/layer_00"] == pytest.approx(0.54)
-    assert (files / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+    assert records[0]["metrics"]["val/srp/m16/layer_00"] == pytest.approx(0.52)
+    for name in ("frontier", "tradeoff", "balance", "layers", "hit_rates", "effects"):
+        assert (files / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert report("runs/demo") == 0, "its own folder is no run"
 
 
@@ -78,9 +84,7 @@ def test_a_run_stands_beside_the_run_that_differs_in_the_term_alone(folder):
     assert first.srp_change == pytest.approx(0.1)
     assert first.max_mean_ratio == pytest.approx(1.0)
     assert first.smallest_share == pytest.approx(0.4)
-    table = pair_table(pairs)
-    assert [row[2] for row in table.rows] == ["0", "1", "mean of 2", "lowest", "highest"] * 2
-    assert table.rows[0][3:5] == ["-38.5%", "+0.6%"]
+    assert pair_table(pairs).rows[0][:4] == ["none-on-seed0", "none-off-seed0", "-38.5%", "+0.6%"]
 
 
 def test_a_named_baseline_is_compared_seed_by_seed(folder):
@@ -121,7 +125,7 @@ def test_what_is_no_run_is_refused_and_what_is_not_finished_is_said(folder, caps
     with pytest.raises(ValueError, match=r"broken/run/result\.json is no result of a run"):
         report(broken)
     (broken / "result.json").write_text(json.dumps({"name": "run"}))
-    with pytest.raises(ValueError, match="'config' is missing"):
+    with pytest.raises(ValueError, match="'steps' is missing"):
         report(broken)
     write_run("runs", "a")
     Path("runs/half").mkdir()
@@ -152,19 +156,18 @@ def test_a_committed_csv_gives_the_same_report_as_the_folders(folder, capsys):
     assert "4 rows added, 0 were there" in capsys.readouterr().out
     assert report("runs/demo", "--append-csv", "recipes/results/demo.csv", "--out", "a") == 0
     assert "0 rows added, 4 were there" in capsys.readouterr().out
-    write_run("runs/demo", "none-remoe-seed0", weight=0.1, loss="RemoeLoss", metrics={"val/new": 1.5})
+    write_run("runs/demo", "none-remoe-seed0", weight=0.1, loss="ReMoELoss", metrics={"val/new": 1.5})
     assert report("runs/demo/none-remoe-seed0", "--append-csv", "recipes/results/demo.csv", "--out", "a") == 0
     frame = pd.read_csv("recipes/results/demo.csv")
     assert len(frame) == 5
     for column in ("command", "seed", "git_commit", "versions", "wall_time_s", "val/ppl/cpp"):
         assert frame[column].notna().all()
-    assert not [column for column in frame.columns if "layer_" in column or column.endswith("m16/cpp")]
+    assert not [column for column in frame.columns if column.endswith("m16/cpp")]
+    assert "val/srp/m16/layer_02" in frame.columns
 
     from_folders, _ = read_folder(Path("runs/demo"))
     from_csv = read_csv(Path("recipes/results/demo.csv"))
     assert {run.name: run.pair for run in from_csv} == {run.name: run.pair for run in from_folders}
-    ordered = sorted(from_csv, key=lambda run: run.name)
-    assert run_tables(ordered) == run_tables(sorted(from_folders, key=lambda run: run.name))
     assert report("recipes/results/demo.csv", "--out", "b") == 0
     assert Path("b/table.csv").read_text() == Path("recipes/results/demo.csv").read_text()
     write_run("other", "x", data={"vocab_size": 99})
@@ -177,7 +180,7 @@ def test_metrics_that_are_missing_or_nan_leave_gaps(folder):
     write_run("runs", "b-seed0", weight=0.3, metrics={"val/cache/lru_25pct": None})
     assert report("runs", "--out", "out") == 0
     assert json.loads(Path("out/table.json").read_text())[0]["metrics"]["val/overlap"] is None
-    assert pair_table(pair_runs(read_folder(Path("runs"))[0])).rows[0][3] == ""
+    assert pair_table(pair_runs(read_folder(Path("runs"))[0])).rows[0][2] == ""
     path = write_run("runs", "c")
     content = json.loads((path / "result.json").read_text())
     del content["metrics"]["val/ppl"]
@@ -193,92 +196,7 @@ def test_a_collapsed_run_is_marked_everywhere(folder, capsys):
     assert [run.collapsed for run in runs] == [False, True]
     assert report("runs", "--out", "out") == 0
     assert "b-seed0 (collapsed)" in capsys.readouterr().out
-    assert '<tr class="collapsed"><td>b-seed0 (collapsed)' in Path("out/report.html").read_text()
-    labels = [text.get_text() for text in tradeoff(runs, pair_runs(runs)).legends[0].get_texts()]
-    assert "an expert below 0.1 of its fair share" in labels
-
-
-class PageParser(HTMLParser):
-    """Collects tags, what they load, and the text."""
-
-    def __init__(self):
-        super().__init__()
-        self.tags, self.loads, self.text = [], [], ""
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.loads += [value for name, value in attrs if name in ("src", "href", "srcset", "data")]
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def test_the_page_needs_nothing_beside_itself_and_escapes_names(folder):
-    write_demo("runs")
-    hostile = "<script>alert('&')</script>"
-    write_run("runs", "hostile-seed0", name=hostile, command=hostile, weight=0.1)
-    assert report("runs", "--out", "out") == 0
-    page = Path("out/report.html").read_text()
-    parser = PageParser()
-    parser.feed(page)
-    assert "script" not in parser.tags
-    assert "link" not in parser.tags
-    assert hostile in parser.text
-    assert [load[:22] for load in parser.loads] == ["data:image/png;base64,"]
-    assert base64.b64decode(parser.loads[0][22:]) == Path("out/tradeoff.png").read_bytes()
-    assert not re.search(r"https?://|@import|url\(", page)
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-def test_a_browser_without_a_network_shows_the_page_and_runs_nothing_of_a_name(folder):
-    write_demo("runs")
-    write_run("runs", "hostile-seed0", name="<img src=x onerror=\"document.title='run'\">", weight=0.1)
-    assert report("runs", "--out", "out") == 0
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000"]
-    offline = "--host-resolver-rules=MAP * ~NOTFOUND"
-    address = Path("out/report.html").resolve().as_uri()
-    command = ["chromium", *options, offline, f"--user-data-dir={folder / 'profile'}", "--dump-dom", address]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert "<title>Report: runs</title>" in dom
-    assert dom.count("<img") == 1
-    assert "shared-on-seed0" in dom
-
-
-def test_the_figure_tells_architectures_by_colour_and_terms_by_shape(folder):
-    write_demo("runs")
-    write_run("runs", "remoe-seed0", weight=0.1, loss="RemoeLoss", hits=0.6, perplexity=72.0)
-    runs, _ = read_folder(Path("runs"))
-    figure = tradeoff(runs, pair_runs(runs))
-    for axes in figure.axes:
-        points = [line for line in axes.lines if len(line.get_xdata()) == 1]
-        looks = {(line.get_color(), line.get_marker(), line.get_markerfacecolor() == "white") for line in points}
-        assert len(points) == 5
-        assert len(looks) == 5
-        assert len({colour for colour, _, _ in looks}) == 2
-        assert {shape for _, shape, hollow in looks if hollow} == {"o"}
-    assert [axes.get_xlabel().splitlines()[0] for axes in figure.axes] == [
-        "LRU misses at cache = 25% of the experts (% of expert accesses)",
-        "SRP, segments of 16 tokens (%)",
-    ]
-    misses = {round(float(line.get_xdata()[0]), 6) for line in figure.axes[0].lines if len(line.get_xdata()) == 1}
-    assert misses == {52.0, 32.0, 34.0, 40.0}
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == [
-        "32/4 (experts/active)",
-        "31/3 + 1 shared (experts/active)",
-        "no consistency term",
-        "LocalConsistency",
-        "Remoe",
-        "baseline to its pair",
-    ]
-
-
-def test_the_picture_is_the_same_bytes_for_the_same_runs(folder):
-    write_demo("runs")
-    assert report("runs", "--out", "a") == 0
-    assert report("runs", "--out", "b") == 0
-    for name in ("tradeoff.png", "table.csv", "table.json", "report.html"):
-        assert Path("a", name).read_bytes() == Path("b", name).read_bytes()
+    assert '<tr class="marked"><td>b-seed0 (collapsed)' in Path("out/report.html").read_text()
 
 
 def test_a_name_with_markup_is_printed_as_it_is(folder, capsys):
@@ -298,3 +216,136 @@ def test_a_recipe_that_is_not_ours_still_has_a_name_and_no_term():
 def test_a_frame_has_a_row_a_run(folder):
     write_demo("runs", seeds=(0, 1))
     assert to_frame(read_folder(Path("runs"))[0]).shape[0] == 8
+
+
+def test_rows_alone_give_all_that_the_folders_give(drawing):
+    write_losses("runs", seeds=(0,))
+    assert report("runs", "--append-csv", "rows.csv", "--out", "a") == 0
+    assert report("rows.csv", "--out", "b") == 0
+    names = sorted(path.name for path in Path("a").iterdir())
+    assert names == sorted(path.name for path in Path("b").iterdir())
+    assert "cost.png" in names
+    for name in names:
+        if name.endswith(("png", "csv")):
+            assert Path("a", name).read_bytes() == Path("b", name).read_bytes(), name
+    tables = Findings(read_csv(Path("rows.csv")), []).tables()
+    assert tables == Findings(read_folder(Path("runs"))[0], []).tables()
+
+
+def test_rows_committed_before_labels_and_curves_were_kept_are_still_read():
+    rows = Path(__file__).parents[1] / "recipes" / "results" / "demo_seeds.csv"
+    (run, *_) = runs = read_csv(rows)
+    assert (run.labels, run.curve, run.options) == ({}, {}, {})
+    assert len(pair_runs(runs)) == 5
+
+
+def test_a_vocabulary_that_differs_is_refused_and_one_that_was_not_recorded_is_not(folder):
+    for name, vocabulary in (("a", "0" * 64), ("b", "1" * 64), ("c", None)):
+        write_run("runs", name, vocabulary=vocabulary)
+    assert report("runs/a", "runs/c", "--out", "out") == 0
+    with pytest.raises(ValueError, match=r"vocabulary 000000000000.* and 1111"):
+        report("runs/a", "runs/b")
+
+
+def test_what_differs_within_a_loss_is_part_of_its_name(folder):
+    for name, options in (("margin", {"membership": "margin"}), ("soft", {"membership": "probability", "tau": 2})):
+        write_run("runs", f"{name}-seed0", weight=0.1, options=options)
+    write_run("runs", "sticky-seed0", weight=0.1, loss="StickyLoss", options={"window": 8})
+    assert loss_labels(read_folder(Path("runs"))[0]) == {
+        "margin-seed0": "LocalConsistency (membership=margin, no tau)",
+        "soft-seed0": "LocalConsistency (membership=probability, tau=2)",
+        "sticky-seed0": "Sticky",
+    }
+
+
+def test_an_interrupted_run_has_the_curve_of_all_its_parts(folder):
+    path = write_run("runs", "a", course=[(199, 80.0, 0.45), (399, 70.0, 0.5), (400, 70.0, 0.5)])
+    (path / "metrics-1.csv").write_text("step,val/ppl,val/cache/lru_25pct\n99,90.0,0.4\n199,81.0,0.41\n")
+    (path / "metrics-2.csv").touch()
+    assert read_run(path).curve == {
+        "tokens": [307_200, 614_400, 1_228_800],
+        "val/ppl": [90.0, 80.0, 70.0],
+        "val/cache/lru_25pct": [0.4, 0.45, 0.5],
+    }
+
+
+class WandbRun:
+    """As wandb.Api gives it, from what result.json holds."""
+
+    def __init__(self, result, history=(), finished=True):
+        self.name, self.history = result["name"], history
+        self.config = {"config": result["config"], "versions": result["versions"]}
+        kept = {key: value for key, value in result.items() if key not in ("config", "metrics")}
+        self.summary_metrics = result["metrics"] | {"_step": 3} | ({"result": kept} if finished else {})
+
+    def scan_history(self, keys):
+        return (row for row in self.history if set(keys) <= row.keys())
+
+
+class WandbApi:
+    """Runs by group; the first call says what was asked for."""
+
+    def __init__(self, groups):
+        self.groups, self.asked = groups, []
+
+    def __call__(self):
+        return self
+
+    def runs(self, path, filters, lazy):
+        self.asked.append((path, filters))
+        if path != "me/moe":
+            raise ValueError(f"could not find project {path}")
+        return iter([run for name, group in self.groups.items() if filters in ({}, {"group": name}) for run in group])
+
+
+@pytest.fixture
+def api(monkeypatch):
+    row = {"trainer/global_step": 199, "val/ppl": 80.0, "val/cache/lru_25pct": 0.3, "_step": 1}
+    history = [{"trainer/global_step": 9, "train/ce": 4.0}, row, row | {"trainer/global_step": 400, "val/ppl": 70.0}]
+    demo = [
+        WandbRun(result("off-seed0"), history),
+        WandbRun(result("on-seed0", weight=0.3, hits=0.6), history),
+        WandbRun(result("half-seed0"), finished=False),
+    ]
+    evaluation = WandbRun(result("evaluation"))
+    evaluation.config = {"model": "olmoe"}
+    fake = WandbApi({"demo": [*demo, evaluation], "other": [WandbRun(result("other"))]})
+    monkeypatch.setattr(wandb, "Api", fake)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    return fake
+
+
+def test_runs_come_from_a_group_in_wandb_as_from_folders(folder, api, capsys):
+    assert report("wandb:me/moe/demo", "--out", "out") == 0
+    assert "wandb:me/moe/demo: left out, not finished: half-seed0" in capsys.readouterr().err
+    write_run("runs", "off-seed0")
+    write_run("runs", "on-seed0", weight=0.3, hits=0.6)
+    assert report("runs", "--out", "folders") == 0
+    here, there = (pd.read_csv(f"{out}/table.csv") for out in ("out", "folders"))
+    pd.testing.assert_frame_equal(here.drop(columns="curve"), there.drop(columns="curve"))
+    curve = json.loads(here["curve"][0])
+    assert curve == {"tokens": [614_400, 1_228_800], "val/ppl": [80.0, 70.0], "val/cache/lru_25pct": [0.3, 0.3]}
+    assert len(gather(["wandb:me/moe"])) == 3
+    assert api.asked == [("me/moe", {"group": "demo"}), ("me/moe", {})]
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("wandb:me", r"wandb:ENTITY/PROJECT\[/GROUP\], got 'wandb:me'"),
+        ("wandb:me//demo", "got 'wandb:me//demo'"),
+        ("wandb:me/none", "wandb:me/none cannot be read: could not find project me/none"),
+        ("wandb:me/moe/empty", "wandb:me/moe/empty has no finished run"),
+    ],
+)
+def test_an_address_in_wandb_that_gives_no_runs_says_why(address, message, folder, api):
+    with pytest.raises(ValueError, match=message):
+        report(address)
+
+
+def test_without_a_login_wandb_is_not_asked(folder, api, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("HOME", str(folder))
+    with pytest.raises(ValueError, match="wandb:me/moe needs a login, and there is none: run `wandb login`"):
+        report("wandb:me/moe")
+    assert api.asked == []

@@ -1,13 +1,17 @@
 """One HTML page of a report that needs nothing beside itself."""
 
 import base64
+import re
 from collections.abc import Sequence
 from html import escape
 from string import Template
 
+from consistency_reg.report.figures import Picture
 from consistency_reg.report.runs import Run
-from consistency_reg.report.tables import Table
+from consistency_reg.report.tables import MARKS, Table
 
+MOST_IN_A_LINE = 28  # letters
+MADE = "How the runs were made"
 PAGE = Template("""\
 <!doctype html>
 <html lang="en">
@@ -19,14 +23,17 @@ PAGE = Template("""\
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 84rem; margin: 2rem auto;
        padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+nav { color: #555; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th { white-space: normal; vertical-align: bottom; }
-th:first-child, td:first-child, td.text { text-align: left; }
-tr.collapsed td { color: #a33; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9em; }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
+td { white-space: nowrap; } td.long, td.text { white-space: normal; }
+th { vertical-align: bottom; }
+th:first-child, td:first-child, td.text { text-align: left; overflow-wrap: anywhere; min-width: 9rem; }
+tr.marked td { color: #a33; }
+figure { margin: 2rem 0; }
 img { max-width: 100%; }
-p.note { color: #555; margin: .3rem 0; }
+figcaption, p.note { color: #444; margin: .3rem 0; max-width: 60rem; font-size: .9em; }
 code { font-size: .85em; overflow-wrap: anywhere; }
 </style>
 </head>
@@ -38,31 +45,54 @@ $body
 """)
 
 
-def page(title: str, tables: Sequence[Table], figures: Sequence[tuple[str, bytes]], runs: Sequence[Run]) -> str:
-    """The page: figures (what they show, and their PNG), tables, and how each run was made."""
-    parts = [_figure(caption, png) for caption, png in figures]
-    parts += [_table(table) for table in tables]
-    parts += [_origin(runs)]
+def page(title: str, tables: Sequence[Table], pictures: Sequence[Picture], runs: Sequence[Run]) -> str:
+    """The page: the first table, the figures, the other tables, and how each run was made."""
+    first, *others = [_table(table) for table in tables]
+    parts = [
+        _contents([*(table.title for table in tables), MADE]),
+        first,
+        *map(_figure, pictures),
+        *others,
+        _origin(runs),
+    ]
     return PAGE.substitute(title=escape(title), body="\n".join(parts))
 
 
-def _figure(caption: str, png: bytes) -> str:
-    data = base64.b64encode(png).decode()
-    return f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}"></figure>'
+def _contents(titles: Sequence[str]) -> str:
+    return "<nav>" + " · ".join(f'<a href="#{_anchor(title)}">{escape(title)}</a>' for title in titles) + "</nav>"
+
+
+def _anchor(title: str) -> str:
+    return re.sub(r"\W+", "-", title).strip("-").lower()
+
+
+def _heading(title: str) -> str:
+    return f'<h2 id="{_anchor(title)}">{escape(title)}</h2>'
+
+
+def _figure(picture: Picture) -> str:
+    data = base64.b64encode(picture.png).decode()
+    caption = escape(picture.caption)
+    image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
+    return f'<figure id="{picture.name}">{image}<figcaption>{caption}</figcaption></figure>'
 
 
 def _table(table: Table) -> str:
     header = "".join(f"<th>{escape(name)}</th>" for name in table.header)
     rows = "\n".join(_row(row) for row in table.rows)
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
-    return (
-        f'<h2>{escape(table.title)}</h2>\n<div class="wide"><table>\n<tr>{header}</tr>\n{rows}\n</table></div>\n{note}'
-    )
+    return f'{_heading(table.title)}\n<div class="wide"><table>\n<tr>{header}</tr>\n{rows}\n</table></div>\n{note}'
 
 
 def _row(row: Sequence[str]) -> str:
-    kind = ' class="collapsed"' if row[0].endswith("(collapsed)") else ""
-    return f"<tr{kind}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+    kind = ' class="marked"' if row[0].endswith(MARKS) else ""
+    return f"<tr{kind}>" + "".join(map(_cell, row)) + "</tr>"
+
+
+def _cell(text: str) -> str:
+    """A short cell stays on one line."""
+    kind = ' class="long"' if len(text) > MOST_IN_A_LINE else ""
+    return f"<td{kind}>{escape(text)}</td>"
 
 
 def _origin(runs: Sequence[Run]) -> str:
@@ -79,7 +109,7 @@ def _origin(runs: Sequence[Run]) -> str:
         for domain, sha256 in corpus.items()
     )
     return (
-        '<h2>How the runs were made</h2>\n<div class="wide"><table>\n'
+        f'{_heading(MADE)}\n<div class="wide"><table>\n'
         f"<tr><th>run</th><th>command</th><th>commit</th><th>versions</th></tr>\n{made}\n</table></div>\n"
         '<h2>Text</h2>\n<div class="wide"><table>\n'
         f"<tr><th>domain</th><th>SHA-256, its first digits</th></tr>\n{text}\n</table></div>"

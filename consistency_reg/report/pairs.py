@@ -4,9 +4,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from consistency_reg.report.runs import MAX_MEAN, MIN_SHARE, MISSES_FROM, PERPLEXITY, SRP, Run
+from consistency_reg.optional import require
+from consistency_reg.report.runs import (
+    GLOBAL_CV,
+    LOCAL_GAIN,
+    MAX_MEAN,
+    MIN_SHARE,
+    MISSES_FROM,
+    PERPLEXITY,
+    SRP,
+    Run,
+    loss_labels,
+)
 
-LOCAL_GAIN = "val/local_gain/m16"
+with require("plots"):
+    import pandas as pd
+    from pandas.core.groupby import DataFrameGroupBy
+
+CV_RATIO_AT_MOST = 1.5  # of the baseline's global CV: what a run may trade away of balance and still be compared
 
 
 @dataclass(frozen=True)
@@ -19,36 +34,53 @@ class Pair:
     @property
     def misses_change(self) -> float:
         """Relative change of the LRU misses at cache = 25% of the experts; -0.3 is 30% fewer."""
-        return _ratio(1 - self._of(self.run, MISSES_FROM), 1 - self._of(self.baseline, MISSES_FROM)) - 1
+        return _ratio(1 - self.run.get(MISSES_FROM), 1 - self.baseline.get(MISSES_FROM)) - 1
 
     @property
     def perplexity_change(self) -> float:
         """Relative change of the perplexity; 0.01 is 1% more."""
-        return _ratio(self._of(self.run, PERPLEXITY), self._of(self.baseline, PERPLEXITY)) - 1
+        return _ratio(self.run.get(PERPLEXITY), self.baseline.get(PERPLEXITY)) - 1
 
     @property
     def srp_change(self) -> float:
         """Difference of SRP at m = 16."""
-        return self._of(self.run, SRP) - self._of(self.baseline, SRP)
+        return self.run.get(SRP) - self.baseline.get(SRP)
 
     @property
     def local_gain_change(self) -> float:
         """Difference of the local gain at m = 16."""
-        return self._of(self.run, LOCAL_GAIN) - self._of(self.baseline, LOCAL_GAIN)
+        return self.run.get(LOCAL_GAIN) - self.baseline.get(LOCAL_GAIN)
 
     @property
     def smallest_share(self) -> float:
         """Of the run: usage of the least used expert, as a share of its fair share."""
-        return self._of(self.run, MIN_SHARE)
+        return self.run.get(MIN_SHARE)
 
     @property
     def max_mean_ratio(self) -> float:
         """Max/mean usage of the run, as a multiple of the baseline's."""
-        return _ratio(self._of(self.run, MAX_MEAN), self._of(self.baseline, MAX_MEAN))
+        return _ratio(self.run.get(MAX_MEAN), self.baseline.get(MAX_MEAN))
 
-    @staticmethod
-    def _of(run: Run, metric: str) -> float:
-        return run.metrics.get(metric, math.nan)
+    @property
+    def cv_ratio(self) -> float:
+        """Global CV of the run, as a multiple of the baseline's."""
+        return _ratio(self.run.get(GLOBAL_CV), self.baseline.get(GLOBAL_CV))
+
+    @property
+    def left_out(self) -> bool:
+        """Whether what the run gained is not to be compared: it collapsed, or gave up global balance."""
+        return self.run.collapsed or self.cv_ratio > CV_RATIO_AT_MOST
+
+
+CHANGES = (
+    "misses_change",
+    "perplexity_change",
+    "srp_change",
+    "local_gain_change",
+    "smallest_share",
+    "max_mean_ratio",
+    "cv_ratio",
+)
 
 
 def pair_runs(runs: Sequence[Run], baseline: str | None = None) -> list[Pair]:
@@ -73,17 +105,31 @@ def pair_runs(runs: Sequence[Run], baseline: str | None = None) -> list[Pair]:
     return [Pair(run, by_seed[run.seed]) for run in others if run.seed in by_seed]
 
 
-def by_cell(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
-    """The pairs of a cell's seeds together.
+def pair_frame(pairs: Sequence[Pair]) -> pd.DataFrame:
+    """A row for each pair: which it is, :data:`CHANGES`, and whether it is left out of comparisons."""
+    labels = loss_labels([pair.run for pair in pairs])
+    rows = [
+        {
+            "against": pair.baseline.cell,
+            "cell": pair.run.cell,
+            "seed": pair.run.seed,
+            "loss": labels[pair.run.name],
+            "weight": pair.run.weight,
+            "architecture": pair.run.architecture,
+            "left_out": pair.left_out,
+            **{name: getattr(pair, name) for name in CHANGES},
+        }
+        for pair in pairs
+    ]
+    columns = ["against", "cell", "seed", "loss", "weight", "architecture", "left_out", *CHANGES]
+    return pd.DataFrame(rows, columns=columns)
 
-    Example:
-        >>> by_cell([])
-        {}
-    """
-    cells: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        cells.setdefault(pair.run.cell, []).append(pair)
-    return cells
+
+def over_seeds(groups: DataFrameGroupBy, names: Sequence[str]) -> pd.DataFrame:
+    """Columns "name_mean", "name_min" and "name_max" of each group."""
+    changes = groups[list(names)].agg(["mean", "min", "max"])
+    changes.columns = [f"{name}_{over}" for name, over in changes.columns]
+    return changes
 
 
 def _ratio(value: float, reference: float) -> float:

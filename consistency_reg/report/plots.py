@@ -1,12 +1,13 @@
-"""Figures of a report."""
+"""How figures look: palette, panels, legends, and how they become PNGs."""
 
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from consistency_reg.optional import require
 from consistency_reg.report.pairs import Pair
-from consistency_reg.report.runs import COLLAPSED_BELOW, MISSES_FROM, PERPLEXITY, SRP, Run
-from consistency_reg.report.tables import change
+from consistency_reg.report.runs import COLLAPSED_BELOW, Run, loss_labels
 
 with require("plots"):
     from matplotlib.axes import Axes
@@ -16,104 +17,112 @@ with require("plots"):
 
 # Okabe and Ito's palette: told apart with every kind of colour vision, and in grey by their lightness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-SHAPES = ("s", "^", "D", "v", "P", "X", "p", "*")
-MOST_LABELS = 6
+SHAPES = ("o", "s", "^", "D", "v", "P", "X", "p", "*", "h")
+NO_TERM = "0.35"  # the colour of runs without a term
+DPI = 150
 
 
-def tradeoff(runs: Sequence[Run], pairs: Sequence[Pair]) -> Figure:
-    """Perplexity against LRU misses at cache = 25% of the experts, and against SRP at m = 16.
+@dataclass(frozen=True)
+class Looks:
+    """Colour by consistency term, shape by what runs have in common besides it; the same in all figures of a report.
 
-    Colour tells the architecture, shape the consistency term (a hollow circle is a run without); an arrow leads from
-    each baseline to the run beside it. Runs that lack a panel's metric are not in it.
+    Where all have the rest in common, shape too tells the terms apart.
     """
-    colours = dict(zip(_distinct(run.architecture for run in runs), COLOURS * len(runs), strict=False))
-    losses = _distinct(run.loss for run in runs if run.loss != "none")
-    shapes = {"none": "o", **dict(zip(losses, SHAPES * len(runs), strict=False))}
-    figure = Figure(figsize=(11, 5.6), layout="constrained")
+
+    colours: dict[str, str]
+    shapes: dict[str, str]
+    loss_of: dict[str, str]
+    setting_of: dict[str, str]
+
+    @classmethod
+    def of(cls, runs: Sequence[Run], pairs: Sequence[Pair]) -> "Looks":
+        """Looks of the runs' losses and settings, in the runs' order."""
+        loss_of = loss_labels(runs)
+        losses = list(dict.fromkeys(loss_of[run.name] for run in runs if run.loss != "none"))
+        colours = {loss: COLOURS[i % len(COLOURS)] for i, loss in enumerate(losses)}
+        setting_of = _settings(runs, pairs)
+        settings = list(dict.fromkeys(setting_of[run.cell] for run in runs))
+        by_loss = len(settings) == 1
+        shapes = {name: SHAPES[i % len(SHAPES)] for i, name in enumerate(losses if by_loss else settings)}
+        return cls({"none": NO_TERM, **colours}, {"none": "o", **shapes} if by_loss else shapes, loss_of, setting_of)
+
+    def colour(self, run: Run) -> str:
+        """Of the run's term."""
+        return self.colours[self.loss_of[run.name]]
+
+    def shape(self, run: Run) -> str:
+        """Of what it shares with other terms; of the term where all share it."""
+        return self.shapes.get(self.setting_of[run.cell]) or self.shapes[self.loss_of[run.name]]
+
+    def point(self, axes: Axes, run: Run, x: float, y: float) -> None:
+        """The run; hollow without a term, crossed out when collapsed."""
+        face = "white" if run.loss == "none" else self.colour(run)
+        style: dict[str, Any] = {
+            "color": self.colour(run),
+            "markerfacecolor": face,
+            "markersize": 8,
+            "markeredgewidth": 1.6,
+        }
+        axes.plot(x, y, self.shape(run), zorder=3, **style)
+        if run.collapsed:
+            axes.plot(x, y, "x", color="black", markersize=14, markeredgewidth=1.5, zorder=4)
+
+    def legend(self, runs: Sequence[Run], *, collapsed: bool = True) -> list[Line2D]:
+        """What colours and shapes mean."""
+        handles = []
+        shaped_by_loss = set(self.shapes) == set(self.colours)
+        for loss, colour in self.colours.items():
+            shape = self.shapes[loss] if shaped_by_loss else "_"
+            if loss != "none":
+                handles.append(entry(loss, shape, color=colour, markeredgewidth=1.6 if shaped_by_loss else 4))
+        if any(run.loss == "none" for run in runs):
+            handles.append(entry("no term", "o", color=NO_TERM, markerfacecolor="white", markeredgewidth=1.6))
+        if not shaped_by_loss:
+            handles += [entry(name, shape, color="0.35") for name, shape in self.shapes.items()]
+        if collapsed and any(run.collapsed for run in runs):
+            handles.append(entry(f"an expert below {COLLAPSED_BELOW} of its fair share", "x", color="black"))
+        return handles
+
+
+def entry(label: str, marker: str, **style: object) -> Line2D:
+    """An entry of a legend: a marker without a line."""
+    return Line2D([], [], linestyle="", marker=marker, label=label, **{"markersize": 8, **style})  # type: ignore[arg-type]
+
+
+def panels(rows: int, columns: int, width: float, height: float, *, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    """An empty figure and its panels, row by row; sizes in inches of the whole."""
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
-    panels: tuple[tuple[Axes, str, Callable[[Run], float]], ...] = (
-        (left, MISSES_FROM, lambda run: 100 * run.misses),
-        (right, SRP, lambda run: 100 * run.metrics[SRP]),
-    )
-    for axes, needed, read in panels:
-        shown = [run for run in runs if needed in run.metrics]
-        both = [
-            pair for pair in pairs if {needed, PERPLEXITY} <= pair.run.metrics.keys() & pair.baseline.metrics.keys()
-        ]
-        for pair in both:
-            _arrow(axes, pair, read, colours[pair.run.architecture])
-        for run in shown:
-            _point(axes, run, read(run), colours[run.architecture], shapes[run.loss])
+    every: list[Axes] = figure.subplots(rows, columns, squeeze=False, sharey=sharey).flatten().tolist()
+    for axes in every:
         axes.grid(color="0.9", linewidth=0.8)
         axes.set_axisbelow(True)
-        axes.margins(0.16, 0.14)
         axes.spines[["top", "right"]].set_visible(False)
-    left.set_xlabel("LRU misses at cache = 25% of the experts (% of expert accesses)\n← better")
-    right.set_xlabel("SRP, segments of 16 tokens (%)\nbetter →")
-    left.set_ylabel("validation perplexity, all domains\n← better")
-    _label_pairs(left, [pair for pair in pairs if MISSES_FROM in pair.run.metrics], colours)
-    figure.legend(handles=_legend(runs, pairs, colours, shapes), loc="outside lower center", ncols=4, frameon=False)
-    return figure
+    return figure, every
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG; the same figure gives the same bytes."""
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+def legend_below(figure: Figure, handles: Iterable[Line2D], columns: int = 4) -> None:
+    """One legend for all panels."""
+    legend = figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
-def _point(axes: Axes, run: Run, x: float, colour: str, shape: str) -> None:
-    y = run.metrics[PERPLEXITY]
-    face = "white" if run.loss == "none" else colour
-    axes.plot(x, y, shape, color=colour, markerfacecolor=face, markersize=9, markeredgewidth=1.8, zorder=3)
-    if run.collapsed:
-        axes.plot(x, y, "x", color="black", markersize=15, markeredgewidth=1.5, zorder=4)
+def png(figure: Figure, source: str = "") -> bytes:
+    """A figure as PNG, with what it was made from in its metadata; the same figure gives the same bytes."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None, "Source": source})
+    return file.getvalue()
 
 
-def _arrow(axes: Axes, pair: Pair, read: Callable[[Run], float], colour: str) -> None:
-    axes.annotate(
-        "",
-        xy=(read(pair.run), pair.run.metrics[PERPLEXITY]),
-        xytext=(read(pair.baseline), pair.baseline.metrics[PERPLEXITY]),
-        arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.4, "shrinkA": 7, "shrinkB": 7, "alpha": 0.7},
-    )
-
-
-def _label_pairs(axes: Axes, pairs: Sequence[Pair], colours: dict[str, str]) -> None:
-    """What each arrow gains and costs, beside its head; only where there are few."""
-    if len(pairs) > MOST_LABELS:
-        return
-    for pair in pairs:
-        axes.annotate(
-            f"misses {change(pair.misses_change)}\nperplexity {change(pair.perplexity_change)}",
-            xy=(100 * pair.run.misses, pair.run.metrics[PERPLEXITY]),
-            xytext=(0, 11),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-            color=colours[pair.run.architecture],
-        )
-
-
-def _legend(
-    runs: Sequence[Run], pairs: Sequence[Pair], colours: dict[str, str], shapes: dict[str, str]
-) -> list[Line2D]:
-    def entry(label: str, marker: str, **style: object) -> Line2D:
-        return Line2D([], [], linestyle="", marker=marker, label=label, **{"markersize": 9, **style})  # type: ignore[arg-type]
-
-    handles = [
-        entry(f"{name} (experts/active)", "_", color=colour, markeredgewidth=4) for name, colour in colours.items()
-    ]
-    if any(run.loss == "none" for run in runs):
-        handles.append(entry("no consistency term", "o", color="0.3", markerfacecolor="white", markeredgewidth=1.8))
-    handles += [entry(name, shape, color="0.3") for name, shape in shapes.items() if name != "none"]
-    if pairs:
-        handles.append(Line2D([], [], color="0.3", marker=">", markevery=[1], label="baseline to its pair"))
-        handles[-1].set_data([0, 1], [0, 0])
-    if any(run.collapsed for run in runs):
-        handles.append(entry(f"an expert below {COLLAPSED_BELOW} of its fair share", "x", color="black"))
-    return handles
-
-
-def _distinct(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(names))
+def _settings(runs: Sequence[Run], pairs: Sequence[Pair]) -> dict[str, str]:
+    """By cell what runs share besides the term: the architecture where that says it, else the baseline's cell."""
+    against = {pair.run.cell: pair.baseline.cell for pair in pairs}
+    architectures = {run.cell: run.architecture for run in runs}
+    settings = {cell: against.get(cell, cell if cell in against.values() else "") for cell in architectures}
+    named = {setting: architectures[setting] for setting in settings.values() if setting}
+    told_apart = len(set(named.values())) == len(named)
+    return {
+        cell: f"{architectures[cell]} experts/active" if told_apart or not setting else setting
+        for cell, setting in settings.items()
+    }

@@ -1,5 +1,6 @@
 """Runs as CSV and JSON: one row a run, the same columns in reports and in committed results; and back again."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import fields
@@ -15,7 +16,8 @@ with require("plots"):
 
 NOT_KEPT = ("metrics", "folder", "wandb_dir")  # metrics have columns of their own; the others are of one machine
 FIELDS = tuple(field.name for field in fields(Run) if field.name not in NOT_KEPT)
-AS_JSON = ("data", "versions")
+AS_JSON = ("data", "versions", "options", "labels", "curve")
+LATER = ("options", "labels", "curve")  # rows that were committed before these were kept lack them
 NUMBERS = {
     "seed": int,
     "weight": float,
@@ -29,7 +31,7 @@ NUMBERS = {
 
 
 def to_frame(runs: Sequence[Run]) -> "pd.DataFrame":
-    """A row for each run: its fields, then its metrics over all domains and layers, and each domain's perplexity."""
+    """A row for each run: its fields, then its metrics; of single domains the perplexity alone."""
     rows: list[dict[str, Any]] = []
     for run in runs:
         row = {name: getattr(run, name) for name in FIELDS}
@@ -42,8 +44,8 @@ def from_frame(frame: "pd.DataFrame") -> list[Run]:
     """The runs of a frame of text cells."""
     runs = []
     for row in frame.to_dict("records"):
-        values: dict[str, Any] = {name: row[name] for name in FIELDS}
-        values |= {name: json.loads(values[name]) for name in AS_JSON}
+        values: dict[str, Any] = {name: row[name] for name in FIELDS if name in row or name not in LATER}
+        values |= {name: json.loads(values.get(name) or "{}") for name in AS_JSON}
         values |= {name: kind(values[name]) for name, kind in NUMBERS.items()}
         metrics = {
             str(name): float(value) for name, value in row.items() if str(name).startswith("val/") and value != ""
@@ -74,7 +76,7 @@ def write_csv(runs: Sequence[Run], path: Path) -> None:
 
 
 def write_json(runs: Sequence[Run], path: Path) -> None:
-    """Write the runs as a JSON list, with every metric, also each layer's."""
+    """Write the runs as a JSON list, with every metric, also each domain's."""
     records = [
         {**{name: getattr(run, name) for name in FIELDS}, "wandb_dir": run.wandb_dir, "metrics": run.metrics}
         for run in runs
@@ -97,14 +99,15 @@ def append_csv(runs: Sequence[Run], path: Path) -> int:
     return len(added)
 
 
+def fingerprint(runs: Sequence[Run]) -> str:
+    """Equal for equal rows: says whether a picture is of the results that it stands beside."""
+    return "rows of SHA-256 " + hashlib.sha256(to_frame(runs).to_csv(index=False).encode()).hexdigest()[:16]
+
+
 def _kept_metrics(run: Run) -> list[str]:
-    """Those over all domains and layers together, and each domain's perplexity."""
+    """Those over all domains, also each layer's, and each domain's perplexity."""
     of_domains = tuple(f"/{domain}" for domain in run.domains)
-    return [
-        name
-        for name in run.metrics
-        if name.startswith(f"{PERPLEXITY}/") or not (name.endswith(of_domains) or "/layer_" in name)
-    ]
+    return [name for name in run.metrics if name.startswith(f"{PERPLEXITY}/") or not name.endswith(of_domains)]
 
 
 def _identity(run: Run) -> tuple[Any, ...]:

@@ -1,25 +1,21 @@
 """Finished runs as one flat record each, read from run folders, ablations and committed CSV files."""
 
-import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from consistency_reg.report.curves import MISSES_FROM, PERPLEXITY, Curve, read_curve
+from consistency_reg.report.recipe import DATA_SETTINGS, architecture, consistency_term, pair_digest, term_options
 
 HASH_DIGITS = 16  # of a corpus' SHA-256: enough to tell two apart
 COLLAPSED_BELOW = 0.1  # smallest usage of an expert, as a share of its fair share
 
-PERPLEXITY, MISSES_FROM, SRP = "val/ppl", "val/cache/lru_25pct", "val/srp/m16"
-MIN_SHARE, MAX_MEAN = "val/balance/min_share", "val/balance/max_mean"
-
-DATA_SETTINGS = ("validation_tokens", "sequence_length", "vocab_size", "tokenizer")
-PAIRED_SETTINGS = {
-    "model": None,
-    "data": ("domains", "data", "sequence_length", "batch_size", "vocab_size", "tokenizer", "corpus_bytes"),
-    "trainer": ("max_steps", "max_epochs", "accumulate_grad_batches", "precision", "gradient_clip_val", "devices"),
-    "seed_everything": None,
-}
+SRP, LOCAL_GAIN = "val/srp/m16", "val/local_gain/m16"
+GLOBAL_CV, LOCAL_CV = "val/balance/cv", "val/balance/local_cv/m16"
+BALANCE_SD, MIN_SHARE, MAX_MEAN = "val/balance/sd", "val/balance/min_share", "val/balance/max_mean"
 
 
 @dataclass(frozen=True)
@@ -34,6 +30,9 @@ class Run:
         pair: equal in runs that differ in the consistency term alone.
         data: what must agree for two perplexities to be comparable: the corpus' hashes and how it is read.
         metrics: flat names, such as "val/srp/m16", of the final validation.
+        options: of the consistency term, besides its weight.
+        labels: axis -> label of the value that the run takes in its ablation; empty for a run of none.
+        curve: "tokens", "val/ppl" and "val/cache/lru_25pct" of each validation.
         folder: None where it is not known.
     """
 
@@ -54,6 +53,9 @@ class Run:
     git_commit: str
     versions: dict[str, str]
     metrics: dict[str, float]
+    options: dict[str, Any] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    curve: Curve = field(default_factory=dict)
     folder: Path | None = None
     wandb_dir: str = ""
 
@@ -70,13 +72,17 @@ class Run:
 
     @property
     def misses(self) -> float:
-        """LRU misses at cache = 25% of the experts, as a share of all accesses."""
-        return 1 - self.metrics[MISSES_FROM]
+        """LRU misses at cache = 25% of the experts, as a share of all accesses; NaN where they were not measured."""
+        return 1 - self.get(MISSES_FROM)
 
     @property
     def collapsed(self) -> bool:
         """Whether an expert is used less than a tenth of its fair share."""
         return self.metrics.get(MIN_SHARE, 1.0) < COLLAPSED_BELOW
+
+    def get(self, metric: str) -> float:
+        """A metric; NaN where it was not measured."""
+        return self.metrics.get(metric, math.nan)
 
 
 def read_run(folder: Path) -> Run:
@@ -92,14 +98,16 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"{folder} is no run: it has no result.json")
     try:
         result = json.loads(path.read_text())
-        return _run(result, folder)
+        labels = _labels(folder / "cell.json")
+        curve = read_curve(folder, int(result["steps"]), int(result["tokens"]))
+        return run_from_result(result, folder=folder, labels=labels, curve=curve)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} is no result of a run: {reason}") from error
 
 
-def read_folder(folder: Path) -> tuple[list[Run], list[Path]]:
-    """The finished runs of a run folder or of a folder of run folders, and the run folders that are not finished.
+def read_folder(folder: Path) -> tuple[list[Run], list[str]]:
+    """The finished runs of a run folder or of a folder of run folders, and the names of those not finished.
 
     Raises:
         ValueError: there is no finished run.
@@ -110,9 +118,9 @@ def read_folder(folder: Path) -> tuple[list[Run], list[Path]]:
         return [read_run(folder)], []
     inner = [inner for inner in sorted(folder.iterdir()) if _is_run_folder(inner)]
     finished = [run for run in inner if (run / "result.json").exists()]
-    unfinished = [run for run in inner if run not in finished]
+    unfinished = [run.name for run in inner if run not in finished]
     if not finished:
-        raise ValueError(f"{folder} has no finished run; not finished: {', '.join(run.name for run in unfinished)}")
+        raise ValueError(f"{folder} has no finished run; not finished: {', '.join(unfinished)}")
     return [read_run(run) for run in finished], unfinished
 
 
@@ -136,12 +144,30 @@ def distinct_names(runs: Iterable[Run]) -> list[Run]:
     return told_apart
 
 
+def loss_labels(runs: Sequence[Run]) -> dict[str, str]:
+    """What to call the term of each run, by the run's name: its loss, and the options that differ among its runs.
+
+    Example:
+        >>> loss_labels([])
+        {}
+    """
+    labels = {}
+    for run in runs:
+        alike = [other.options for other in runs if other.loss == run.loss]
+        differing = [key for key in run.options if any(other.get(key) != run.options[key] for other in alike)]
+        missing = sorted({key for other in alike for key in other if key not in run.options})
+        said = [f"{key}={run.options[key]}" for key in differing] + [f"no {key}" for key in missing]
+        labels[run.name] = f"{run.loss} ({', '.join(said)})" if said else run.loss
+    return labels
+
+
 def refuse_different_data(runs: Sequence[Run]) -> None:
     """Raise ValueError if two runs were not validated on the same data, saying what differs."""
     first = runs[0]
     for run in runs[1:]:
         here, there = _flat(first.data), _flat(run.data)
-        differing = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
+        known = {*here, *there} - ({"vocabulary"} - (here.keys() & there.keys()))  # earlier runs did not record it
+        differing = [key for key in sorted(known) if here.get(key) != there.get(key)]
         if differing:
             what = "; ".join(f"{key} {_short(here.get(key))} and {_short(there.get(key))}" for key in differing)
             raise ValueError(f"{first.name} and {run.name} are of different data and do not compare: {what}")
@@ -151,11 +177,17 @@ def _is_run_folder(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("result.json", "cell.json", "config.yaml"))
 
 
-def _run(result: Mapping[str, Any], folder: Path) -> Run:
+def run_from_result(result: Mapping[str, Any], **more: Any) -> Run:
+    """The run that result.json describes; ``more``: fields that it does not hold.
+
+    Raises:
+        KeyError, TypeError, ValueError: something is missing or is not what it should be.
+    """
     config = result["config"]
     metrics = {name: float(value) for name, value in result["metrics"].items() if value is not None}
     if PERPLEXITY not in metrics:
         raise KeyError(PERPLEXITY)
+    metrics |= {f"val/before/{name.removeprefix('val/')}": value for name, value in result.get("before", {}).items()}
     loss, weight = consistency_term(config)
     data_config = config.get("data") or {}
     return Run(
@@ -164,10 +196,12 @@ def _run(result: Mapping[str, Any], folder: Path) -> Run:
         architecture=architecture(config),
         loss=loss,
         weight=weight,
-        pair=_digest(_paired(config)),
+        pair=pair_digest(config),
         data={
             "corpus": {domain: str(sha256)[:HASH_DIGITS] for domain, sha256 in result["corpus"].items()},
             **{key: data_config[key] for key in DATA_SETTINGS if data_config.get(key) is not None},
+            **({"vocabulary": str(result["vocabulary"])[:HASH_DIGITS]} if result.get("vocabulary") else {}),
+            **({"tokenizer": result["vocabulary"]} if data_config.get("tokenizer") and "vocabulary" in result else {}),
         },
         total_parameters=int(result["parameters"]["total"]),
         active_parameters=int(result["parameters"]["active"]),
@@ -179,53 +213,16 @@ def _run(result: Mapping[str, Any], folder: Path) -> Run:
         git_commit=str(result.get("git_commit") or ""),
         versions=dict(result["versions"]),
         metrics=metrics,
-        folder=folder,
+        options=term_options(config) if loss != "none" else {},
         wandb_dir=str(result.get("wandb_dir") or ""),
+        **more,
     )
 
 
-def consistency_term(config: Mapping[str, Any]) -> tuple[str, float]:
-    """Name and weight of a recipe's consistency term.
-
-    Example:
-        >>> consistency_term({"consistency": {"loss": {"class_path": "a.RemoeLoss"}, "weight": 0.1}})
-        ('Remoe', 0.1)
-    """
-    section = config.get("consistency") or {}
-    weight = float(section.get("weight") or 0.0)
-    if not weight:
-        return "none", 0.0
-    loss = (section.get("loss") or {}).get("class_path", "LocalConsistencyLoss")
-    return loss.rpartition(".")[2].removesuffix("Loss"), weight
-
-
-def architecture(config: Mapping[str, Any]) -> str:
-    """Routed experts/active of them, and the shared ones, which num_experts and top_k include.
-
-    Example:
-        >>> sizes = {"num_experts": 32, "top_k": 4, "shared_experts": 1}
-        >>> architecture({"model": {"model": {"class_path": "a.small_moe", "init_args": sizes}}})
-        '31/3 + 1 shared'
-    """
-    model = (config.get("model") or {}).get("model") or {}
-    sizes = model.get("init_args") or {}
-    if "num_experts" not in sizes or "top_k" not in sizes:
-        return str(model.get("class_path", "model")).rpartition(".")[2]
-    shared = sizes.get("shared_experts") or 0
-    routed = f"{sizes['num_experts'] - shared}/{sizes['top_k'] - shared}"
-    return f"{routed} + {shared} shared" if shared else routed
-
-
-def _paired(config: Mapping[str, Any]) -> dict[str, Any]:
-    paired: dict[str, Any] = {}
-    for section, keys in PAIRED_SETTINGS.items():
-        value = config.get(section)
-        paired[section] = {key: value.get(key) for key in keys} if keys and isinstance(value, dict) else value
-    return paired
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
+def _labels(path: Path) -> dict[str, str]:
+    """Of an ablation's cell; the names alone tell the cells of a list apart."""
+    labels = json.loads(path.read_text()).get("labels", {}) if path.exists() else {}
+    return {str(axis): str(label) for axis, label in labels.items()}
 
 
 def _flat(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from consistency_reg.report.pairs import Pair, by_cell
-from consistency_reg.report.runs import COLLAPSED_BELOW, MAX_MEAN, MIN_SHARE, Run
+from consistency_reg.report.pairs import Pair
+from consistency_reg.report.runs import (
+    COLLAPSED_BELOW,
+    GLOBAL_CV,
+    LOCAL_CV,
+    LOCAL_GAIN,
+    MAX_MEAN,
+    MIN_SHARE,
+    MISSES_FROM,
+    PERPLEXITY,
+    SRP,
+    Run,
+)
 
+MARKS = ("(collapsed)", "(left out)")  # at the end of a row's first cell
 Column = tuple[str, Callable[[Run], float], Callable[[float], str]]
 
 
@@ -51,9 +63,50 @@ def millions(value: float) -> str:
     return f"{value / 1e6:.2f}M"
 
 
+def spread(show: Callable[[float], str], mean: float, low: float, high: float) -> str:
+    """A mean over seeds with the lowest and the highest; the mean alone where they are one.
+
+    Example:
+        >>> spread(change, -0.3, -0.4, -0.2)
+        '-30.0% (-40.0 to -20.0)'
+    """
+    lowest, highest = show(low).rstrip("%"), show(high).rstrip("%")
+    return show(mean) if lowest == highest else f"{show(mean)} ({lowest} to {highest})"
+
+
 def metric(name: str) -> Callable[[Run], float]:
     """Reads a metric, NaN where it was not measured."""
-    return lambda run: run.metrics.get(name, math.nan)
+    return lambda run: run.get(name)
+
+
+def overview_table(runs: Sequence[Run]) -> Table:
+    """A row for each cell, over its seeds: what a reader asks first."""
+    cells: dict[str, list[Run]] = {}
+    for run in runs:
+        cells.setdefault(run.cell, []).append(run)
+    columns: list[tuple[str, str, Callable[[float], str], Callable[[list[float]], float]]] = [
+        ("perplexity", PERPLEXITY, number(1), fmean),
+        ("SRP m=16 (%)", SRP, percent, fmean),
+        ("static SRP (%)", "val/static_srp", percent, fmean),
+        ("LRU misses at 25% of the experts (%)", MISSES_FROM, lambda hits: percent(1 - hits), fmean),
+        ("global CV", GLOBAL_CV, number(2), fmean),
+        ("local CV m=16", LOCAL_CV, number(2), fmean),
+        ("smallest share", MIN_SHARE, number(2), min),
+    ]
+    rows = [
+        [
+            f"{cell} (collapsed)" if any(run.collapsed for run in group) else cell,
+            group[0].architecture,
+            term(group[0]),
+            str(len(group)),
+            *(show(over([run.get(name) for run in group])) for _, name, show, over in columns),
+        ]
+        for cell, group in cells.items()
+    ]
+    note = "means over the seeds; smallest share: the least used expert of any seed, over its fair share"
+    return Table(
+        "Overview", ["cell", "experts/active", "term", "seeds", *(column[0] for column in columns)], rows, note
+    )
 
 
 def run_tables(runs: Sequence[Run]) -> list[Table]:
@@ -66,7 +119,7 @@ def run_tables(runs: Sequence[Run]) -> list[Table]:
             [
                 ("parameters", lambda run: run.total_parameters, millions),
                 ("active", lambda run: run.active_parameters, millions),
-                ("perplexity", metric("val/ppl"), number(2)),
+                ("perplexity", metric(PERPLEXITY), number(2)),
                 ("tokens/s", lambda run: run.tokens_per_s, number(0)),
                 ("tokens", lambda run: run.tokens, millions),
                 ("seconds", lambda run: run.wall_time_s, number(0)),
@@ -81,7 +134,7 @@ def run_tables(runs: Sequence[Run]) -> list[Table]:
                 *((f"SRP m={m}", metric(f"val/srp/m{m}"), percent) for m in (4, 16, 64)),
                 *((f"rho_hat m={m}", metric(f"val/rho_hat/m{m}"), number(2)) for m in (4, 16, 64)),
                 ("static SRP", metric("val/static_srp"), percent),
-                ("local gain m=16", metric("val/local_gain/m16"), percent),
+                ("local gain m=16", metric(LOCAL_GAIN), percent),
                 ("overlap", metric("val/overlap"), percent),
             ],
         ),
@@ -92,10 +145,10 @@ def run_tables(runs: Sequence[Run]) -> list[Table]:
                 ("LRU hits at K", metric("val/cache/lru_k"), percent),
                 ("at 2K", metric("val/cache/lru_2k"), percent),
                 ("at 25% of experts", metric("val/cache/lru_25pct"), percent),
-                ("global CV", metric("val/balance/cv"), number(3)),
+                ("global CV", metric(GLOBAL_CV), number(3)),
                 ("max/mean", metric(MAX_MEAN), number(2)),
                 ("smallest share", metric(MIN_SHARE), number(2)),
-                ("local CV m=16", metric("val/balance/local_cv/m16"), number(3)),
+                ("local CV m=16", metric(LOCAL_CV), number(3)),
             ],
             note=f"smallest share: of the fair share; below {COLLAPSED_BELOW} a run counts as collapsed"
             if any(run.collapsed for run in runs)
@@ -106,30 +159,28 @@ def run_tables(runs: Sequence[Run]) -> list[Table]:
 
 
 def pair_table(pairs: Sequence[Pair]) -> Table:
-    """A row for each pair, and for a cell of several seeds their mean, lowest and highest."""
-    header = [
-        "run",
-        "against",
-        "seed",
-        "LRU misses at 25%",
-        "perplexity",
-        "SRP m=16",
-        "local gain",
-        "smallest share",
-        "max/mean",
-    ]
+    """A row for each pair."""
+    header = ["run", "against", "LRU misses at 25%", "perplexity", "SRP m=16", "local gain", "smallest share"]
     table = Table(
         "Paired with its baseline",
-        header,
-        note="changes against the baseline of the same seed; SRP and gain in percentage points, max/mean as a multiple",
+        [*header, "max/mean", "global CV"],
+        note="changes against the baseline of the same seed; SRP and gain in percentage points, max/mean and CV as "
+        "multiples",
     )
-    for group in by_cell(pairs).values():
-        for pair in group:
-            table.rows.append([run_name(pair.run), pair.baseline.name, str(pair.run.seed), *_pair_cells([pair], fmean)])
-        if len(group) > 1:
-            cell, mean = group[0].run.cell, f"mean of {len(group)}"
-            for label, over_seeds in ((mean, fmean), ("lowest", min), ("highest", max)):
-                table.rows.append([cell, "", label, *_pair_cells(group, over_seeds)])
+    for pair in pairs:
+        table.rows.append(
+            [
+                run_name(pair.run),
+                pair.baseline.name,
+                change(pair.misses_change),
+                change(pair.perplexity_change),
+                points(pair.srp_change),
+                points(pair.local_gain_change),
+                number(2)(pair.smallest_share),
+                multiple(pair.max_mean_ratio),
+                multiple(pair.cv_ratio),
+            ]
+        )
     return table
 
 
@@ -144,17 +195,6 @@ def term(run: Run) -> str:
     For example "LocalConsistency 0.3"; "none" without one.
     """
     return f"{run.loss} {run.weight:g}" if run.weight else run.loss
-
-
-def _pair_cells(pairs: Sequence[Pair], over_seeds: Callable[[list[float]], float]) -> list[str]:
-    return [
-        change(over_seeds([pair.misses_change for pair in pairs])),
-        change(over_seeds([pair.perplexity_change for pair in pairs])),
-        points(over_seeds([pair.srp_change for pair in pairs])),
-        points(over_seeds([pair.local_gain_change for pair in pairs])),
-        number(2)(over_seeds([pair.smallest_share for pair in pairs])),
-        multiple(over_seeds([pair.max_mean_ratio for pair in pairs])),
-    ]
 
 
 def _table(

@@ -1,0 +1,40 @@
+"""The course of a run: what its validations measured, by the tokens seen until then."""
+
+from pathlib import Path
+
+from consistency_reg.optional import require
+
+with require("plots"):
+    import pandas as pd
+
+PERPLEXITY, MISSES_FROM = "val/ppl", "val/cache/lru_25pct"
+TOKENS = "tokens"
+Curve = dict[str, list[float]]
+
+
+def read_curve(folder: Path, steps: int, tokens: int) -> Curve:
+    """Perplexity and LRU hit rate at each validation, from metrics.csv and those of the interruptions before it.
+
+    Args:
+        folder: of the run.
+        steps: of the whole run.
+        tokens: of the whole run.
+    """
+    interrupted = sorted(folder.glob("metrics-*.csv"), key=lambda path: int(path.stem.rpartition("-")[2]))
+    files = [path for path in (*interrupted, folder / "metrics.csv") if path.exists() and path.stat().st_size]
+    return curve(pd.concat([pd.read_csv(path) for path in files]), steps, tokens) if files else {}
+
+
+def curve(history: pd.DataFrame, steps: int, tokens: int) -> Curve:
+    """The curve of logged rows with a ``step``; {} where no validation was logged.
+
+    Lightning logs a validation between two steps under the number of steps before the last, one at the end under the
+    number of all steps: both are mapped to the steps taken. A step that was logged twice counts as it was last.
+    """
+    if PERPLEXITY not in history or "step" not in history or not steps:
+        return {}
+    measured = history[history[PERPLEXITY].notna()]
+    taken = (measured["step"] + 1).clip(upper=steps)
+    measured = measured.assign(**{TOKENS: (taken * tokens / steps).round().astype(int)})
+    measured = measured.drop_duplicates(TOKENS, keep="last").sort_values(TOKENS)
+    return {name: measured[name].tolist() for name in (TOKENS, PERPLEXITY, MISSES_FROM) if name in measured}

@@ -1,0 +1,86 @@
+"""What a recipe says about its run: the architecture, the consistency term, and what must agree in a pair."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from consistency_reg.losses import LOCALITY_LOSSES
+
+DATA_SETTINGS = ("validation_tokens", "sequence_length", "vocab_size", "tokenizer")
+PAIRED_SETTINGS = {
+    "model": None,
+    "data": ("domains", "data", "sequence_length", "batch_size", "vocab_size", "tokenizer", "corpus_bytes"),
+    "trainer": ("max_steps", "max_epochs", "accumulate_grad_batches", "precision", "gradient_clip_val", "devices"),
+    "seed_everything": None,
+}
+STRENGTHS = ("weight", "target", "budget")  # how strong a term is, not what it is
+
+
+def consistency_term(config: Mapping[str, Any]) -> tuple[str, float]:
+    """Name and weight of a recipe's consistency term; "none" where nothing of it reaches the loss.
+
+    Example:
+        >>> consistency_term({"consistency": {"loss": {"class_path": "a.ReMoELoss"}, "weight": 0.1}})
+        ('ReMoE', 0.1)
+    """
+    section = config.get("consistency") or {}
+    weight = float(section.get("weight") or 0.0)
+    if not any(section.get(strength) for strength in STRENGTHS):
+        return "none", 0.0
+    loss = section.get("loss") or {}
+    name = loss.get("class_path", "LocalConsistencyLoss").rpartition(".")[2]
+    if name == "make_loss":
+        name = LOCALITY_LOSSES[loss["init_args"]["name"]].__name__
+    return name.removesuffix("Loss"), weight
+
+
+def term_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a term is besides its class and its strength: options of the loss, and when it begins.
+
+    Example:
+        >>> loss = {"class_path": "a.StickyLoss", "init_args": {"window": 8}}
+        >>> term_options({"consistency": {"loss": loss, "weight": 0.1, "start_step": 100}})
+        {'start_step': 100, 'window': 8}
+    """
+    section = dict(config.get("consistency") or {})
+    loss = section.pop("loss", None) or {}
+    options = {**section, **(loss.get("init_args") or {})}
+    return {key: value for key, value in sorted(options.items()) if key not in STRENGTHS and value not in (None, [])}
+
+
+def architecture(config: Mapping[str, Any]) -> str:
+    """Routed experts/active of them, and the shared ones, which num_experts and top_k include; layers without any.
+
+    Example:
+        >>> sizes = {"num_experts": 32, "top_k": 4, "shared_experts": 1}
+        >>> architecture({"model": {"model": {"class_path": "a.small_moe", "init_args": sizes}}})
+        '31/3 + 1 shared'
+    """
+    model = (config.get("model") or {}).get("model") or {}
+    sizes = model.get("init_args") or {}
+    if "num_experts" not in sizes or "top_k" not in sizes:
+        return str(model.get("class_path", "model")).rpartition(".")[2]
+    shared, dense = sizes.get("shared_experts") or 0, len(sizes.get("dense_layers") or ())
+    routed = f"{sizes['num_experts'] - shared}/{sizes['top_k'] - shared}"
+    return routed + (f" + {shared} shared" if shared else "") + (f", {dense} dense layers" if dense else "")
+
+
+def routed_experts(architecture: str) -> tuple[int, int] | None:
+    """E and K of what :func:`architecture` gives; None where it does not know them.
+
+    Example:
+        >>> routed_experts("31/3 + 1 shared"), routed_experts("Mixtral")
+        ((31, 3), None)
+    """
+    experts, slash, active = architecture.partition(" ")[0].rstrip(",").partition("/")
+    return (int(experts), int(active)) if slash and experts.isdigit() and active.isdigit() else None
+
+
+def pair_digest(config: Mapping[str, Any]) -> str:
+    """Equal for two recipes that differ in the consistency term alone."""
+    paired: dict[str, Any] = {}
+    for section, keys in PAIRED_SETTINGS.items():
+        value = config.get(section)
+        paired[section] = {key: value.get(key) for key in keys} if keys and isinstance(value, dict) else value
+    return hashlib.sha256(json.dumps(paired, sort_keys=True, default=str).encode()).hexdigest()[:12]
