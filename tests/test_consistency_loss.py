@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from memory import peak_bytes
 from processes import on_processes
 from reference import (
     central_differences,
@@ -24,7 +25,6 @@ from reference import (
     windows_oracle,
 )
 from strategies import routings
-from torch.profiler import ProfilerActivity, profile
 
 from consistency_reg import CacheConsistencyLoss, LocalConsistencyLoss, RoutingTrace
 from consistency_reg.functional import consistency as functional
@@ -523,17 +523,6 @@ def test_global_scope_on_two_processes_equals_one_process_with_the_whole_batch(t
 
 
 # --- memory -------------------------------------------------------------------------------------------------------
-
-
-def peak_bytes(function):
-    """Most bytes that PyTorch's allocator had out at once while ``function`` ran, temporaries of kernels included."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        kept = function()
-    changes = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes.sort(key=lambda event: event.start_ns())
-    assert changes
-    assert kept is not None
-    return int(np.cumsum([event.nbytes() for event in changes]).max())
 
 
 @pytest.mark.parametrize("membership", ["margin", "probability"])

@@ -169,10 +169,32 @@ def test_inference_mode_may_come_and_go(make):
     assert_equal_values(metric.compute(), updated(make(trace), [trace] * 3).compute())
 
 
+class NoKernel:
+    """Stands for a kernel whose launch does nothing."""
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: None
+
+
+@every_metric
+def test_update_never_waits_for_the_device(make, monkeypatch):
+    pytest.importorskip("triton")
+    from consistency_reg.kernels import cache, srp
+
+    monkeypatch.setattr("consistency_reg.kernels.takes", lambda tensor: True)
+    for module, kernel in ((cache, "_simulate"), (cache, "_find_next_uses"), (srp, "_count_windows")):
+        monkeypatch.setattr(module, kernel, NoKernel())
+    update_without_values(make)
+
+
 @pytest.mark.parametrize("name", ["srp", "balance", "specialization"])
-def test_update_never_waits_for_the_device(name):
+def test_without_kernels_update_of_these_does_not_wait_either(name):
+    update_without_values(METRICS[name])
+
+
+def update_without_values(make):
     trace = random_trace()
-    metric = METRICS[name](trace).to("meta")  # a meta tensor has no values to read
+    metric = make(trace).to("meta")  # a meta tensor has no values to read
     ids = [layer.to("meta") for layer in trace.expert_ids]
     valid, document_ids = trace.valid.to("meta"), trace.document_ids.to("meta")
     updated(metric, [RoutingTrace(ids, trace.num_experts, valid=valid, document_ids=document_ids)])
