@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import transformers
+from tiny_architectures import build
 from tiny_models import COMMON, KINDS, E, K, tiny_model, token_ids
 from torch import nn
 
@@ -257,12 +258,72 @@ def test_evaluation_and_generation_do_not_pollute_a_later_trace():
     with torch.no_grad():
         model(token_ids(2, 9))
     assert not capture.trace().layers[0].scores.requires_grad
+    before = capture.trace()
     model.generate(token_ids(1, 4), max_new_tokens=3, do_sample=False)
-    assert capture.trace().shape == (1, 1)  # the last step, over the cache
+    assert_same_routing(capture.trace(), before)
     model.train()
     model(token_ids(B, T))
     assert_same_routing(capture.trace(), alone.trace())
     assert capture.trace().layers[0].scores.requires_grad
+
+
+def test_generation_is_recorded_when_asked_for():
+    model = tiny_model("olmoe").eval()
+    with RouterCapture(model, generation=True) as capture:
+        model.generate(token_ids(1, 4), max_new_tokens=3, do_sample=False)
+    assert capture.trace().shape == (1, 1)  # the last step, over the cache
+
+
+def test_generation_within_a_recording_is_left_out():
+    """As in a validation step that computes a loss and then prints a sample."""
+    model = tiny_model("olmoe").eval()
+    outer = nn.Sequential(model)
+    with RouterCapture(outer) as capture, torch.no_grad(), capture.recording():
+        model(token_ids(B, T))
+        model.generate(token_ids(1, 4), max_new_tokens=3, do_sample=False)
+    assert capture.trace().shape == (B, T)
+
+
+def test_a_generation_that_fails_does_not_spoil_the_next_forward():
+    model = tiny_model("olmoe").eval()
+    capture = RouterCapture(model).attach()
+    hook = model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.generate(token_ids(1, 4), max_new_tokens=3)
+    hook.remove()
+    model(token_ids(2, 5))
+    assert capture.trace().shape == (2, 5)
+
+
+# --- some of the routers -------------------------------------------------------------------------------------------
+
+
+def test_an_encoder_and_a_decoder_of_different_lengths_are_captured_each():
+    model, source, target = build("switch_transformers")[0], token_ids(2, 9), token_ids(2, 18)
+    both = RouterCapture(model).attach()
+    encoder, decoder = (RouterCapture(model, layers=f"^{stack}").attach() for stack in ("encoder", "decoder"))
+    model(source, decoder_input_ids=target)
+    with pytest.raises(ValueError, match=r"different shapes.*\(2, 9\): \['encoder.*\(2, 18\): \['decoder.*layers="):
+        both.trace()
+    assert encoder.trace().shape == (2, 9)
+    assert decoder.trace().shape == (2, 18)
+    model(source, decoder_input_ids=source)
+    assert both.trace().layer_names == (*encoder.layer_names, *decoder.layer_names)
+
+
+def test_layers_that_name_no_router_are_refused():
+    with pytest.raises(ValueError, match=r"layers must match.*at least one router, got 'decoder'.*model\.layers\.0"):
+        RouterCapture(tiny_model("olmoe"), layers="decoder")
+
+
+def test_routers_that_need_not_run_can_be_left_out():
+    model = tiny_model("olmoe")
+    model.model.layers[0].mlp.forward = lambda hidden: hidden  # as a vision tower without pictures
+    whole, part = RouterCapture(model).attach(), RouterCapture(model, layers=r"layers\.1").attach()
+    model(token_ids(B, T))
+    with pytest.raises(RuntimeError, match=r"1 of 2 routers.*leave them out with RouterCapture\(model, layers="):
+        whole.trace()
+    assert part.trace().layer_names == ("model.layers.1.mlp.gate",)
 
 
 # --- activation checkpointing -------------------------------------------------------------------------------------
@@ -407,7 +468,7 @@ def test_a_router_that_returns_something_else_is_an_error(output, found):
     model = nn.Sequential(WrongTopKRouter())
     with (
         RouterCapture(model),
-        pytest.raises(TypeError, match=rf"router '0' \(WrongTopKRouter\) must return.*{found}.*RouterAdapter"),
+        pytest.raises(TypeError, match=rf"(?s)router '0' \(WrongTopKRouter\) must return.*{found}.*RouterAdapter\("),
     ):
         model(torch.randn(B, T, 6))
 
@@ -435,6 +496,170 @@ def test_an_adapter_makes_a_foreign_router_known():
     assert trace.layer_names == ("0.gate", "1.gate")
     for layer in trace:
         assert torch.equal(layer.scores.topk(2).indices, layer.expert_ids)
+
+
+class Experts(nn.Module):
+    """Routed experts of nobody's library, given ids."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x, expert_ids, weights):
+        return x + (self.weight[expert_ids] * weights[..., None]).sum(dim=-2)
+
+
+class PlainGateBlock(nn.Module):
+    """A block whose gate returns logits alone, [B*T, E]; ``choose`` makes ids of them."""
+
+    def __init__(self, choose=lambda logits: logits.topk(2).indices):
+        super().__init__()
+        self.gate = nn.Linear(6, 5)
+        self.experts = Experts()
+        self.choose = choose
+
+    def forward(self, x):
+        logits = self.gate(x.flatten(0, 1))
+        ids = self.choose(logits)
+        return self.experts(x.flatten(0, 1), ids, logits.softmax(-1).gather(-1, ids)).view_as(x)
+
+
+def test_an_unknown_router_is_read_by_what_the_experts_receive():
+    model, received = nn.Sequential(PlainGateBlock(), PlainGateBlock()), []
+    for block in model:
+        block.experts.register_forward_pre_hook(lambda _, inputs: received.append(inputs[1]))
+    with RouterCapture(model) as capture:
+        model(torch.randn(B, T, 6))
+    trace = capture.trace()
+    assert trace.layer_names == ("0.gate", "1.gate")
+    for layer, ids in zip(trace, received, strict=True):
+        assert layer.num_experts == 5
+        assert torch.equal(layer.expert_ids, ids.view(B, T, 2))
+    assert all(gradient.any() for gradient in router_gradients(model, capture, LOSS(trace)))
+
+
+def test_an_unknown_router_is_read_by_the_shapes_that_it_returns():
+    class StrangeGate(nn.Linear):
+        def forward(self, x):
+            logits = super().forward(x)
+            weights, ids = logits.softmax(-1).topk(2)
+            return {"ids": ids.int(), "weights": weights, "logits": logits, "loss": logits.mean()}
+
+    class Block(PlainGateBlock):
+        def __init__(self):
+            super().__init__()
+            self.gate = StrangeGate(6, 5)
+
+        def forward(self, x):
+            routed = self.gate(x)
+            return self.experts(x, routed["ids"], routed["weights"])
+
+    model = nn.Sequential(Block())
+    with RouterCapture(model) as capture:
+        model(torch.randn(B, T, 6))
+    (layer,) = capture.trace()
+    assert torch.equal(layer.scores.topk(2).indices, layer.expert_ids)
+
+
+def test_unknown_routers_beside_known_ones_are_not_overlooked():
+    model = tiny_model("olmoe")
+    model.extra = PlainGateBlock()
+    assert RouterCapture(model).layer_names[-1] == "extra.gate"
+
+
+def test_an_unknown_router_that_selects_by_something_else_is_refused():
+    bias = torch.tensor([3.0, -3.0, 0.0, 0.0, 0.0])
+    model = nn.Sequential(PlainGateBlock(lambda logits: (logits + bias).topk(2).indices))
+    with RouterCapture(model) as capture:
+        model(torch.randn(B, T, 6))
+    with pytest.raises(ValueError, match=r"(?s)router '0\.gate'.*not the top of its logits.*RouterAdapter\("):
+        capture.trace()
+    adapter = RouterAdapter(
+        r"^Linear$", path=r"\.gate$", logits=None, expert_ids=None, scores=lambda router, logits: logits + bias
+    )
+    with RouterCapture(model, [adapter]) as capture:
+        model(torch.randn(B, T, 6))
+    (layer,) = capture.trace()
+    assert torch.equal(layer.scores.topk(2).indices, layer.expert_ids)
+
+
+def test_an_unknown_router_that_leaves_a_doubt_is_refused():
+    class TwoGates(PlainGateBlock):
+        def __init__(self):
+            super().__init__()
+            self.router = nn.Linear(6, 5)
+
+    with pytest.raises(ValueError, match=r"(?s)TwoGates at '0' has routed experts.*\['gate', 'router'\], any of which"):
+        RouterCapture(nn.Sequential(TwoGates()))
+
+    class TwoOutputs(nn.Linear):
+        def forward(self, x):
+            logits = super().forward(x)
+            return logits, logits.softmax(-1)
+
+    model = nn.Sequential(PlainGateBlock())
+    model[0].gate = TwoOutputs(6, 5)
+    with RouterCapture(model), pytest.raises(TypeError, match=r"what it returns is ambiguous.*\[51, 5\]"):
+        model(torch.randn(B, T, 6))
+
+
+def test_experts_without_a_router_are_refused():
+    model = nn.Sequential(PlainGateBlock())
+    model[0].gate = None
+    with pytest.raises(
+        ValueError, match=r"(?s)has routed experts \(Experts\) but no module beside them.*RouterAdapter\("
+    ):
+        RouterCapture(model)
+
+
+def test_experts_that_are_called_one_by_one_need_an_adapter():
+    """Blocks as written before transformers 5: a linear gate and a list of experts."""
+
+    class ListBlock(PlainGateBlock):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(5))
+
+        def forward(self, x):
+            weights, ids = self.gate(x).softmax(-1).topk(2)
+            outputs = torch.stack([expert(x) for expert in self.experts], dim=-2)
+            return (outputs.gather(-2, ids[..., None].expand(*ids.shape, 6)) * weights[..., None]).sum(dim=-2)
+
+    model = nn.Sequential(ListBlock())
+    with RouterCapture(model) as capture:
+        model(torch.randn(B, T, 6))
+    with pytest.raises(RuntimeError, match=r"(?s)expert ids are not known of.*'0\.gate'.*RouterAdapter\("):
+        capture.trace()
+    with RouterCapture(model, [RouterAdapter(r"^Linear$", path=r"\.gate$", logits=None, top_k=2)]) as capture:
+        model(torch.randn(B, T, 6))
+    assert capture.trace().layers[0].expert_ids.shape == (B, T, 2)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "error", "message"),
+    [
+        (RouterAdapter("Toy", logits=1, expert_ids=0), TypeError, r"must return logits.*position 1.*float32"),
+        (RouterAdapter("Toy", logits=1), TypeError, r"must return.*logits \[3, 17, 2\] and ids \[3, 17, 3\]"),
+        (RouterAdapter("Toy", top_k=9), TypeError, r"must return.*at the top of the logits"),
+        (RouterAdapter("Toy", logits=lambda output: None), TypeError, r"must return.*at what the adapter reads"),
+        (RouterAdapter("Toy", scores=lambda router, logits: logits[..., :2]), ValueError, r"scores.*\[3, 17, 2\]"),
+        (RouterAdapter("Toy", scores=lambda router, logits: logits.argsort()), TypeError, "scores.*floating point"),
+        (RouterAdapter("Toy", score_function="relu"), ValueError, "score_functions.*'relu'"),
+    ],
+)
+def test_an_adapter_that_reads_something_else_is_an_error(adapter, error, message):
+    class ToyRouter(ToyTopKRouter):
+        def forward(self, x):
+            logits = nn.Linear.forward(self, x)
+            return logits, logits.topk(2).values, logits.topk(3).indices
+
+    def capture_one():
+        with RouterCapture(nn.Sequential(ToyRouter()), [adapter]) as capture:
+            capture.model(torch.randn(B, T, 6))
+        return capture.trace()
+
+    with pytest.raises(error, match=message):
+        capture_one()
 
 
 def test_rows_that_cannot_be_told_need_the_mask():

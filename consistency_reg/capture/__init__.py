@@ -1,0 +1,13 @@
+"""Find the routers of a model, listen to them during a forward pass, and hand over what they decided.
+
+All knowledge of model internals lives here: which module is a router (:mod:`.finding`), what it returns
+(:mod:`.adapters`, :mod:`.known`), what it selects by (:mod:`.selection`), and when it counts (:mod:`.recording`).
+"""
+
+from consistency_reg.capture.adapters import RouterAdapter
+from consistency_reg.capture.frozen import FrozenRouter
+from consistency_reg.capture.known import DEFAULT_ADAPTERS
+from consistency_reg.capture.recording import RouterCapture
+from consistency_reg.capture.selection import selection_scores
+
+__all__ = ["DEFAULT_ADAPTERS", "FrozenRouter", "RouterAdapter", "RouterCapture", "selection_scores"]

@@ -1,0 +1,368 @@
+"""Listening to routers during a forward pass."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from consistency_reg.capture.adapters import RouterAdapter, check, describe, tensors_of
+from consistency_reg.capture.finding import ByShape, find_routers, how_to_register, is_ids
+from consistency_reg.capture.frozen import FrozenRouter
+from consistency_reg.capture.known import DEFAULT_ADAPTERS
+from consistency_reg.hooks import OwnedHook
+from consistency_reg.routing import RoutingTrace
+
+CACHES = ("past_key_values", "cache_params")
+
+
+@dataclass
+class _Reading:
+    logits: Tensor
+    expert_ids: Tensor | None  # None until the experts are given them
+    given: tuple[Any, ...]  # what the router was given after the hidden states
+    inputs: Tensor | None
+    lost_graph: bool
+
+    @property
+    def ids(self) -> Tensor:
+        assert self.expert_ids is not None
+        return self.expert_ids
+
+
+class RouterCapture:
+    """Listens to every router of a model; a context manager, or :meth:`attach` and :meth:`detach`.
+
+    Each forward of the model replaces what the one before it left. Only a forward is recorded: when activation
+    checkpointing runs layers again in the backward pass, that is not counted again. Nor are the steps of ``generate``,
+    forwards without autograd that are given a cache, unless asked for. A copy or a pickle of the model does not carry
+    the capture with it. Under ``torch.compile`` attach before the first compiled forward.
+
+    A router of an unknown class is read by the shapes of what it returns and by the ids that the experts beside it
+    are given, if these leave no doubt and it selects by its logits; else it is refused.
+
+    Args:
+        model: any module that contains routers.
+        adapters: kinds of routers to look for, before the built-in ones.
+        keep_inputs: also keep what each router was given (its hidden states, no graph), which an anchor to earlier
+            routers needs.
+        layers: regular expression; listen to the routers whose name matches it (``re.search``) alone. A trace has one
+            [B, T], so an encoder and a decoder of different lengths, or a vision tower and a language model, need a
+            capture each, ``RouterCapture(model, layers=r"^decoder")``.
+        generation: record the steps of ``generate`` too; the last one is what :meth:`trace` gives.
+
+    Raises:
+        ValueError: the model has no router, or experts without a router that can be told; the message says what was
+            found and how to make it known.
+
+    Example:
+        >>> class ToyTopKRouter(nn.Linear):
+        ...     def forward(self, x):
+        ...         logits = super().forward(x)
+        ...         weights, ids = logits.softmax(-1).topk(2)
+        ...         return logits, weights, ids
+        >>> import torch
+        >>> model = nn.Sequential(ToyTopKRouter(8, 4))
+        >>> with RouterCapture(model) as capture:
+        ...     _ = model(torch.randn(3, 5, 8))
+        >>> capture.trace().layers[0].expert_ids.shape
+        torch.Size([3, 5, 2])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapters: Sequence[RouterAdapter] = (),
+        *,
+        keep_inputs: bool = False,
+        layers: str | None = None,
+        generation: bool = False,
+    ) -> None:
+        self.model = model
+        self.keep_inputs = keep_inputs
+        self.generation = generation
+        self._routers = find_routers(model, (*adapters, *DEFAULT_ADAPTERS), layers)
+        self._unchecked = {name for name, router in self._routers.items() if isinstance(router.adapter, ByShape)}
+        self._handles: list[RemovableHandle] = []
+        self._readings: dict[str, list[_Reading]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._recordings = 0  # open blocks of recording()
+        self._generating = 0  # open forwards of a generation
+        self._in_forward = False
+        self._grad_mode = False  # of the forward as a whole
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The routers' names in the model, in its order."""
+        return tuple(self._routers)
+
+    @property
+    def routers(self) -> dict[str, nn.Module]:
+        """The router modules by name."""
+        return {name: router.module for name, router in self._routers.items()}
+
+    def any_router_learns(self) -> bool:
+        """Whether a parameter of a router, or of what PEFT has put around it, is trained."""
+        modules = (self.model.get_submodule(router.outer_name) for router in self._routers.values())
+        return any(parameter.requires_grad for module in modules for parameter in module.parameters())
+
+    def frozen_routers(self) -> dict[str, FrozenRouter]:
+        """Copies of the routers as they are now, by name, for :class:`~consistency_reg.losses.RouterAnchorLoss`."""
+        return {name: FrozenRouter(router.module, router.adapter) for name, router in self._routers.items()}
+
+    def attach(self) -> "RouterCapture":
+        """Start to listen; without effect when attached already."""
+        if self._handles:
+            return self
+        self._in_forward, self._generating = False, 0
+        listen = self._handles.append
+        for module in self.model.modules():
+            if module is self.model or hasattr(module, "generate"):
+                listen(module.register_forward_pre_hook(OwnedHook(self, "_enter_generation"), with_kwargs=True))
+                listen(module.register_forward_hook(OwnedHook(self, "_leave_generation"), always_call=True))
+        listen(self.model.register_forward_pre_hook(OwnedHook(self, "_begin_forward")))
+        listen(self.model.register_forward_hook(OwnedHook(self, "_end_forward"), always_call=True))
+        for name, router in self._routers.items():
+            block = self.model.get_submodule(router.block_name)
+            listen(block.register_forward_pre_hook(OwnedHook(self, "_see_block", name), with_kwargs=True))
+            listen(router.module.register_forward_hook(OwnedHook(self, "_read", name), with_kwargs=True))
+            if router.experts is not None:
+                hook = OwnedHook(self, "_read_experts", name)
+                listen(router.experts.register_forward_pre_hook(hook, with_kwargs=True))
+        return self
+
+    def detach(self) -> None:
+        """Stop to listen and forget; without effect when not attached."""
+        self._remove_hooks()
+        self._readings.clear()
+
+    def __enter__(self) -> "RouterCapture":
+        return self.attach()
+
+    def __exit__(self, *exception: object) -> None:
+        self._remove_hooks()  # what was read stays for trace()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record all that runs inside as one forward, for callers that do not call ``model`` itself."""
+        if not self._recordings:
+            self._begin()
+        self._recordings += 1
+        try:
+            yield
+        finally:
+            self._recordings -= 1
+
+    def trace(self, valid: Tensor | None = None, document_ids: Tensor | None = None) -> RoutingTrace:
+        """The routing of the last forward, graph kept where there was one.
+
+        Args:
+            valid: [B, T] bool, True for real tokens; all when None.
+            document_ids: [B, T] integers; one document a row when None.
+
+        Raises:
+            RuntimeError: there was no forward, or a router ran not exactly once in it.
+            ValueError: ``valid`` or ``document_ids`` of another shape than the batch; routers that ran on batches of
+                different shapes; an unknown router that selects by something else than its logits.
+
+        Warns:
+            UserWarning: routers ran without autograd in a forward with it, as reentrant checkpointing does: a loss on
+                this trace has no gradient there.
+        """
+        counts = {name: len(self._readings.get(name, ())) for name in self._routers}
+        if any(count != 1 for count in counts.values()):
+            raise RuntimeError(_explain(counts, attached=bool(self._handles)))
+        readings = {name: self._readings[name][0] for name in self._routers}
+        if unread := [str(self._routers[name]) for name, reading in readings.items() if reading.expert_ids is None]:
+            kind = type(self._routers[next(iter(readings))].module).__name__
+            raise RuntimeError(
+                f"the expert ids are not known of {unread}, which return none: the experts beside them were given "
+                f"none either.{how_to_register(kind)}"
+            )
+        B, T = self._batch_shape(readings, valid)
+        if lost := [name for name, reading in readings.items() if reading.lost_graph]:
+            warnings.warn(
+                f"a loss on this trace has no gradient for {len(lost)} of {len(readings)} routers: they ran without "
+                "autograd in a forward with it. Reentrant activation checkpointing does this; "
+                "use_reentrant=False does not",
+                stacklevel=2,
+            )
+        trace = RoutingTrace(
+            expert_ids=[reading.ids.reshape(B, T, -1) for reading in readings.values()],
+            num_experts=[reading.logits.shape[-1] for reading in readings.values()],
+            scores=[self._scores(name, reading).reshape(B, T, -1) for name, reading in readings.items()],
+            logits=[reading.logits.reshape(B, T, -1) for reading in readings.values()],
+            valid=valid,
+            document_ids=document_ids,
+            layer_names=tuple(readings),
+            score_functions=[router.adapter.read_score_function(router.module) for router in self._routers.values()],
+            inputs=self._inputs(readings, (B, T)) if self.keep_inputs else None,
+        )
+        if self._unchecked:
+            self._check_selection(trace)
+        return trace
+
+    def clear(self) -> None:
+        """Forget the last forward, which frees its tensors."""
+        self._readings.clear()
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _batch_shape(self, readings: dict[str, _Reading], valid: Tensor | None) -> tuple[int, int]:
+        shapes = {name: shape[:2] for name, shape in self._shapes.items() if len(shape) >= 3}
+        if len(set(shapes.values())) > 1:
+            found = {shape: [name for name in shapes if shapes[name] == shape] for shape in shapes.values()}
+            raise ValueError(
+                f"the routers ran on batches of different shapes, {found}: a trace has one [B, T], so capture each "
+                "stack by itself, with RouterCapture(model, layers=...)"
+            )
+        if shapes:
+            B, T = next(iter(shapes.values()))
+        elif valid is not None and valid.dim() == 2:
+            B, T = valid.shape
+        else:
+            raise RuntimeError(
+                "the rows of the batch cannot be told from the routers' flat input: give `valid` to trace()"
+            )
+        for name, reading in readings.items():
+            if (tokens := reading.ids.numel() // reading.ids.shape[-1]) != B * T:
+                raise ValueError(
+                    f"valid must cover the tokens of the forward, got {B} x {T} for {tokens} routed tokens of {name!r}"
+                )
+        return B, T
+
+    def _scores(self, name: str, reading: _Reading) -> Tensor:
+        """What the router selected by. Not for the hook: within a checkpointed layer it would change what is saved."""
+        router = self._routers[name]
+        return router.adapter.read_scores(router.module, reading.logits, reading.ids, reading.given)
+
+    def _inputs(self, readings: dict[str, _Reading], shape: tuple[int, int]) -> list[Tensor]:
+        inputs = {name: reading.inputs for name, reading in readings.items()}
+        missing = [name for name, value in inputs.items() if value is None]
+        if missing:
+            raise RuntimeError(
+                "keep_inputs needs routers that take their input as the first positional argument, "
+                f"which {missing} did not"
+            )
+        return [value.reshape(*shape, -1) for value in inputs.values() if value is not None]
+
+    @torch.no_grad()
+    def _check_selection(self, trace: RoutingTrace) -> None:
+        """A router that was read by shape alone must select by its logits: looked at once, as it reads the data."""
+        for layer in trace:
+            if layer.name in self._unchecked:
+                assert layer.scores is not None
+                best = layer.scores.topk(layer.top_k).indices.sort().values
+                if not torch.equal(best[trace.valid_mask], layer.expert_ids.sort().values[trace.valid_mask]):
+                    router = self._routers[layer.name]
+                    raise ValueError(
+                        f"{router} is of no class that is known, and its choice is not the top of its logits."
+                        f"{how_to_register(type(router.module).__name__)}"
+                    )
+        self._unchecked.clear()
+
+    def _begin(self) -> None:
+        self._readings.clear()
+        self._shapes.clear()
+        self._grad_mode = torch.is_grad_enabled()
+
+    def _begin_forward(self, *_: Any) -> None:
+        if self._generating:
+            return
+        if not self._recordings:
+            self._begin()
+        self._in_forward = True
+
+    def _end_forward(self, *_: Any) -> None:
+        self._in_forward = False
+
+    def _enter_generation(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._generating or (not self.generation and _is_step_of_generation(args, kwargs)):
+            self._generating += 1
+
+    def _leave_generation(self, *_: Any) -> None:
+        self._generating = max(0, self._generating - 1)
+
+    @property
+    def _listening(self) -> bool:
+        return not self._generating and (self._in_forward or self._recordings > 0)
+
+    def _see_block(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._listening and isinstance(hidden := _first(args, kwargs), Tensor):
+            self._shapes[name] = tuple(hidden.shape)
+
+    def _read(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not self._listening:
+            return
+        hidden = _first(args, kwargs)
+        hidden = hidden if isinstance(hidden, Tensor) else None
+        if hidden is not None and hidden.dim() == 3:
+            self._shapes[name] = tuple(hidden.shape)
+        try:
+            logits, expert_ids = self._routers[name].adapter.read(module, output)
+        except TypeError as error:
+            raise TypeError(f"{self._routers[name]} {error}{how_to_register(type(module).__name__)}") from None
+        reading = _Reading(
+            logits,
+            None if expert_ids is None else expert_ids.long(),
+            given=(*args[1:], *kwargs.values()) if args else tuple(kwargs.values())[1:],
+            inputs=hidden.detach() if self.keep_inputs and args and hidden is not None else None,
+            lost_graph=self._grad_mode and not torch.is_grad_enabled(),
+        )
+        self._readings.setdefault(name, []).append(reading)
+
+    def _read_experts(self, name: str, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What the experts are given, of a router that does not return it."""
+        readings = self._readings.get(name)
+        if not self._listening or not readings or readings[-1].expert_ids is not None:
+            return
+        found = [tensor for tensor in (*tensors_of(args), *tensors_of(kwargs)) if is_ids(tensor)]
+        try:
+            if len(found) != 1:
+                raise TypeError
+            check(readings[-1].logits, found[0])
+        except TypeError:
+            raise TypeError(
+                f"the experts beside {self._routers[name]} ({type(experts).__name__}) must be given one tensor of "
+                f"expert ids [..., K] for logits {list(readings[-1].logits.shape)}, got {describe(args)} and "
+                f"{sorted(kwargs)}.{how_to_register(type(self._routers[name].module).__name__)}"
+            ) from None
+        readings[-1].expert_ids = found[0].long()
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def _is_step_of_generation(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a forward goes on from a cache, or fills one that it was given, without autograd."""
+    if torch.is_grad_enabled():
+        return False  # tuned prefixes are given as a cache, too
+    return any(kwargs.get(name) is not None for name in CACHES) or any(hasattr(arg, "get_seq_length") for arg in args)
+
+
+def _explain(counts: dict[str, int], *, attached: bool) -> str:
+    found = f"{sum(count > 0 for count in counts.values())} of {len(counts)} routers were captured"
+    if not any(counts.values()):
+        reason = "run a forward of the model first" if attached else "attach the capture before the forward"
+        return (
+            f"{found}: {reason} (a fused or replaced MoE block that does not call its router cannot be captured, "
+            "nor a model that torch.compile has compiled before the capture was attached, nor one whose routers PEFT "
+            "has wrapped since; the steps of generate are "
+            "recorded with generation=True alone)"
+        )
+    missing = [name for name, count in counts.items() if count == 0]
+    if missing:
+        return (
+            f"{found}: {missing} did not run, so a fused or replaced MoE block may bypass them. Where they need not "
+            "run, as in a vision tower without pictures, leave them out with RouterCapture(model, layers=...)"
+        )
+    repeated = {name: count for name, count in counts.items() if count > 1}
+    return f"{found}, some more than once in one forward ({repeated}): take a trace after each forward of the model"
