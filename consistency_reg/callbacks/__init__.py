@@ -1,7 +1,9 @@
 """Lightning callbacks: one adds the consistency term to a module's loss, one measures routing at validation."""
 
+from consistency_reg.callbacks.agreement import ExpertAgreement
+from consistency_reg.callbacks.anchor import RouterAnchor
 from consistency_reg.callbacks.batches import batch_masks, domain_names
 from consistency_reg.callbacks.monitor import RoutingMonitor
 from consistency_reg.callbacks.regularizer import ConsistencyRegularizer
 
-__all__ = ["ConsistencyRegularizer", "RoutingMonitor", "batch_masks", "domain_names"]
+__all__ = ["ConsistencyRegularizer", "ExpertAgreement", "RouterAnchor", "RoutingMonitor", "batch_masks", "domain_names"]

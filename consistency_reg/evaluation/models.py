@@ -87,7 +87,7 @@ def load(place: str, *, device: torch.device, dtype: str = "auto", trust_remote_
             encoder-decoder.
         OSError: no such model or tokenizer.
     """
-    path = str(_model_folder(Path(place)) or place)
+    path = str(model_folder(Path(place)) or place)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except ValueError as error:
@@ -121,7 +121,7 @@ def expert_bytes(model: nn.Module, routers: Sequence[str], num_experts: Sequence
     return sizes
 
 
-def _model_folder(path: Path) -> Path | None:
+def model_folder(path: Path) -> Path | None:
     """Where the weights of a local model are; None for a path that is no folder."""
     if not path.is_dir():
         return None

@@ -3,6 +3,7 @@
 ``srp``, ``sch`` and ``cache_hit_rate`` measure routing; what the modules below them share is imported from there.
 """
 
+from consistency_reg.functional.agreement import expert_agreement
 from consistency_reg.functional.balance import local_cv, overlap_rate, usage_balance, usage_counts
 from consistency_reg.functional.cache import cache_hit_rate
 from consistency_reg.functional.sch import sch
@@ -12,6 +13,7 @@ from consistency_reg.functional.srp import srp
 __all__ = [
     "cache_hit_rate",
     "domain_specialization",
+    "expert_agreement",
     "local_cv",
     "overlap_rate",
     "sch",

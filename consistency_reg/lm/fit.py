@@ -21,11 +21,19 @@ with require("lightning"):
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
-from consistency_reg.callbacks import ConsistencyRegularizer, RoutingMonitor
+from consistency_reg.callbacks import ConsistencyRegularizer, ExpertAgreement, RouterAnchor, RoutingMonitor
 from consistency_reg.files import write_json
 from consistency_reg.lm.data import TextDataModule
+from consistency_reg.lm.finetune import (
+    checkpoint_arguments,
+    follow_checkpoint,
+    is_fine_tuning,
+    measure_before,
+    vocabulary_digest,
+)
 from consistency_reg.lm.model import count_parameters, small_moe
 from consistency_reg.lm.module import CausalMoE
+from consistency_reg.lm.pretrained import save_plain
 from consistency_reg.lm.run import RunProgress
 from consistency_reg.provenance import git_commit, package_versions
 from consistency_reg.wandb_login import offline_without_login
@@ -34,7 +42,8 @@ DEFAULTS = Path(__file__).with_name("defaults.yaml")
 
 
 class RecipeCLI(LightningCLI):
-    """A recipe: ``model``, ``data``, ``trainer``, ``consistency`` (the regularizer), ``monitor``, ``run_dir``.
+    """A recipe: ``model``, ``data``, ``trainer``, ``consistency`` (the regularizer), ``anchor`` (to earlier routers),
+    ``monitor``, ``run_dir``.
 
     The seed decides initial weights and data order, so that runs with one seed are pairs.
     """
@@ -42,6 +51,7 @@ class RecipeCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The callbacks as keys of their own, and values that follow from others."""
         parser.add_lightning_class_args(ConsistencyRegularizer, "consistency")
+        parser.add_lightning_class_args(RouterAnchor, "anchor")
         parser.add_lightning_class_args(RoutingMonitor, "monitor")
         parser.add_argument("--run_dir", type=str, default="runs/run", help="folder of the run")
         parser.add_argument("--wandb_project", type=str, default="consistency-reg", help="empty for no wandb")
@@ -59,6 +69,8 @@ class RecipeCLI(LightningCLI):
                 f"data.sequence_length={config.data.sequence_length}, got {sorted(set(lengths))}"
             )
         self._let_the_model_follow()
+        if is_fine_tuning(config):
+            follow_checkpoint(config)
 
     def _let_the_model_follow(self) -> None:
         """Give a model that is built from scratch the seed, vocabulary and context of the recipe (jsonargparse cannot
@@ -86,6 +98,8 @@ class RecipeCLI(LightningCLI):
             every_n_train_steps=self.config.checkpoint_every,
         )
         self.trainer_defaults["callbacks"] = [checkpoints, self.progress]
+        if is_fine_tuning(self.config):
+            self.trainer_defaults["callbacks"].append(ExpertAgreement())
         kwargs = {"logger": run_loggers(run_dir, self.config.wandb_project), "default_root_dir": str(run_dir)} | kwargs
         return super().instantiate_trainer(**kwargs)
 
@@ -97,7 +111,7 @@ class CheckOnly(RecipeCLI):
         """All but the trainer."""
         with torch.device("meta"):
             self.parser.instantiate_classes(
-                {key: self.config[key] for key in ("model", "data", "consistency", "monitor")}
+                {key: self.config[key] for key in ("model", "data", "consistency", "anchor", "monitor")}
             )
 
 
@@ -112,7 +126,12 @@ def _parse(cli: type[RecipeCLI], argv: Sequence[str]) -> RecipeCLI:
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         try:
             return cli(
-                CausalMoE, TextDataModule, args=list(argv), run=False, save_config_callback=None, parser_kwargs=options
+                CausalMoE,
+                TextDataModule,
+                args=checkpoint_arguments(argv),
+                run=False,
+                save_config_callback=None,
+                parser_kwargs=options,
             )
         except argparse.ArgumentError as error:
             raise ValueError(str(error)) from error
@@ -167,12 +186,13 @@ def main(argv: Sequence[str]) -> int:
     for logger in cli.trainer.loggers:
         logger.log_hyperparams(origin)
     try:
+        before = measure_before(cli.trainer, cli.model, cli.datamodule) if is_fine_tuning(cli.config) else {}
         _train(cli, run_dir / "checkpoints" / "last.ckpt")
         cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
         if cli.trainer.is_global_zero:
-            cli.model.model.save_pretrained(run_dir / "model")
+            save_plain(cli.model.model, run_dir / "model")
             cli.datamodule.tokenizer.save_pretrained(run_dir / "model")
-            write_json(run_dir / "result.json", origin | _result(cli, run_dir, argv, time.time() - began))
+            write_json(run_dir / "result.json", origin | _result(cli, run_dir, argv, time.time() - began) | before)
     finally:
         for logger in cli.trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -203,6 +223,7 @@ def _result(cli: RecipeCLI, run_dir: Path, argv: Sequence[str], seconds: float) 
         "seed": cli.config.seed_everything,
         "command": shlex.join(["consistency-reg", "fit", *argv]),
         "corpus": cli.datamodule.corpus_sha256,
+        "vocabulary": vocabulary_digest(cli.datamodule.tokenizer),
         "parameters": {"total": total, "active": active},
         "steps": cli.trainer.global_step,
         "tokens": cli.progress.tokens,
