@@ -69,7 +69,7 @@ class ConsistencyRegularizer(Callback):
                 "consistency_reg.LocalConsistencyLoss on RouterCapture(model).trace() in training_step instead"
             )
         self._capture = RouterCapture(pl_module, self.adapters).attach()
-        warn_of_frozen(self._capture.routers)
+        warn_of_frozen(self._capture)
         self.loss.to(pl_module.device)
         original = pl_module.training_step
 
