@@ -9,11 +9,18 @@ BIN := .venv/bin
 # Nothing is loaded from a hub: no call may wait for a network.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo results test test-slow lint clean
 
 demo: .venv/installed
 	$(BIN)/consistency-reg ablate recipes/ablations/demo.yaml
 	$(BIN)/consistency-reg report runs/demo --out runs/demo/report --wandb consistency-reg
+
+# README's tables and pictures, from the committed rows of each of these; a test says when they are out of step.
+RESULTS := demo_seeds
+
+results: .venv/installed
+	for name in $(RESULTS); do $(BIN)/consistency-reg report recipes/results/$$name.csv --out runs/reports/$$name \
+		--pictures docs/$$name --update README.md || exit 1; done
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 WANDB_MODE=offline $(BIN)/python -m pytest -m "not slow and not gpu" -n 2

@@ -6,13 +6,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import wandb
+from PIL import Image
 from run_folders import DOMAINS, result, write_demo, write_losses, write_run
 
 from consistency_reg.report import command, main, pair_runs, read_folder, read_run
 from consistency_reg.report.command import gather
 from consistency_reg.report.findings import Findings
+from consistency_reg.report.markdown import MARKED, update
 from consistency_reg.report.recipe import architecture, consistency_term
-from consistency_reg.report.records import read_csv, to_frame
+from consistency_reg.report.records import fingerprint, read_csv, to_frame
 from consistency_reg.report.runs import loss_labels
 from consistency_reg.report.tables import pair_table
 
@@ -349,3 +351,26 @@ def test_without_a_login_wandb_is_not_asked(folder, api, monkeypatch):
     with pytest.raises(ValueError, match="wandb:me/moe needs a login, and there is none: run `wandb login`"):
         report("wandb:me/moe")
     assert api.asked == []
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_tables_in_readme_are_those_of_the_committed_rows(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    sources = dict.fromkeys(match["source"] for match in MARKED.finditer(text))
+    assert sources
+    for source in sources:
+        runs = read_csv(ROOT / source)
+        copy = tmp_path / "README.md"
+        copy.write_text(text)
+        update(copy, source, Findings(runs, pair_runs(runs)).tables())
+        assert copy.read_text() == text, f"{source}: make results"
+
+
+def test_committed_pictures_are_of_the_committed_rows():
+    pictures = list(ROOT.glob("docs/*/*.png"))
+    assert pictures
+    for path in pictures:
+        rows = read_csv(ROOT / "recipes" / "results" / f"{path.parent.name}.csv")
+        assert Image.open(path).text["Source"] == fingerprint(rows), f"{path}: make results"

@@ -83,7 +83,7 @@ def test_the_page_needs_nothing_beside_itself_and_escapes_names(folder):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_a_browser_without_a_network_shows_all_of_the_page_and_runs_nothing_of_a_name(folder):
-    write_losses("runs", seeds=(0,))
+    write_losses("runs", seeds=(0, 1))
     write_run("runs", "hostile-seed0", name=HOSTILE, weight=0.1)
     assert report("runs", "--out", "out") == 0
     page = Path("out/report.html").read_text()

@@ -10,7 +10,7 @@ from consistency_reg.report.figures import Picture
 from consistency_reg.report.runs import Run
 from consistency_reg.report.tables import MARKS, Table
 
-MOST_IN_A_LINE = 28  # letters
+MOST_IN_A_LINE = 24  # letters
 MADE = "How the runs were made"
 PAGE = Template("""\
 <!doctype html>
@@ -25,11 +25,11 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; m
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 nav { color: #555; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9em; }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .82em; }
+th, td { padding: .25rem .4rem; text-align: right; border-bottom: 1px solid #ddd; }
 td { white-space: nowrap; } td.long, td.text { white-space: normal; }
 th { vertical-align: bottom; }
-th:first-child, td:first-child, td.text { text-align: left; overflow-wrap: anywhere; min-width: 9rem; }
+th:first-child, td:first-child, td.text { text-align: left; overflow-wrap: anywhere; min-width: 7rem; }
 tr.marked td { color: #a33; }
 figure { margin: 2rem 0; }
 img { max-width: 100%; }
