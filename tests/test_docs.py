@@ -1,0 +1,57 @@
+"""README and docs: every Python block runs, the command line takes every command, every link leads somewhere."""
+
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from consistency_reg.cli import MODULES
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Pages about other trainers have tests of their own, with the models and data that they need.
+RUN_HERE = ("README.md", "choosing.md", "glossary.md", "index.md", "tracking.md", "what_you_log.md")
+PARSERS = {"evaluate": "", "ablate": ".command", "report": ".command", "workspace": ""}
+
+
+def found(pattern, pages=PAGES):
+    """(page, match) of every match."""
+    flags = re.DOTALL | re.MULTILINE
+    return [(page, match) for page in pages for match in re.findall(pattern, page.read_text(), flags)]
+
+
+def commands():
+    """Each command with arguments, in a block or in backticks, without what is said beside it."""
+    lines = found(r"^(consistency-reg [^\n`]+)") + found(r"`(consistency-reg [^`]+)`")
+    return [(page, " ".join(line.split("  ")[0].split("#")[0].split())) for page, line in lines]
+
+
+def ids(value):
+    return value.name if isinstance(value, Path) else ""
+
+
+BLOCKS = found(r"^```python\n(.*?)^```", [page for page in PAGES if page.name in RUN_HERE])
+
+
+@pytest.mark.parametrize(("page", "code"), BLOCKS, ids=ids)
+def test_python_block(page, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, page.name, "exec"), {"__name__": "block"})
+
+
+@pytest.mark.parametrize(("page", "line"), commands(), ids=ids)
+def test_command(page, line):
+    _, name, *arguments = shlex.split(line)
+    assert name in MODULES, line
+    for word in arguments:
+        if re.match(r"recipes/[\w./]+\.(yaml|csv)$", word) and "NAME" not in word:
+            assert (ROOT / word).exists(), word
+    if name in PARSERS and arguments:
+        import_module(MODULES[name] + PARSERS[name])._parser().parse_args(arguments)
+
+
+@pytest.mark.parametrize(("page", "target"), found(r"\]\(([^)#]+)\)"), ids=ids)
+def test_link(page, target):
+    assert target.startswith("http") or (page.parent / target).exists(), target
