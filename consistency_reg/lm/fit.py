@@ -31,6 +31,7 @@ from consistency_reg.lm.finetune import (
     measure_before,
     vocabulary_digest,
 )
+from consistency_reg.lm.mistakes import explain, recipe_keys
 from consistency_reg.lm.model import count_parameters, small_moe
 from consistency_reg.lm.module import CausalMoE
 from consistency_reg.lm.pretrained import save_plain
@@ -57,6 +58,13 @@ class RecipeCLI(LightningCLI):
         parser.add_argument("--wandb_project", type=str, default="consistency-reg", help="empty for no wandb")
         parser.add_argument("--checkpoint_every", type=int, default=50, help="optimizer steps between two checkpoints")
         parser.link_arguments("seed_everything", "data.seed")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """As LightningCLI does, but errors say what to do."""
+        try:
+            super().parse_arguments(parser, args)
+        except argparse.ArgumentError as error:
+            raise ValueError(explain(str(error), recipe_keys(parser))) from error
 
     def before_instantiate_classes(self) -> None:
         """Refuse what could only fail later, and a folder that holds another run."""
@@ -124,17 +132,14 @@ def _parse(cli: type[RecipeCLI], argv: Sequence[str]) -> RecipeCLI:
     options = {"prog": "consistency-reg fit", "default_config_files": [str(DEFAULTS)], "exit_on_error": False}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        try:
-            return cli(
-                CausalMoE,
-                TextDataModule,
-                args=checkpoint_arguments(argv),
-                run=False,
-                save_config_callback=None,
-                parser_kwargs=options,
-            )
-        except argparse.ArgumentError as error:
-            raise ValueError(str(error)) from error
+        return cli(
+            CausalMoE,
+            TextDataModule,
+            args=checkpoint_arguments(argv),
+            run=False,
+            save_config_callback=None,
+            parser_kwargs=options,
+        )
 
 
 def claim_folder(run_dir: Path, config: str) -> None:
