@@ -1,6 +1,7 @@
 """``consistency-reg evaluate``: judge models by their routing, and say how large a cache of experts they need."""
 
 import argparse
+import math
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -130,8 +131,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if options.replicates < 0:
         raise ValueError(f"--replicates must be 0 or more, got {options.replicates}")
-    if not options.cache_ratios or min(options.cache_ratios) <= 0:
-        raise ValueError(f"--cache-ratios must be positive, got {options.cache_ratios}")
+    if not options.cache_ratios or not all(0 < ratio < math.inf for ratio in options.cache_ratios):
+        raise ValueError(f"--cache-ratios must be positive numbers, got {options.cache_ratios}")
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out must be a folder, got the file {options.out}")
     if options.save_trace is not None and options.save_trace.is_dir():

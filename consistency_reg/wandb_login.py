@@ -1,7 +1,23 @@
 """wandb without a prompt: offline where there is no login."""
 
+import configparser
 import netrc
 import os
+from collections.abc import Mapping
+from pathlib import Path
+
+MODES = ("online", "offline", "disabled", "shared")
+
+
+def wandb_mode() -> str | None:
+    """The ``mode`` for ``wandb.init``: what WANDB_MODE says, else offline without a login; None leaves it to wandb.
+
+    To be passed on, as wandb reads its environment only once in a process.
+    """
+    chosen = os.environ.get("WANDB_MODE")
+    if chosen is not None:
+        return chosen if chosen in MODES else None
+    return None if login_found() else "offline"
 
 
 def offline_without_login() -> None:
@@ -11,11 +27,26 @@ def offline_without_login() -> None:
 
 
 def login_found() -> bool:
-    """Whether wandb would find an API key without asking."""
-    if os.environ.get("WANDB_API_KEY"):
+    """Whether wandb would find credentials without asking: in the environment, in its settings, in a netrc file."""
+    settings = _settings()
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or settings.get("api_key"):
         return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    address = os.environ.get("WANDB_BASE_URL") or settings.get("base_url") or "https://api.wandb.ai"
+    host = address.split("//")[-1].split("/")[0]
+    places = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    path = next((path for path in map(Path, places) if path.expanduser().exists()), None)
     try:
-        return netrc.netrc().authenticators(host) is not None
+        return path is not None and netrc.netrc(str(path.expanduser())).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def _settings() -> Mapping[str, str]:
+    """What ``wandb login`` has written beside the key, such as the address of a server of one's own."""
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+    parser = configparser.ConfigParser()
+    try:
+        parser.read(folder / "settings")
+    except configparser.Error:
+        return {}
+    return dict(parser["default"]) if parser.has_section("default") else {}

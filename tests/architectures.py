@@ -33,6 +33,13 @@ REASONS = {
     "vitpose": "is not routed: the caller names one expert for a whole picture (`dataset_index`)",
 }
 
+# What a reader of a row that passes should know.
+REMARKS = {
+    "longcat_flash": "experts without weights count in E",
+    "nllb-moe": "captured is what the router chose; the installed experts module runs its first two experts alone",
+    "zaya": "skipping the experts counts as one more expert",
+}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -70,7 +77,8 @@ def examine(model_type: str) -> Row:
         routed = check(model, inputs)
     except Exception as error:
         return Row(type(model).__name__, model_type, kind, "", f"{type(error).__name__}: {error}".split("\n")[0])
-    return Row(type(model).__name__, model_type, kind, routed)
+    remark = f"; {REMARKS[model_type]}" if model_type in REMARKS else ""
+    return Row(type(model).__name__, model_type, kind, routed + remark)
 
 
 def check(model: nn.Module, inputs: dict[str, Tensor]) -> str:

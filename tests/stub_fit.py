@@ -1,11 +1,13 @@
 """A stand-in for ``consistency-reg fit`` that keeps the contract of run folders and trains nothing.
 
-Recipe keys: ``steps`` and ``seconds`` (of each step), ``fail`` (crash at that step). It goes on from the step that it
-had reached, as fit does, and notes in the run folder every start and every clash with another process at work there.
+Recipe keys: ``steps`` and ``seconds`` (of each step), ``fail`` (crash at that step), ``kill`` (be killed then). It goes
+on from the step that it had reached, as fit does, and notes in the run folder every start and every clash with another
+process at work there.
 """
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -30,6 +32,8 @@ def main(argv):
         print(f"step {step}", flush=True)
         if config.get("fail") == step:
             raise MemoryError(f"no memory left at step {step}")
+        if config.get("kill") == step:
+            os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(config["seconds"])
         reached.write_text(str(step + 1))
         progress = {"step": step + 1, "total_steps": config["steps"], "ce": 4.0, "phase": "train"}

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from consistency_reg.ablation import command, load_grid, run_cells, sweep
+from consistency_reg.ablation import LocalLauncher, command, load_grid, run_cells, sweep
+from consistency_reg.ablation.launchers import cell_environment
 from consistency_reg.ablation.progress import CellState, LiveDisplay, remaining_seconds
-from consistency_reg.ablation.scheduler import cell_environment
 
 STUB = (sys.executable, str(Path(__file__).with_name("stub_fit.py")))
 RECIPE = {"steps": 2, "seconds": 0.0, "model": {"width": 8, "depth": 1}}
@@ -164,6 +164,14 @@ def test_a_failing_cell_is_reported_and_does_not_stop_the_rest(folder, capsys):
     assert Path("runs/small/never-seed0/result.json").exists()
 
 
+def test_a_cell_that_is_killed_is_reported_with_what_may_have_killed_it(folder, capsys):
+    grid = write_grid(grid={"kill": {"key": "kill", "values": {"first": 1, "never": 99}}})
+    assert ablate(grid) == 1
+    output = capsys.readouterr()
+    assert "1 cells run, 0 finished before, 1 failed" in output.out
+    assert "first-seed0 failed: killed by SIGKILL (out of memory?)" in output.err
+
+
 def test_only_runs_a_part_of_the_grid_and_a_dry_run_nothing(folder, capsys):
     grid = write_grid(seeds=[0, 1])
     assert ablate(grid, "--only", "loss=srp", "seed=1", "width=wide") == 0
@@ -210,6 +218,24 @@ def test_cells_share_a_wandb_group_and_divide_the_threads(folder):
     environment = cell_environment(load_grid(grid), 1, {"PATH": "x"})
     assert "OMP_NUM_THREADS" not in environment
     assert cell_environment(load_grid(grid), 3, {"OMP_NUM_THREADS": "2"})["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_cell_of_two_jobs_computes_with_its_share_of_the_threads(folder, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    environment = cell_environment(load_grid(write_grid()), 2, os.environ)
+    threads = [sys.executable, "-c", "import torch; print(torch.get_num_threads())"]
+    assert subprocess.run(threads, env=environment, capture_output=True, text=True, check=True).stdout == "1\n"
+
+
+def test_resources_of_a_cell_that_make_no_sense_are_refused(folder):
+    grid = write_grid()
+    for arguments, message in (
+        (["--launcher", "ray", "--cpus", "0"], "--cpus must be at least 1, got 0"),
+        (["--launcher", "ray", "--gpus", "-1"], "--gpus must be at least 0, got -1"),
+        (["--cpus", "2"], "--cpus and --gpus are what a cell gets with --launcher ray"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ablate(grid, *arguments)
 
 
 DRIVER = """
@@ -314,7 +340,7 @@ def test_the_display_tells_the_running_cells_step_loss_perplexity_and_the_remain
     grid = load_grid(slow_grid())
     lines = io.StringIO()
     with LiveDisplay(1, Console(file=lines, width=200), seconds_between_lines=0.3) as display:
-        run_cells(grid, grid.select(["width=wide"]), display, command=STUB, poll_seconds=0.05)
+        run_cells(grid, grid.select(["width=wide"]), display, LocalLauncher(STUB), poll_seconds=0.05)
     assert "wide-srp-seed0: running" in lines.getvalue()
     assert re.search(r"train, step \d+/10, loss 4\.000, perplexity 54\.6", lines.getvalue())
     assert re.search(r"1 of 2 cells, \d:\d\d:\d\d so far, \d:\d\d:\d\d remaining", lines.getvalue())

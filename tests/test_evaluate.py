@@ -11,6 +11,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tiny_models import COMMON, E, K, configs, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -494,6 +495,14 @@ def remote_code(folder, place):
     return [str(folder / "remote")]
 
 
+def lacking(folder, place):
+    shutil.copytree(place / "olmoe", folder / "lacking")
+    weights = folder / "lacking" / "model.safetensors"
+    left = {name: tensor for name, tensor in load_file(weights).items() if "layers.1.mlp.gate" not in name}
+    save_file(left, weights, {"format": "pt"})
+    return [str(folder / "lacking")]
+
+
 def model_and(*arguments):
     return lambda folder, place: [str(place / "olmoe"), *(argument.format(place=place) for argument in arguments)]
 
@@ -502,6 +511,7 @@ def model_and(*arguments):
     ("arguments", "message"),
     [
         (dense, "model must contain mixture-of-experts routers.*It looks dense"),
+        (lacking, r"lacks 1 of the model's weights: model\.layers\.1\.mlp\.gate\.weight and so on would be random"),
         (unfinished, "is a run without a saved model"),
         (remote_code, "runs code of its own: read it, then allow it with --trust-remote-code"),
         (lambda folder, place: [str(folder)], "must hold a model"),
@@ -514,6 +524,7 @@ def model_and(*arguments):
         (model_and("--segment-lengths", "500"), "must not all exceed the longest document"),
         (model_and("--segment-lengths", "0"), "segment_lengths? must be"),
         (model_and("--cache-ratios", "0"), "--cache-ratios must be positive"),
+        (model_and("--cache-ratios", "1,nan"), "--cache-ratios must be positive"),
         (model_and("--max-tokens", "1"), "--max-tokens must be at least 2, got 1"),
         (model_and("--batch-size", "0"), "--batch-size must be at least 1, got 0"),
         (model_and("{place}/switch", "--save-trace", "x"), "--save-trace keeps the routing of one MODEL, got 2"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from run_folders import write_run
 from safetensors.torch import load_file, save_file
 from tiny_models import KINDS, tiny_model, token_ids
 
@@ -17,8 +18,11 @@ from consistency_reg.ablation import load_grid
 from consistency_reg.ablation.command import check_cells
 from consistency_reg.capture import RouterCapture
 from consistency_reg.lm import fit
+from consistency_reg.lm.model import count_parameters
 from consistency_reg.lm.pretrained import PARTS, attention_matrices, pretrained_moe, save_plain, trainable
 from consistency_reg.lm.run import RunProgress
+from consistency_reg.report.finetuning import fine_tuning_tables
+from consistency_reg.report.runs import read_folder
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = {  # two domains, documents shorter than rows
@@ -183,6 +187,8 @@ def test_what_is_to_learn_gets_a_gradient_and_the_rest_none(kind, train):
     tuned = trainable(model, train, lora_rank=2)
     tuned(token_ids(2, 9), labels=token_ids(2, 9)).loss.backward()
     learning = {name: parameter for name, parameter in tuned.named_parameters() if parameter.requires_grad}
+    total, active = count_parameters(model)
+    assert active < total
     assert routers <= {id(parameter) for parameter in learning.values()}
     others = [name for name, parameter in learning.items() if id(parameter) not in routers]
     if train == "router":
@@ -254,6 +260,22 @@ def test_agreement_counts_what_two_sets_share():
     assert float(functional.expert_agreement(ids, ids.flip(-1))) == 1
     with pytest.raises(ValueError, match=r"same shape \[B, T, K\]"):
         functional.expert_agreement(ids, other[:2])
+
+
+def test_the_report_shows_before_and_after_and_says_where_the_control_is_missing(tmp_path):
+    before = {"val/ppl": 80.0, "val/cache/lru_2k": 0.5}
+    write_run(tmp_path, "on-seed0", weight=0.3, hits=0.7, before=before, metrics={"val/agreement": 0.62})
+    (table,) = fine_tuning_tables(read_folder(tmp_path)[0])
+    row = dict(zip(table.header, table.rows[0], strict=True))
+    assert (row["perplexity"], row["at 2K"], row["agreement"]) == ("80.00 -> 70.00", "50.0 -> 30.0", "62.0")
+    assert row["control"] == "missing"
+    assert "--consistency.weight 0" in table.note
+
+    write_run(tmp_path, "off-seed0", weight=0.0, hits=0.5, before=before)
+    write_run(tmp_path, "pretrained", weight=0.0)
+    (table,) = fine_tuning_tables(read_folder(tmp_path)[0])
+    assert {row[0]: row[1] for row in table.rows} == {"on-seed0": "shown", "off-seed0": "is the control"}
+    assert fine_tuning_tables(read_folder(tmp_path / "pretrained")[0]) == []
 
 
 def refusal(arguments):

@@ -1,13 +1,18 @@
 """`consistency-reg fit` as a user runs it: recipes, run folders, interruption, wandb, and what it refuses."""
 
+import csv
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from wandb_file import read_run
+from wandb_file import read_run, read_runs
 
 from consistency_reg.lm import fit
 from consistency_reg.lm.run import RunProgress
@@ -55,8 +60,8 @@ def result(run_dir) -> dict:
     return json.loads(Path(run_dir, "result.json").read_text())
 
 
-def _rows(path: Path) -> list[str]:
-    return path.read_text().splitlines()[1:]
+def _rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
 
 
 @pytest.mark.parametrize("recipe", [path.stem for path in RECIPES])
@@ -102,31 +107,85 @@ def test_shared_experts_keep_the_parameters(tmp_path):
         assert shared[kind] == pytest.approx(routed[kind], rel=0.01)
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    options = {"trainer__max_steps": 6, "checkpoint_every": 2, "consistency__weight": 1.0}
-    fit.main(arguments(tmp_path / "straight", **options))
+TWO_VALIDATIONS = {
+    "trainer__max_steps": 6,
+    "trainer__val_check_interval": 3,
+    "checkpoint_every": 2,
+    "consistency__weight": 1.0,
+}
 
-    began = RunProgress.on_train_batch_start
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    fit.main(arguments(folder, **TWO_VALIDATIONS))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("hook", "at", "saved"),
+    [
+        pytest.param("on_train_batch_start", 0, 1, id="before the first checkpoint"),
+        pytest.param("on_train_batch_start", 2, 3, id="in a step", marks=pytest.mark.slow),
+        pytest.param("on_validation_batch_end", 3, 4, id="in a validation", marks=pytest.mark.slow),
+        pytest.param("on_validation_batch_end", 6, 6, id="in the last validation of fit"),
+    ],
+)
+def test_an_interrupted_run_goes_on_where_it_stopped(hook, at, saved, straight, tmp_path, monkeypatch, capsys):
+    original, pressed = getattr(RunProgress, hook), []
 
     def press_control_c(self, trainer, *args):
-        began(self, trainer, *args)
-        if trainer.global_step == 2:
+        original(self, trainer, *args)
+        if trainer.global_step == at and not pressed:
+            pressed.append(True)
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunProgress, "on_train_batch_start", press_control_c)
+        patch.setattr(RunProgress, hook, press_control_c)
         with pytest.raises(SystemExit):
-            fit.main(arguments(tmp_path / "stopped", **options))
+            fit.main(arguments(tmp_path / "stopped", **TWO_VALIDATIONS))
+    told = capsys.readouterr().err
+    assert "once more to stop at once" in told
+    assert f"saved step {saved} of 6 in {tmp_path / 'stopped' / 'checkpoints' / 'last.ckpt'}" in told
     assert not (tmp_path / "stopped" / "result.json").exists()
-    assert fit.main(arguments(tmp_path / "stopped", **options)) == 0
+    assert fit.main(arguments(tmp_path / "stopped", **TWO_VALIDATIONS)) == 0
 
-    steps = [
-        row.split(",")[1] for name in ("metrics-1", "metrics") for row in _rows(tmp_path / "stopped" / f"{name}.csv")
-    ]
-    assert [int(step) for step in dict.fromkeys(steps)][:6] == [0, 1, 2, 3, 4, 5]
-    straight, resumed = result(tmp_path / "straight"), result(tmp_path / "stopped")
-    assert resumed["metrics"] == pytest.approx(straight["metrics"], rel=1e-6)
-    assert resumed["tokens"] == straight["tokens"]
+    rows = [row for name in ("metrics-1", "metrics") for row in _rows(tmp_path / "stopped" / f"{name}.csv")]
+    assert [int(row["step"]) for row in rows if row.get("train/ce")] == [0, 1, 2, 3, 4, 5]
+    validated = [int(row["step"]) for row in rows if row.get("val/ce")]
+    assert validated == [int(row["step"]) for row in _rows(straight / "metrics.csv") if row.get("val/ce")]
+    uninterrupted, resumed = result(straight), result(tmp_path / "stopped")
+    assert resumed["metrics"] == pytest.approx(uninterrupted["metrics"], rel=1e-6)
+    assert resumed["tokens"] == uninterrupted["tokens"]
+
+
+def test_a_killed_run_loses_at_most_what_came_after_its_last_checkpoint(tmp_path):
+    """SIGKILL to a real process: its offline wandb file is readable, and the same command goes on as the same run."""
+    every, steps = 5, 40
+    argv = arguments(tmp_path / "run", trainer__max_steps=steps, checkpoint_every=every, data__validation_tokens=64)
+    command = [sys.executable, "-m", "consistency_reg", "fit", *argv]
+    ours = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # else it would join it
+    process = subprocess.Popen(command, env=ours | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL)
+    try:
+        while process.poll() is None and not any(len(run.history) > 5 for run in read_runs(tmp_path / "run")):
+            time.sleep(0.2)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    logged = len(_rows(tmp_path / "run" / "metrics.csv"))
+    assert fit.main(argv) == 0
+
+    killed, resumed = read_runs(tmp_path / "run")
+    assert killed.id == resumed.id == (tmp_path / "run" / "wandb-id").read_text()
+    before = [row["trainer/global_step"] for row in killed.history if "train/ce" in row]
+    after = [row["trainer/global_step"] for row in resumed.history if "train/ce" in row]
+    assert before == list(range(len(before)))
+    assert 4 < len(before) <= logged
+    assert after == list(range(after[0], steps))
+    assert logged - every <= after[0] <= logged + 1
+    assert killed.config["config"] == resumed.config["config"]
+    assert result(tmp_path / "run")["tokens"] == steps * 2 * 64
 
 
 def test_a_finished_run_is_not_run_again(tmp_path, capsys):
@@ -137,17 +196,42 @@ def test_a_finished_run_is_not_run_again(tmp_path, capsys):
     assert (tmp_path / "run" / "result.json").stat().st_mtime_ns == before
 
 
-def test_wandb_holds_configuration_metrics_and_summary(tmp_path):
+def test_wandb_holds_configuration_metrics_summary_and_the_model_card(tmp_path):
     fit.main(arguments(tmp_path / "run"))
-    config, history = read_run(tmp_path / "run")
-    assert config["config"]["consistency"]["weight"] == result(tmp_path / "run")["config"]["consistency"]["weight"]
-    assert config["corpus_sha256"] == result(tmp_path / "run")["corpus"]
-    assert config["versions"]["torch"] == torch.__version__
-    training = [row for row in history if "train/consistency/loss" in row]
-    assert len(training) == 2
+    run, written = read_run(tmp_path / "run"), result(tmp_path / "run")
+    assert run.config["config"] == written["config"]
+    assert run.config["corpus_sha256"] == written["corpus"]
+    assert run.config["versions"]["torch"] == torch.__version__
+    assert run.config["git_commit"] == written["git_commit"]
+    training = [row for row in run.history if "train/consistency/loss" in row]
+    assert [row["trainer/tokens"] for row in training] == [2 * 64, 2 * 2 * 64]
     assert all(row["train/consistency/weighted"] >= 0 for row in training)
-    validation = [row for row in history if "val/srp/m16" in row]
-    assert validation[-1]["val/ppl"] == pytest.approx(result(tmp_path / "run")["metrics"]["val/ppl"])
+    validation = [row for row in run.history if "val/srp/m16" in row]
+    assert validation[-1]["val/ppl"] == pytest.approx(written["metrics"]["val/ppl"])
+    for name, value in written["metrics"].items():
+        assert run.summary[name] == pytest.approx(value), name
+    assert run.summary["result"]["tokens"] == written["tokens"]
+    assert run.summary["best/val/ppl"] == pytest.approx(min(row["val/ppl"] for row in validation))
+    assert len(run.images("val/routing/math")) == len(run.images("val/routing/cpp")) == len(validation)
+    assert {row[4] for row in run.table("val/experts")["data"]} <= {"math", "cpp", None}
+    assert ("model-card", "run-card", ["README.md", "config.yaml"]) in run.artifacts
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert f"| perplexity | {written['metrics']['val/ppl']:.4g} |" in card
+    assert written["command"] in card
+
+
+def test_wandb_is_off_without_a_project_or_when_disabled_and_offline_without_a_login(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("NETRC", "WANDB_API_KEY", "WANDB_CONFIG_DIR", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    fit.main(arguments(tmp_path / "offline"))
+    assert read_run(tmp_path / "offline").history
+    fit.main(arguments(tmp_path / "none", wandb_project=""))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    fit.main(arguments(tmp_path / "disabled"))
+    for name in ("none", "disabled"):
+        assert not list((tmp_path / name).rglob("*.wandb"))
+        assert result(tmp_path / name)["metrics"] == result(tmp_path / "offline")["metrics"]
 
 
 @pytest.mark.parametrize(

@@ -411,6 +411,8 @@ def test_bad_cache_options_are_named():
         CacheHitRate(4, policy="random")
     with pytest.raises(ValueError, match="cache_ratios must be positive numbers"):
         SegmentCacheHitRate(4, cache_ratios=(0, 1))
+    with pytest.raises(ValueError, match="cache_ratios must be positive numbers"):
+        CacheHitRate(4, cache_ratios=(1, float("inf")))
 
 
 # --- balance and specialization

@@ -1,14 +1,43 @@
-"""Read an offline wandb run back: a log in LevelDB's format whose entries are wandb's own protobuf records."""
+"""Read offline wandb runs back: a log in LevelDB's format whose entries are wandb's own protobuf records.
+
+wandb has no reader in Python since 0.30; its Go code reads the same way (core/internal/transactionlog): records up to
+one that is cut off, as by a kill.
+"""
 
 import json
 import struct
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from wandb.proto import wandb_internal_pb2
 
 BLOCK, HEADER = 32768, 7
 FULL, FIRST, _, LAST = 1, 2, 3, 4
+
+
+@dataclass
+class OfflineRun:
+    """What one process logged; ``history`` has a dict for each row, ``axes`` the step metric of each defined name."""
+
+    folder: Path
+    id: str = ""
+    config: dict = field(default_factory=dict)
+    history: list[dict] = field(default_factory=list)
+    summary: dict = field(default_factory=dict)
+    axes: dict[str, str] = field(default_factory=dict)
+    artifacts: list[tuple[str, str, list[str]]] = field(default_factory=list)  # type, name, files
+    finished: bool = False
+
+    def table(self, key: str) -> dict:
+        """The last table under a key: its ``columns`` and ``data``."""
+        (*_, row) = (row for row in self.history if key in row)
+        return json.loads((self.folder / "files" / row[key]["path"]).read_text())
+
+    def images(self, key: str) -> list[Path]:
+        """The files of all images under a key, in the order of the rows."""
+        return [self.folder / "files" / row[key]["path"] for row in self.history if key in row]
 
 
 def records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
@@ -18,6 +47,8 @@ def records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
             position += BLOCK - position % BLOCK
             continue
         _, length, kind = struct.unpack_from("<IHB", data, position)
+        if position + HEADER + length > len(data):  # cut off
+            return
         parts = [] if kind in (FULL, FIRST) else parts
         parts.append(data[position + HEADER : position + HEADER + length])
         position += HEADER + length
@@ -27,14 +58,45 @@ def records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
             yield record
 
 
-def read_run(folder: Path) -> tuple[dict, list[dict]]:
-    """(config, history) of the one offline run below ``folder``."""
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    config, history = {}, []
+def _set(tree: dict, item) -> None:
+    keys = list(item.nested_key) or [item.key]
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[keys[-1]] = json.loads(item.value_json)
+
+
+def read_file(path: Path) -> OfflineRun:
+    run = OfflineRun(path.parent)
     for record in records(path):
+        run.id = record.run.run_id or run.id
         for update in (*record.config.update, *record.run.config.update):
-            config[update.key or ".".join(update.nested_key)] = json.loads(update.value_json)
+            _set(run.config, update)
+        for update in record.summary.update:
+            _set(run.summary, update)
+        if record.HasField("metric"):
+            run.axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
+        if record.HasField("artifact"):
+            files = [entry.path for entry in record.artifact.manifest.contents]
+            run.artifacts.append((record.artifact.type, record.artifact.name, files))
         if record.history.item:
-            row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            history.append(row)
-    return config, history
+            row: dict = {}
+            for item in record.history.item:
+                _set(row, item)
+            run.history.append(row)
+        run.finished |= record.HasField("exit")
+    return run
+
+
+def read_runs(folder: Path) -> list[OfflineRun]:
+    """The offline runs below ``folder`` in the order of their beginning: an interrupted run has more than one."""
+    return [read_file(path) for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"))]
+
+
+def read_run(folder: Path) -> OfflineRun:
+    """The one offline run below ``folder``, when it has finished."""
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    for _ in range(200):  # wandb's process may still write when ``finish`` has returned
+        if (run := read_file(path)).finished:
+            break
+        time.sleep(0.05)
+    return run

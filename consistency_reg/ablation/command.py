@@ -15,15 +15,18 @@ from consistency_reg.ablation.folder import (
     write_config,
 )
 from consistency_reg.ablation.grid import Cell, Grid
+from consistency_reg.ablation.launchers import FIT, Launcher, LocalLauncher
 from consistency_reg.ablation.progress import LiveDisplay
-from consistency_reg.ablation.scheduler import FIT, Outcome, run_cells
+from consistency_reg.ablation.scheduler import Outcome, run_cells
 from consistency_reg.ablation.schema import load_grid
 from consistency_reg.ablation.sweep import export_sweep
+from consistency_reg.usage import CommandParser
 
 EXAMPLE = """\
 example:
   consistency-reg ablate recipes/ablations/demo.yaml --jobs 2
   consistency-reg report runs/demo
+  RAY_ADDRESS=HOST:6379 consistency-reg ablate GRID --launcher ray --gpus 1    (files shared by all machines)
 
 Stopped, it goes on where it was when the same command runs again; finished cells are not run twice.
 """
@@ -43,8 +46,7 @@ def main(
         check: raises ValueError on arguments that ``command`` would refuse; that of ``consistency-reg fit`` when None.
     """
     options = _parser().parse_args(argv)
-    if options.jobs < 1:
-        raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
+    _check_resources(options)
     grid = load_grid(options.grid)
     cells = grid.select(options.only)
     if options.export_sweep is not None:
@@ -58,9 +60,27 @@ def main(
         for cell in cells:
             print(f"{cell.name}: {'finished' if is_finished(cell) else 'to run'}")
         return 0
-    with LiveDisplay(options.jobs) as display:
-        outcomes = run_cells(grid, cells, display, jobs=options.jobs, command=command)
+    launcher = _launcher(options, command)
+    with LiveDisplay(launcher.slots()) as display:
+        outcomes = run_cells(grid, cells, display, launcher)
     return report_outcomes(grid, outcomes)
+
+
+def _check_resources(options: argparse.Namespace) -> None:
+    for name in ("jobs", "cpus", "gpus"):
+        value, least = getattr(options, name), 0 if name == "gpus" else 1
+        if value is not None and value < least:
+            raise ValueError(f"--{name} must be at least {least}, got {value}")
+    if options.launcher == "local" and (options.cpus is not None or options.gpus is not None):
+        raise ValueError("--cpus and --gpus are what a cell gets with --launcher ray; on one machine --jobs divides it")
+
+
+def _launcher(options: argparse.Namespace, command: Sequence[str]) -> Launcher:
+    if options.launcher == "local":
+        return LocalLauncher(command, options.jobs or 1)
+    from consistency_reg.ablation.ray_cluster import RayLauncher
+
+    return RayLauncher(command, options.jobs, cpus=options.cpus or 1, gpus=options.gpus or 0)
 
 
 def check_cells(grid: Grid, cells: Sequence[Cell], check: Callable[[list[str]], None] | None = None) -> None:
@@ -99,16 +119,29 @@ def report_outcomes(grid: Grid, outcomes: Sequence[Outcome]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="consistency-reg ablate",
+    parser = CommandParser(
+        "consistency-reg ablate",
         description="Train every cell of a grid over a recipe's keys, each in a folder of its own.",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("grid", type=Path, metavar="GRID", help="YAML: recipe, runs, seeds, and grid or cells")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time, threads divided (default 1)")
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="AXIS=LABEL", help="only the cells with these values; also seed=N; of one axis any"
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="cells at a time: on this machine 1 unless told otherwise, its threads divided; with Ray as many as fit",
+    )
+    parser.add_argument(
+        "--launcher", choices=("local", "ray"), default="local", help="this machine, or those of a Ray cluster"
+    )
+    parser.add_argument("--cpus", type=int, metavar="N", help="with Ray: CPUs, and threads, of a cell (default 1)")
+    parser.add_argument("--gpus", type=float, metavar="N", help="with Ray: GPUs of a cell (default 0: it sees none)")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="AXIS=LABEL",
+        help="only the cells with these values; also seed=N; of one axis any",
     )
     parser.add_argument("--dry-run", action="store_true", help="check the grid and list its cells")
     parser.add_argument("--export-sweep", type=Path, metavar="FILE", help="write the grid as a wandb sweep and stop")

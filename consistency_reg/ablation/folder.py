@@ -95,9 +95,11 @@ class CellLock:
         return lock
 
     def release(self) -> None:
-        """Unlock, also for processes that inherited the lock."""
-        fcntl.flock(self.descriptor, fcntl.LOCK_UN)
-        os.close(self.descriptor)
+        """Unlock, also for processes that inherited the lock; without effect the second time."""
+        if self.descriptor >= 0:
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+            os.close(self.descriptor)
+            self.descriptor = -1
 
 
 def read_progress(cell: Cell) -> dict[str, Any] | None:

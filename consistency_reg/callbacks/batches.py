@@ -10,31 +10,29 @@ from consistency_reg.optional import require
 with require("lightning"):
     from lightning.pytorch import Trainer
 
-Masks = tuple[Tensor | None, Tensor | None]
 
-
-def batch_masks(batch: Any) -> Masks:
-    """(valid, document_ids) of a batch, both [B, T] or None.
-
-    From a mapping with the usual keys: ``attention_mask`` (0/1 or bool, [B, T]) says which tokens are real, and
-    ``document_ids`` or else ``position_ids`` (a new document wherever they do not go on by one) where documents begin.
+def token_ids(batch: Any) -> Tensor | None:
+    """The [B, T] token ids of a batch: under ``input_ids`` of a mapping, first in a sequence, or the batch itself.
 
     Example:
         >>> import torch
-        >>> valid, document_ids = batch_masks({"position_ids": torch.tensor([[0, 1, 2, 0, 1]])})
-        >>> valid, document_ids
-        (None, tensor([[0, 0, 0, 1, 1]]))
+        >>> token_ids((torch.tensor([[3, 1, 2]]), "anything")).shape
+        torch.Size([1, 3])
     """
-    if not isinstance(batch, Mapping):
-        return None, None
-    valid, document_ids = batch.get("attention_mask"), batch.get("document_ids")
+    if isinstance(batch, Mapping):
+        ids = batch.get("input_ids")
+    else:
+        ids = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    is_ids = isinstance(ids, Tensor) and ids.dim() == 2 and not (ids.is_floating_point() or ids.is_complex())
+    return ids if is_ids else None
+
+
+def count_tokens(batch: Any, valid: Tensor | None) -> Tensor | int:
+    """Real tokens of a batch, on its device so that no host waits; 0 where they cannot be told."""
     if valid is not None:
-        valid = valid.bool() if valid.dim() == 2 else None
-    if document_ids is None and (positions := batch.get("position_ids")) is not None and positions.dim() == 2:
-        begins = positions.new_zeros(positions.shape)
-        begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
-        document_ids = begins.cumsum(dim=1)
-    return valid, document_ids
+        return valid.sum()
+    ids = token_ids(batch)
+    return 0 if ids is None else ids.numel()
 
 
 def domain_names(trainer: Trainer) -> list[str]:

@@ -1,37 +1,44 @@
 """The measures of routing as a Lightning callback."""
 
-import re
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from consistency_reg.callbacks.batches import Masks, batch_masks, domain_names
+from consistency_reg.callbacks.batches import count_tokens, domain_names
+from consistency_reg.callbacks.loggers import TOKENS, define_axes, shows_pictures
+from consistency_reg.callbacks.tradeoff import TradeOff
 from consistency_reg.capture import RouterAdapter, RouterCapture
-from consistency_reg.losses.consistency import check_segment_lengths
-from consistency_reg.metrics import CacheHitRate, RoutingBalance, SegmentRoutingPerformance
-from consistency_reg.metrics.base import RoutingMetric
-from consistency_reg.metrics.hit_rates import ModelHitRates
+from consistency_reg.functional.segments import check_segment_lengths
+from consistency_reg.masks import Masks, batch_masks
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
+from consistency_reg.tracking.measures import Measured, RoutingMeasures
 
 with require("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
 
-ROWS_AT_ONCE = 256  # simulated caches take a step for all rows at once: few rows cost nearly what many do
-
 
 class RoutingMonitor(Callback):
-    """Measures routing at validation, for each dataloader (domain) and over all, and logs it under ``val/``.
+    """Measures routing, in validation over each dataloader (domain) and over all, and shows it in every logger.
 
-    Of the model: ``srp/m16``, ``rho_hat/m16``, ``threshold/m16``, ``local_gain/m16``, ``static_srp``, ``overlap``,
-    ``cache/lru_k``, ``cache/lru_2k``, ``cache/lru_25pct`` (hit rates), ``balance/cv``, ``balance/sd``,
-    ``balance/max_mean``, ``balance/min_share``, ``balance/local_cv/m16``. Of each layer: the same with ``/layer_00``
-    behind, for SRP, caches, global balance and overlap. Of each domain, if there are several: SRP, with the domain's
-    name behind. What they mean: :mod:`consistency_reg.metrics`. The sanity check of a trainer is not measured.
+    Under ``val/``, of the model: ``srp/m16``, ``rho_hat/m16``, ``threshold/m16``, ``local_gain/m16``, ``static_srp``,
+    ``overlap``, ``cache/lru_k``, ``cache/lru_2k``, ``cache/lru_25pct`` (hit rates), ``balance/cv``, ``balance/sd``,
+    ``balance/max_mean``, ``balance/min_share``, ``balance/local_cv/m16``. Of each domain, if there are several: the
+    same with the domain's name behind. Of each layer: SRP, caches, global balance and overlap with ``/layer_00``
+    behind. What they mean: :mod:`consistency_reg.metrics`. The sanity check of a trainer is not measured.
+
+    Under ``train/``, at the steps that the trainer logs: SRP, static SRP, local gain and cache hits of that step's
+    batch. ``trainer/tokens`` counts the tokens seen. ``tradeoff/`` holds the point of every validation: quality,
+    LRU misses, SRP.
+
+    wandb also gets, at every validation, ``val/experts`` (a table of all experts), ``val/routing/NAME`` (tokens x
+    experts of a text that stays the same), ``val/cache/curve`` (hit rate by cache size), and in its summary, beside
+    the last value of everything, ``best/``: the model's measures at the validation of best quality. TensorBoard gets
+    the pictures. They need the extra ``plots``.
 
     Args:
         segment_lengths: m of SRP and of local balance.
@@ -39,6 +46,18 @@ class RoutingMonitor(Callback):
         cache_shares: more LRU caches, as a share of a layer's experts.
         masks: ``batch -> (valid, document_ids)``, each [B, T] or None; reads the usual keys of a mapping when None.
         adapters: kinds of routers that the capture does not know by itself.
+        quality: the logged validation metric, lower is better, that the trade-off and ``best/`` are about; the first of
+            ``val/ppl``, ``val/perplexity``, ``val/loss``, ``val_loss`` that the module logs when None.
+        training: measure training batches too; only with automatic optimization.
+        samples: how many texts to draw, the first row of as many validation dataloaders.
+        tokenizer: names the tokens of the texts by ``decode``; the data module's ``tokenizer`` when None.
+
+    Raises:
+        ValueError: a model without routers; ``quality`` names what the module does not log.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[RoutingMonitor()], logger=False, enable_checkpointing=False)
     """
 
     def __init__(
@@ -49,25 +68,97 @@ class RoutingMonitor(Callback):
         *,
         masks: Callable[[Any], Masks] | None = None,
         adapters: Sequence[RouterAdapter] = (),
+        quality: str | None = None,
+        training: bool = True,
+        samples: int = 2,
+        tokenizer: Any = None,
     ) -> None:
-        self.segment_lengths = check_segment_lengths(segment_lengths)
+        if samples < 0:
+            raise ValueError(f"samples must be at least 0 texts, got {samples}")
+        self.segment_lengths = check_segment_lengths(segment_lengths, lowest=2)
         self.cache_ratios = tuple(cache_ratios)
         self.cache_shares = tuple(cache_shares)
         self.masks = masks or batch_masks
         self.adapters = tuple(adapters)
+        self.training = training
+        self.samples = samples
+        self.tokenizer = tokenizer
+        self.tradeoff = TradeOff(quality)
+        self.current: dict[str, float] = {}  # SRP and misses as measured last
+        self._tokens: Tensor | int = 0
         self._capture: RouterCapture | None = None
+        self._fitting = False
         self._recording = ExitStack()
-        self._domains: dict[int, dict[str, RoutingMetric]] = {}
-        self._waiting: dict[int, list[RoutingTrace]] = {}
+        self._records_training = False
+        self._measures = self._new_measures()
+        self._measured: Measured | None = None
+        self._pictures: Any = None  # where a logger shows them
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens seen in training by all processes, which are taken to see equally many."""
+        return int(self._tokens)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give wandb its axes, and see whether a logger holds pictures."""
+        define_axes(trainer)
+        if self._pictures is None and shows_pictures(trainer):
+            from consistency_reg.callbacks.pictures import RoutingPictures  # needs matplotlib
+
+            self._pictures = RoutingPictures(self.samples, self.tokenizer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the routers, before the first forward, so that compiled models are heard too."""
+        self._fitting = True
+        self._capture = RouterCapture(pl_module, self.adapters).attach()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the model."""
+        self._release()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Record the forward of a step that will be logged."""
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        self._records_training = (
+            self.training
+            and pl_module.automatic_optimization
+            and every > 0
+            and (trainer.global_step + 1) % every == 0
+            and (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        )
+        if self._records_training and self._capture is not None:
+            self._recording.enter_context(self._capture.recording())
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Stop to record: activation checkpointing runs the routers again in the backward pass."""
+        self._recording.close()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the tokens, and log the routing of a step that is logged."""
+        self._recording.close()
+        masks = self.masks(batch)
+        self._tokens = self._tokens + count_tokens(batch, masks[0]) * trainer.world_size
+        if isinstance(self._tokens, Tensor) or self._tokens:
+            pl_module.log(TOKENS, torch.as_tensor(self._tokens, dtype=torch.float32))
+        if self._capture is None:
+            return
+        if self._records_training:
+            values = self._measures.of_batch(self._trace(masks))
+            self.current = self._measures.headline(values)
+            for name, value in values.items():
+                pl_module.log(f"train/{name}", value.float(), prog_bar=name in self._measures.headline_names)
+        self._capture.clear()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the routers."""
-        if not trainer.sanity_checking:
+        """Find the routers, outside of fit."""
+        if self._capture is None and not trainer.sanity_checking:
             self._capture = RouterCapture(pl_module, self.adapters).attach()
 
-    def on_validation_batch_start(self, *_: Any, **__: Any) -> None:
+    def on_validation_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         """Record what runs until the batch ends."""
-        if self._capture is not None:
+        if self._capture is not None and not trainer.sanity_checking:
             self._recording.enter_context(self._capture.recording())
 
     def on_validation_batch_end(
@@ -79,100 +170,66 @@ class RoutingMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the batch's expert ids until there are enough rows to measure at once."""
+        """Measure the batch, and keep the first row of the first one for its picture."""
         if self._capture is None:
             return
         self._recording.close()
-        trace = _ids_alone(self._capture.trace(*self.masks(batch)))
+        if not trainer.sanity_checking:
+            trace = self._capture.trace(*self.masks(batch))
+            self._measures.add(trace, dataloader_idx)
+            if self._pictures is not None and batch_idx == 0:
+                self._pictures.keep(trainer, trace, batch, dataloader_idx)
         self._capture.clear()
-        waiting = self._waiting.setdefault(dataloader_idx, [])
-        if waiting and (waiting[0].shape[1] != trace.shape[1] or len(waiting) * waiting[0].shape[0] >= ROWS_AT_ONCE):
-            self._measure(dataloader_idx)
-        self._waiting[dataloader_idx].append(trace)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the domains, then all of them as one."""
-        if self._capture is None:
+        """Log the measures of the domains, and of all of them as one."""
+        if self._capture is None or trainer.sanity_checking:
             return
-        for dataloader_idx in self._waiting:
-            self._measure(dataloader_idx)
-        self._release()
-        names = domain_names(trainer)
-        domains, self._domains = self._domains, {}
-        values: dict[str, Tensor] = {}
-        if len(domains) > 1:
-            for index, metrics in domains.items():
-                srp = metrics["srp"].compute()
-                values |= {f"{_log_name(key)}/{names[index]}": srp[key] for key in srp if "layer" not in key}
-        total, *others = domains.values()
-        for other in others:
-            for name, metric in total.items():
-                metric.merge_state(other[name])
-        for name in ("srp", "balance"):
-            values |= {_log_name(key): value for key, value in total[name].compute().items()}
-        values |= self._cache_values(total["lru"].results())
-        pl_module.log_dict({f"val/{key}": value.float() for key, value in values.items()})
+        self._measured = self._measures.results(domain_names(trainer))
+        self.current = self._measures.headline(self._measured.model)
+        values = self._measured.parts | self._measured.model
+        pl_module.log_dict({f"val/{name}": value.float() for name, value in values.items()})
+        if self.tokens:
+            pl_module.log(TOKENS, float(self.tokens))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what goes with the numbers: the trade-off with the module's quality, the best of it, pictures."""
+        if self._measured is not None:
+            measured, self._measured = self._measured, None
+            self.tradeoff.log(trainer, measured.model, self._measures, self.tokens)
+            if self._pictures is not None:
+                self._pictures.log(trainer, measured, self._measures)
+        if not self._fitting:
+            self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the model."""
         self._release()
 
-    def _measure(self, dataloader_idx: int) -> None:
-        """Add the batches that wait to their domain."""
-        trace = _below_each_other(self._waiting[dataloader_idx])
-        self._waiting[dataloader_idx] = []
-        if dataloader_idx not in self._domains:
-            self._domains[dataloader_idx] = self._metrics(trace)
-        for metric in self._domains[dataloader_idx].values():
-            metric.update(trace)
+    def state_dict(self) -> dict[str, Any]:
+        """Tokens seen and the best validation so far."""
+        return {"tokens": self.tokens, "best": dict(self.tradeoff.best)}
 
-    def _metrics(self, trace: RoutingTrace) -> dict[str, RoutingMetric]:
-        return {
-            "srp": SegmentRoutingPerformance.from_trace(trace, self.segment_lengths),
-            "balance": RoutingBalance.from_trace(trace, self.segment_lengths),
-            "lru": CacheHitRate.from_trace(trace, "lru"),
-        }
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._tokens, self.tradeoff.best = state_dict["tokens"], dict(state_dict["best"])
 
-    def _cache_values(self, rates: ModelHitRates) -> dict[str, Tensor]:
-        """Hit rate by cache size: slots as a multiple of K, or as a share of the experts."""
-        at = {f"lru_{'' if ratio == 1 else f'{ratio:g}'}k": ratio for ratio in self.cache_ratios}
-        by_layer = {name: [layer.at(ratio) for layer in rates.layers] for name, ratio in at.items()}
-        for share in self.cache_shares:
-            by_layer[f"lru_{100 * share:g}pct"] = [layer.at_share(share) for layer in rates.layers]
-        values = {}
-        for name, layers in by_layer.items():
-            values[f"cache/{name}"] = torch.stack(layers).mean()
-            values |= {f"cache/{name}/layer_{index:02d}": rate for index, rate in enumerate(layers)}
-        return values
+    def _new_measures(self) -> RoutingMeasures:
+        return RoutingMeasures(self.segment_lengths, self.cache_ratios, self.cache_shares)
+
+    def _trace(self, masks: Masks) -> RoutingTrace:
+        assert self._capture is not None
+        try:
+            with warnings.catch_warnings():  # a measure needs no gradient
+                warnings.filterwarnings("ignore", message="a loss on this trace has no gradient")
+                return self._capture.trace(*masks)
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}. RoutingMonitor(training=False) leaves training batches alone") from error
 
     def _release(self) -> None:
         self._recording.close()
-        self._waiting = {}
+        self._fitting = False
+        self._measures = self._new_measures()
         if self._capture is not None:
             self._capture.detach()
             self._capture = None
-
-
-def _ids_alone(trace: RoutingTrace) -> RoutingTrace:
-    """What the measures need of a trace."""
-    return replace(trace, scores=None, logits=None, inputs=None)
-
-
-def _below_each_other(traces: Sequence[RoutingTrace]) -> RoutingTrace:
-    """Batches of the same row length as one."""
-    first = traces[0]
-    some_padding = any(trace.valid is not None for trace in traces)
-    valid = torch.cat([trace.valid_mask for trace in traces]) if some_padding else None
-    document_ids = None
-    if first.document_ids is not None:
-        document_ids = torch.cat([trace.document_ids for trace in traces if trace.document_ids is not None])
-    layers = zip(*(trace.expert_ids for trace in traces), strict=True)
-    return replace(first, expert_ids=[torch.cat(ids) for ids in layers], valid=valid, document_ids=document_ids)
-
-
-def _log_name(key: str) -> str:
-    """From a metric's key to a name that loggers group: ``srp_m16_layer_00`` -> ``srp/m16/layer_00``."""
-    key = re.sub(r"_(layer_\d+)$", r"/\1", key)
-    key = re.sub(r"_(m\d+|document)(/|$)", r"/\1\2", key)
-    key = key.replace("max_over_mean", "max_mean").replace("size_ratio", "rho_hat")
-    return key.replace("local_cv", "balance/local_cv").replace("balance_", "balance/")

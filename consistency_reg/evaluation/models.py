@@ -1,8 +1,9 @@
 """Models to judge: from a folder, a finished run or the hub, with the model's own tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +20,8 @@ with require("transformers"):
         PreTrainedModel,
         PreTrainedTokenizerBase,
     )
+
+    import consistency_reg.lm.model  # noqa: F401  makes its models known to the Auto classes
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -84,7 +87,7 @@ def load(place: str, *, device: torch.device, dtype: str = "auto", trust_remote_
 
     Raises:
         ValueError: a run folder without a model, code that is not trusted, a model that is neither causal nor an
-            encoder-decoder.
+            encoder-decoder, weights that are missing.
         OSError: no such model or tokenizer.
     """
     path = str(model_folder(Path(place)) or place)
@@ -98,11 +101,24 @@ def load(place: str, *, device: torch.device, dtype: str = "auto", trust_remote_
         raise OSError(f"no model can be read from {place!r}: {error}") from error
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    model = kind.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    loaded: Any = kind.from_pretrained(path, **options)
+    model, read = loaded
+    _check_complete(place, model, read["missing_keys"])
     nn.Module.to(model, device)
     folder = Path(path)
     name = place if not folder.is_dir() else folder.parent.name if folder.name == "model" else folder.resolve().name
     return Candidate(name, model.eval(), tokenizer)
+
+
+def _check_complete(place: str, model: PreTrainedModel, missing: Collection[str]) -> None:
+    """Raise where weights that route would be random; the head's do not matter."""
+    head = model.get_output_embeddings()
+    heads = tuple(f"{name}." for name, module in model.named_modules() if module is head)
+    if lacking := sorted(name for name in missing if not name.startswith(heads)):
+        raise ValueError(
+            f"{place} lacks {len(lacking)} of the model's weights, such as {lacking[0]}: they would be random"
+        )
 
 
 def expert_bytes(model: nn.Module, routers: Sequence[str], num_experts: Sequence[int]) -> list[int] | None:

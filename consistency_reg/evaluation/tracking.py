@@ -2,22 +2,32 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from consistency_reg.evaluation.measure import Evaluation
 from consistency_reg.optional import require
-from consistency_reg.wandb_login import offline_without_login
+from consistency_reg.provenance import git_commit, package_versions
+from consistency_reg.wandb_login import wandb_mode
 
 
 def log_to_wandb(project: str, evaluations: Sequence[Evaluation], pictures: Mapping[str, Path], folder: Path) -> None:
     """Log the numbers and pictures of each model; offline, into ``folder``, where there is no login."""
     with require("wandb"):
         import wandb
-    offline_without_login()
+    origin = {"versions": package_versions(), "git_commit": git_commit()}
     for one in evaluations:
-        config = {"model": one.recording.model, **one.recording.about}
-        run = wandb.init(project=project, name=one.recording.model, job_type="evaluate", config=config, dir=folder)
-        run.log(scalars(one) | {name: wandb.Image(str(path)) for name, path in pictures.items()})
-        run.finish()
+        config = {"model": one.recording.model, **one.recording.about, **origin}
+        named: dict[str, Any] = {
+            "project": project,
+            "name": one.recording.model,
+            "job_type": "evaluate",
+            "mode": wandb_mode(),
+        }
+        run = wandb.init(**named, config=config, dir=folder)
+        try:
+            run.log(scalars(one) | {name: wandb.Image(str(path)) for name, path in pictures.items()})
+        finally:
+            run.finish()
 
 
 def scalars(one: Evaluation) -> dict[str, float]:
@@ -31,4 +41,9 @@ def scalars(one: Evaluation) -> dict[str, float]:
     caches |= {f"cache/{name}": rates for name, rates in one.policies.items()}
     for name, rates in caches.items():
         values |= {f"{name}_{ratio:g}k": float(rates.at(ratio)) for ratio in one.cache_ratios}
+        if rates.shared is not None:
+            values |= {f"{name}_{ratio:g}k_shared": float(rates.shared.at(ratio)) for ratio in one.cache_ratios}
+    for kind, found in one.kinds.items():
+        values[f"specialization/{kind}"] = float(found.mean)
+        values[f"specialization/{kind}_srp_spearman"] = float(found.spearman)
     return values

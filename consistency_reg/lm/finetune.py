@@ -7,7 +7,7 @@ from typing import Any
 from consistency_reg.lm.pretrained import checkpoint_config, checkpoint_place, has_tokenizer, pretrained_moe
 
 CLASS_PATH = f"{pretrained_moe.__module__}.{pretrained_moe.__name__}"
-NO_CHECKPOINT = (".yaml", ".yml", ".json", "{", "help")  # how values of LightningCLI's own --model end or begin
+CONFIG_FILES = (".yaml", ".yml", ".json")  # what LightningCLI's own --model takes, or a mapping
 
 
 def checkpoint_arguments(argv: Sequence[str]) -> list[str]:
@@ -26,7 +26,7 @@ def checkpoint_arguments(argv: Sequence[str]) -> list[str]:
             kept.append(argument)
             continue
         value = value if equals else waiting.pop(0)
-        if value.startswith(NO_CHECKPOINT) or value.endswith(NO_CHECKPOINT):
+        if value.startswith("{") or value.endswith(CONFIG_FILES):
             kept.append(f"--model={value}")
         else:
             moved.append(f"--model.model.path={value}")

@@ -2,7 +2,6 @@
 
 import argparse
 import inspect
-import secrets
 import shlex
 import time
 import warnings
@@ -19,10 +18,11 @@ with require("lightning"):
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-    from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from consistency_reg.callbacks import ConsistencyRegularizer, ExpertAgreement, RouterAnchor, RoutingMonitor
+from consistency_reg.callbacks.progress import TrainingBar
 from consistency_reg.files import write_json
+from consistency_reg.lm.card import write_card
 from consistency_reg.lm.data import TextDataModule
 from consistency_reg.lm.finetune import (
     checkpoint_arguments,
@@ -36,8 +36,8 @@ from consistency_reg.lm.model import count_parameters, small_moe
 from consistency_reg.lm.module import CausalMoE
 from consistency_reg.lm.pretrained import save_plain
 from consistency_reg.lm.run import RunProgress
+from consistency_reg.lm.tracking import finish, log_result, run_loggers
 from consistency_reg.provenance import git_commit, package_versions
-from consistency_reg.wandb_login import offline_without_login
 
 DEFAULTS = Path(__file__).with_name("defaults.yaml")
 
@@ -104,12 +104,19 @@ class RecipeCLI(LightningCLI):
             save_last=True,
             save_top_k=0,
             every_n_train_steps=self.config.checkpoint_every,
+            enable_version_counter=False,  # always last.ckpt, which a resumed run looks for
         )
-        self.trainer_defaults["callbacks"] = [checkpoints, self.progress]
+        self.trainer_defaults["callbacks"] = [checkpoints, self.progress, *self._bar()]
         if is_fine_tuning(self.config):
             self.trainer_defaults["callbacks"].append(ExpertAgreement())
         kwargs = {"logger": run_loggers(run_dir, self.config.wandb_project), "default_root_dir": str(run_dir)} | kwargs
         return super().instantiate_trainer(**kwargs)
+
+    def _bar(self) -> list[TrainingBar]:
+        """The bar of the run, unless the recipe wants none or has its own."""
+        callbacks = self.config.trainer.callbacks or []
+        has_own = any(callback.class_path.endswith("ProgressBar") for callback in callbacks)
+        return [] if has_own or self.config.trainer.enable_progress_bar is False else [TrainingBar()]
 
 
 class CheckOnly(RecipeCLI):
@@ -156,25 +163,6 @@ def claim_folder(run_dir: Path, config: str) -> None:
         raise ValueError(f"run_dir {str(run_dir)!r} holds a run of another recipe ({said}): choose another folder")
 
 
-def run_loggers(run_dir: Path, wandb_project: str) -> list[Logger]:
-    """metrics.csv in the folder, and wandb unless the project is empty; offline where there is no login.
-
-    CSVLogger begins its file anew, so what an interrupted run wrote stays as metrics-1.csv and so on.
-    """
-    if (metrics := run_dir / "metrics.csv").exists():
-        metrics.rename(run_dir / f"metrics-{len(list(run_dir.glob('metrics-*.csv'))) + 1}.csv")
-    loggers: list[Logger] = [CSVLogger(run_dir, name="", version="")]
-    if not wandb_project:
-        return loggers
-    with require("wandb"):
-        import wandb  # noqa: F401
-    offline_without_login()
-    identity = run_dir / "wandb-id"
-    if not identity.exists():
-        identity.write_text(secrets.token_hex(4))
-    return [*loggers, WandbLogger(name=run_dir.name, project=wandb_project, save_dir=run_dir, id=identity.read_text())]
-
-
 def main(argv: Sequence[str]) -> int:
     """Train, or go on with, the run that ``argv`` describes; 0 when it is finished.
 
@@ -190,6 +178,7 @@ def main(argv: Sequence[str]) -> int:
     origin = {"config": _recipe(cli), "versions": package_versions(), "git_commit": git_commit()}
     for logger in cli.trainer.loggers:
         logger.log_hyperparams(origin)
+    failed = True
     try:
         before = measure_before(cli.trainer, cli.model, cli.datamodule) if is_fine_tuning(cli.config) else {}
         _train(cli, run_dir / "checkpoints" / "last.ckpt")
@@ -197,11 +186,13 @@ def main(argv: Sequence[str]) -> int:
         if cli.trainer.is_global_zero:
             save_plain(cli.model.model, run_dir / "model")
             cli.datamodule.tokenizer.save_pretrained(run_dir / "model")
-            write_json(run_dir / "result.json", origin | _result(cli, run_dir, argv, time.time() - began) | before)
+            result = origin | _result(cli, run_dir, argv, time.time() - began) | before
+            files = [write_card(result, run_dir / "model"), run_dir / "config.yaml"]
+            log_result(cli.trainer, result, run_dir.name, files)
+            write_json(run_dir / "result.json", result)
+        failed = False
     finally:
-        for logger in cli.trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.finish()  # the next run in this process is not to join it
+        finish(cli.trainer, failed=failed)
     return 0
 
 

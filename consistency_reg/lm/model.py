@@ -144,11 +144,17 @@ def initialize_by_name(model: nn.Module, *, std: float, seed: int) -> None:
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
     """(total, active per token) parameters; of the routed experts' weights K/E are active.
 
+    All count as active where the configuration does not say E and K under the usual names.
+
     Example:
         >>> count_parameters(small_moe(hidden_size=64, num_layers=1))
         (673984, 329920)
     """
     total = sum(parameter.numel() for parameter in model.parameters())
-    experts, top_k = model.config.num_local_experts, model.config.num_experts_per_tok
+    config = model.config.get_text_config()
+    top_k = getattr(config, "num_experts_per_tok", None)
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    if not (isinstance(experts, int) and isinstance(top_k, int)):
+        return total, total
     routed = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
     return total, total - routed + routed * top_k // experts

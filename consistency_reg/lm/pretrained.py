@@ -79,7 +79,8 @@ def trainable(
         with require("peft"):
             from peft import LoraConfig, get_peft_model
         targets = list(lora_targets) if lora_targets is not None else attention_matrices(model)
-        wrapped = get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=targets))
+        options: dict[str, Any] = {"r": lora_rank, "lora_alpha": lora_alpha, "target_modules": targets}
+        wrapped = get_peft_model(model, LoraConfig(**options))
     for router in routers:
         router.requires_grad_(True)
     return wrapped
@@ -158,9 +159,10 @@ def has_tokenizer(path: str) -> bool:
 
 
 def _load(path: str, dtype: str, routers: Sequence[str]) -> PreTrainedModel:
-    model, found = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint_place(path), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=False
     )
+    model, found = loaded
     missing = sorted(found["missing_keys"])
     of_routers = [key for key in missing if any(key.startswith(f"{router}.") for router in routers)]
     if missing:

@@ -1,21 +1,31 @@
-"""How far a run is: progress.json in its folder, and its throughput."""
+"""How far a run is: progress.json in its folder, its throughput, and how Ctrl-C ends it."""
 
+import math
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
+from consistency_reg.callbacks.batches import count_tokens
+from consistency_reg.callbacks.progress import current_routing, total_steps
 from consistency_reg.files import write_json
+from consistency_reg.masks import batch_masks
 
 
 class RunProgress(Callback):
     """Keeps ``progress.json`` current, counts tokens and seconds of training, and makes Ctrl-C wait for whole steps.
 
-    The first Ctrl-C ends the step, saves ``checkpoints/last.ckpt`` and stops, so that a resumed run repeats nothing;
-    the second stops at once, and what was trained since the last checkpoint is lost.
+    The first Ctrl-C ends the step (in a validation, the one after it), saves ``checkpoints/last.ckpt`` and stops, so
+    that a resumed run repeats nothing; the second stops at once, and what was trained since the last checkpoint is
+    lost. Where one process gets Ctrl-C, all stop. The end of training is saved too, for the validation that follows.
+
+    ``progress.json`` holds ``phase``, ``step``, ``total_steps``, ``ce``, ``srp``, ``misses``, ``tokens_per_s`` and
+    ``remaining_s`` (of training); what is not known yet is null.
 
     Args:
         run_dir: the folder of the run.
@@ -25,17 +35,27 @@ class RunProgress(Callback):
     def __init__(self, run_dir: Path, interval: float = 2.0) -> None:
         self.run_dir = run_dir
         self.interval = interval
-        self.tokens = 0
         self.seconds = 0.0
+        self._tokens: Tensor | int = 0
         self._written = 0.0
         self._step_began = 0.0
-        self._stop = False
+        self._stop = self._saved = False
         self._handler: Any = None
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens that all processes have trained on."""
+        return int(self._tokens)
 
     @property
     def tokens_per_second(self) -> float:
         """Training throughput; validation and set-up do not count."""
         return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def checkpoint(self) -> Path:
+        """What a resumed run goes on from."""
+        return self.run_dir / "checkpoints" / "last.ckpt"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take Ctrl-C."""
@@ -43,17 +63,20 @@ class RunProgress(Callback):
             self._handler = signal.signal(signal.SIGINT, self._end_after_this_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give Ctrl-C back."""
+        """Save, and give Ctrl-C back."""
         self._give_back()
+        trainer.save_checkpoint(self.checkpoint)
+        if self._stops(trainer):
+            self._interrupt(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give Ctrl-C back."""
         self._give_back()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Stop if Ctrl-C came during the step before, which is saved and logged by now; else start the clock."""
-        if self._stop:
-            raise KeyboardInterrupt
+        """Stop if the step before was the last, which is logged by now; else start the clock."""
+        if self._saved:
+            self._interrupt(trainer)
         self._step_began = time.perf_counter()
 
     def on_train_batch_end(
@@ -61,10 +84,11 @@ class RunProgress(Callback):
     ) -> None:
         """Count the step, write now and then, and save if Ctrl-C came."""
         self.seconds += time.perf_counter() - self._step_began
-        self.tokens += batch["input_ids"].numel() * trainer.world_size
+        self._tokens = self._tokens + count_tokens(batch, batch_masks(batch)[0]) * trainer.world_size
         self._write(trainer, "train")
-        if self._stop:
-            trainer.save_checkpoint(self.run_dir / "checkpoints" / "last.ckpt")
+        if self._stops(trainer):
+            trainer.save_checkpoint(self.checkpoint)
+            self._saved = True
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         """Write now and then."""
@@ -76,11 +100,22 @@ class RunProgress(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
-        self.tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
+        self._tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
 
     def _end_after_this_step(self, *_: Any) -> None:
         self._stop = True
         self._give_back()
+        print("\nCtrl-C: saving after this step; once more to stop at once", file=sys.stderr)
+
+    def _stops(self, trainer: Trainer) -> bool:
+        if trainer.world_size == 1:
+            return self._stop
+        return trainer.strategy.reduce_boolean_decision(self._stop, all=False)
+
+    def _interrupt(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero:
+            print(f"\nsaved step {trainer.global_step} of {trainer.max_steps} in {self.checkpoint}", file=sys.stderr)
+        raise KeyboardInterrupt
 
     def _give_back(self) -> None:
         if self._handler is not None:
@@ -92,14 +127,19 @@ class RunProgress(Callback):
         if not trainer.is_global_zero or now - self._written < self.interval:
             return
         self._written = now
-        cross_entropy = trainer.callback_metrics.get("train/ce")
+        step, total = trainer.global_step, total_steps(trainer)
+        cross_entropy, routing = trainer.callback_metrics.get("train/ce"), current_routing(trainer)
+        left = (total - step) * self.seconds / step if step else math.inf
         write_json(
             self.run_dir / "progress.json",
             {
                 "phase": phase,
-                "step": trainer.global_step,
+                "step": step,
                 "total_steps": trainer.max_steps,
                 "ce": None if cross_entropy is None else float(cross_entropy),
+                "srp": routing.get("SRP"),
+                "misses": routing.get("misses"),
                 "tokens_per_s": self.tokens_per_second,
+                "remaining_s": left if math.isfinite(left) else None,
             },
         )

@@ -1,5 +1,6 @@
 """What the metrics of simulated caches share: hit rates of every size, summed over documents."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,7 +101,7 @@ class HitRateMetric(ResampledMetric):
         **options: Any,
     ) -> None:
         super().__init__(num_experts, replicates=replicates, **options)
-        if not cache_ratios or min(cache_ratios) <= 0:
+        if not cache_ratios or not all(0 < ratio < math.inf for ratio in cache_ratios):
             raise ValueError(f"cache_ratios must be positive numbers, got {cache_ratios}")
         self.names = tuple(names)
         self.cache_ratios = tuple(cache_ratios)

@@ -1,0 +1,87 @@
+"""The progress of a whole training: one bar with the time that remains and how good the model is now."""
+
+import math
+import time
+from typing import Any
+
+from consistency_reg.callbacks.monitor import RoutingMonitor
+from consistency_reg.optional import require
+
+with require("lightning"):
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import RichProgressBar
+
+SMOOTHING = 0.9
+
+
+class TrainingBar(RichProgressBar):
+    """A bar over all optimizer steps, not one for each epoch, with elapsed and remaining time.
+
+    Shows perplexity (of a smoothed ``train/ce``), and SRP and LRU misses as a
+    :class:`~consistency_reg.callbacks.RoutingMonitor` of the trainer measured them last.
+
+    Args:
+        interval: seconds between two looks at the numbers, as a look makes a GPU's host wait.
+    """
+
+    def __init__(self, interval: float = 0.5) -> None:
+        super().__init__(refresh_rate=4)
+        self.interval = interval
+        self._looked = 0.0
+        self._shown: dict[str, Any] = {}
+        self._cross_entropy = math.nan
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Optimizer steps of the whole training."""
+        return total_steps(self.trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the bar, where a resumed run stopped."""
+        if self.train_progress_bar_id is None:
+            super().on_train_epoch_start(trainer, pl_module)
+            if self.progress is not None and self.train_progress_bar_id is not None:
+                self.progress.reset(self.train_progress_bar_id, completed=trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """A step further."""
+        self._update(self.train_progress_bar_id, trainer.global_step)
+        self._update_metrics(trainer, pl_module)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """What stands behind the bar."""
+        now = time.monotonic()
+        if now - self._looked >= self.interval:
+            self._looked = now
+            self._shown = self._numbers(trainer)
+        return self._shown
+
+    def _numbers(self, trainer: Trainer) -> dict[str, str]:
+        shown = {}
+        if (logged := trainer.callback_metrics.get("train/ce")) is not None:
+            new = float(logged)
+            old = new if math.isnan(self._cross_entropy) else self._cross_entropy
+            self._cross_entropy = SMOOTHING * old + (1 - SMOOTHING) * new
+            shown["perplexity"] = f"{math.exp(min(self._cross_entropy, 700)):.1f}"
+        return shown | {name: f"{100 * value:.1f}%" for name, value in current_routing(trainer).items()}
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"{'training':{len(self.validation_description)}}"
+
+
+def current_routing(trainer: Trainer) -> dict[str, float]:
+    """SRP and misses as the trainer's monitor measured them last; empty before that, or without one."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    monitor = next((callback for callback in callbacks if isinstance(callback, RoutingMonitor)), None)
+    return {} if monitor is None else monitor.current
+
+
+def total_steps(trainer: Trainer) -> int | float:
+    """Optimizer steps of the whole training, inf if it has no end; for the time after training has begun."""
+    steps = trainer.max_steps if trainer.max_steps > 0 else math.inf
+    if trainer.max_epochs is not None and trainer.max_epochs > 0 and math.isfinite(trainer.num_training_batches):
+        per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        steps = min(steps, trainer.max_epochs * per_epoch)
+    return steps

@@ -1,0 +1,68 @@
+"""What tracks a run: its loggers, and what they get at its end."""
+
+import secrets
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from consistency_reg.callbacks.loggers import log_files, summarize, wandb_loggers
+from consistency_reg.optional import require
+from consistency_reg.wandb_login import wandb_mode
+
+FLUSH_SECONDS = 1.0
+
+
+def run_loggers(run_dir: Path, wandb_project: str) -> list[Logger]:
+    """metrics.csv in the folder, and wandb unless the project is empty; offline where there is no login.
+
+    A run that goes on has the wandb id that it began with. CSVLogger begins its file anew, so what an interrupted run
+    wrote stays as metrics-1.csv and so on.
+    """
+    if not wandb_project:
+        return [_csv_logger(run_dir)]
+    identity = run_dir / "wandb-id"
+    if not identity.exists():
+        identity.write_text(secrets.token_hex(4))
+    named: dict[str, Any] = {"name": run_dir.name, "project": wandb_project, "id": identity.read_text()}
+    return [_csv_logger(run_dir), WandbLogger(**named, save_dir=run_dir, mode=wandb_mode(), settings=_settings())]
+
+
+def log_result(trainer: Trainer, result: Mapping[str, Any], name: str, files: Sequence[Path]) -> None:
+    """What ``result.json`` holds into wandb's summary, and the files of the model card as an artifact.
+
+    The recipe is in wandb's config and the metrics are in the summary under their own names, so neither is repeated.
+    """
+    summarize(trainer, {"result": {key: value for key, value in result.items() if key not in ("config", "metrics")}})
+    log_files(trainer, f"{name}-card", "model-card", files)
+
+
+def finish(trainer: Trainer, *, failed: bool) -> None:
+    """End wandb's run, so that the next in this process does not join it."""
+    if trainer.is_global_zero:
+        for logger in wandb_loggers(trainer):
+            logger.experiment.finish(exit_code=int(failed))
+
+
+def _settings() -> Any:
+    """wandb's settings: what is logged goes to the file within a second, not 15, should the machine or we be killed."""
+    with require("wandb"):
+        import wandb
+    often = "x_transaction_log_flush_interval"
+    known: dict[str, Any] = {often: FLUSH_SECONDS} if often in wandb.Settings.model_fields else {}
+    return wandb.Settings(**known)
+
+
+def _csv_logger(run_dir: Path) -> CSVLogger:
+    first = getattr(rank_zero_only, "rank", 0) == 0
+    if first and (metrics := run_dir / "metrics.csv").exists():
+        metrics.rename(run_dir / f"metrics-{len(list(run_dir.glob('metrics-*.csv'))) + 1}.csv")
+    logger = CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=1)  # a killed run has written all it saw
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Experiment logs directory")
+        _ = logger.experiment  # warns that it deletes earlier files, which are out of its way
+    return logger
