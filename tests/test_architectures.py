@@ -8,7 +8,7 @@ import transformers
 from architectures import DOCUMENT, check, document, draw_routers, examine, walk
 from tiny_architectures import E, K, build
 
-from consistency_reg import LocalConsistencyLoss, RouterAnchorLoss, RouterCapture
+from consistency_reg import LocalConsistencyLoss, RouterAnchorLoss, RouterCapture, RoutingTrace
 from consistency_reg.capture import DEFAULT_ADAPTERS
 
 # One model type for each way to route: the adapter that reads it, and what it selects by.
@@ -74,6 +74,17 @@ def test_routing_by_a_table_has_no_gradient():
     assert torch.equal(routed, capture.routers[by_table[0].name].tid2eid[tokens])
     value = LocalConsistencyLoss((4,)).per_layer(capture.trace())
     assert (value[:2] > 0).all()
+
+
+def test_the_square_root_of_softplus_is_a_distribution():
+    """DeepSeek-V4's weights, finite in their logarithm however low a logit."""
+    logits = torch.tensor([[[0.3, -2.0, 1.5, -300.0]]])
+    (layer,) = RoutingTrace([logits.topk(1).indices], 4, logits=[logits], score_functions=["sqrtsoftplus"])
+    weights = (1 + logits.double().exp()).log().sqrt()
+    torch.testing.assert_close(layer.probabilities.double(), weights / weights.sum(), rtol=1e-5, atol=1e-7)
+    assert layer.log_probabilities.isfinite().all()
+    expected = (weights / weights.sum()).log()[..., :3]
+    torch.testing.assert_close(layer.log_probabilities.double()[..., :3], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_choice_beyond_the_experts_is_a_class_of_its_own():

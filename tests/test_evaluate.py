@@ -511,7 +511,7 @@ def model_and(*arguments):
     ("arguments", "message"),
     [
         (dense, "model must contain mixture-of-experts routers.*It looks dense"),
-        (lacking, r"lacks 1 of the model's weights: model\.layers\.1\.mlp\.gate\.weight and so on would be random"),
+        (lacking, r"lacks 1 of the model.s weights, such as model\.layers\.1\.mlp\.gate\.weight"),
         (unfinished, "is a run without a saved model"),
         (remote_code, "runs code of its own: read it, then allow it with --trust-remote-code"),
         (lambda folder, place: [str(folder)], "must hold a model"),
