@@ -74,15 +74,13 @@ def uneven(rank):
 
 def joined(rank):
     """One process has two batches more."""
-    accelerator = Accelerator(cpu=True)
     model = tiny_model("olmoe").train()
     attach(model, LocalConsistencyLoss((3, 5), scope="batch"), 5.0)
-    model = accelerator.prepare(model)
-    steps = 0
-    with accelerator.join_uneven_inputs([model]):
+    called, steps = DistributedDataParallel(model), 0
+    with called.join():  # what accelerate's join_uneven_inputs does
         for step in range(1 + 2 * rank):
             ids = batch(step)
-            accelerator.backward(model(input_ids=ids, labels=ids).loss)
+            called(input_ids=ids, labels=ids).loss.backward()
             steps += 1
     return steps
 
