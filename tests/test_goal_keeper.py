@@ -1,12 +1,14 @@
 """A target or a budget in real Lightning runs: what moves the weight, what is logged, resumed, reported and refused."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 from torch.utils.data import DataLoader
 
 from consistency_reg import (
@@ -38,9 +40,6 @@ def loader(count, seed=0):
     return DataLoader([{"input_ids": row, "labels": row} for row in rows(count, seed)], batch_size=8)
 
 
-NOT_YET = "the controller overshoots in this small run, and a resumed run drifts: being worked on"
-
-
 def regularizer(**options):
     loss = LocalConsistencyLoss((4, M), balance_neutral="slope")
     return ConsistencyRegularizer(loss, **({"weight": 0.3} | options))
@@ -51,7 +50,7 @@ def train(steps, callbacks, folder=None, *, batches=150, validation=False, check
     sizes = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "expert_size": 8, "num_experts": 8, "top_k": 2}
     model = small_moe(vocab_size=V, context_length=T, **sizes)
     balance = LoadBalanceLoss(running=0.95)
-    module = CausalMoE(model, balance, learning_rate=1e-2, warmup_steps=10, final_learning_rate=1.0)
+    module = CausalMoE(model, balance, learning_rate=1e-2, warmup_steps=10)
     trainer = Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -77,26 +76,77 @@ def parameters(module):
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
-@pytest.mark.xfail(reason=NOT_YET, strict=False)
-def test_a_target_is_reached_in_a_real_run(tmp_path):
-    target = 0.8  # 0.68 without the term, 0.74 at weight 0.3, 0.89 at 0.9
-    term = regularizer(target={f"srp/m{M}": target}, start_step=40, response_steps=20)
-    module, _ = train(150, [term], tmp_path)
-    with torch.no_grad(), RouterCapture(module.model) as capture:
-        module.eval().model(rows(256, seed=1))
+class PulledTopKRouter(nn.Linear):
+    def forward(self, x):
+        logits = super().forward(x)
+        weights, ids = logits.softmax(-1).topk(2)
+        return logits, weights, ids
+
+
+class Pulled(LightningModule):
+    """A router over a token's and its document's embedding that is pulled back to where it began: what it gives up for
+    consistency is a question of the term's weight alone."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.token, self.topic = (nn.Embedding(V, 8).requires_grad_(False) for _ in range(2))
+        self.router = PulledTopKRouter(16, 8, bias=False)
+        self.start = self.router.weight.detach().clone()
+
+    def forward(self, tokens):
+        topic = self.topic(tokens[:, :1]).expand(-1, tokens.shape[1], -1)
+        return self.router(torch.cat([self.token(tokens), topic], dim=-1))
+
+    def training_step(self, tokens, _):
+        self(tokens)
+        return 0.04 * (self.router.weight - self.start).square().sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+@pytest.mark.parametrize("target", [0.72, 0.8])  # 0.67 without the term
+def test_a_target_is_reached_and_held(target, tmp_path):
+    module, term = Pulled(), regularizer(target={f"srp/m{M}": target}, start_step=20, response_steps=20)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=150,
+        callbacks=[term],
+        logger=CSVLogger(tmp_path, name="", version=""),
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(rows(16 * 150), batch_size=16))
+    with torch.no_grad(), RouterCapture(module) as capture:
+        module(rows(512, seed=1))
     metric = SegmentRoutingPerformance.from_trace(capture.trace(), [M])
     metric.update(capture.trace())
-    assert float(metric.compute()[f"srp_m{M}"]) == pytest.approx(target, abs=0.03)
+    assert float(metric.compute()[f"srp_m{M}"]) == pytest.approx(target, abs=0.02)
 
     weights = column(tmp_path, "train/consistency/weight")
-    assert all(weight == 0 for step, weight in weights.items() if step < 40)
+    assert all(weight == 0 for step, weight in weights.items() if step < 20)
     assert all(0 <= weight <= 0.9 for weight in weights.values())
-    assert weights[149] > 0.3
+    settled = [weights[step] for step in range(100, 150)]
+    assert max(settled) < 1.5 * min(settled)
     measured, violation = (column(tmp_path, f"train/consistency/{name}") for name in ("measured", "violation"))
-    assert min(measured) == 40
-    assert measured[149] == pytest.approx(target, abs=0.03)
+    assert min(measured) == 20
+    assert measured[149] == pytest.approx(target, abs=0.02)
     assert violation[149] == pytest.approx(target - measured[149], abs=1e-6)
     assert all(value == pytest.approx(target) for value in column(tmp_path, "train/consistency/target").values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_quickstart_recipe_reaches_a_target_at_validation(tmp_path):
+    goal = ["--consistency.target", "{srp/m16: 0.65}", "--consistency.response_steps", "30"]
+    options = ["--wandb_project", "", "--trainer.enable_progress_bar", "false", "--run_dir", str(tmp_path / "run")]
+    assert recipe.main(["--config", str(QUICKSTART), *goal, *options]) == 0
+    metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
+    assert metrics["val/srp/m16"] == pytest.approx(0.65, abs=0.03)  # 0.59 at the recipe's weight, 0.48 without the term
+    assert metrics["val/balance/min_share"] > 0.1
 
 
 def test_a_budget_compares_each_step_with_the_same_step_of_the_reference(tmp_path):
@@ -130,7 +180,6 @@ def test_a_measure_of_validation_moves_the_weight_when_it_is_logged(tmp_path):
     assert measured[10] == pytest.approx(seen[9], abs=1e-5)
 
 
-@pytest.mark.xfail(reason=NOT_YET, strict=False)
 def test_a_target_that_cannot_be_met_is_reported_once_and_the_weight_stays_bounded(tmp_path):
     def term():
         return regularizer(target={f"srp/m{M}": 0.99}, max_weight=0.3, response_steps=5)
@@ -148,7 +197,6 @@ def test_a_target_that_cannot_be_met_is_reported_once_and_the_weight_stays_bound
     assert not [warning for warning in second if "is not reached" in str(warning.message)]
 
 
-@pytest.mark.xfail(reason=NOT_YET, strict=False)
 def test_a_resumed_run_has_the_weights_of_one_that_was_not_stopped(tmp_path):
     def term():
         return regularizer(target={f"srp/m{M}": 0.8}, response_steps=10)
