@@ -26,7 +26,7 @@ EXAMPLE = """\
 example:
   consistency-reg ablate recipes/ablations/demo.yaml --jobs 2
   consistency-reg report runs/demo
-  RAY_ADDRESS=HOST:6379 consistency-reg ablate GRID --launcher ray --gpus 1    (files shared by all machines)
+  RAY_ADDRESS=HOST:6379 consistency-reg ablate GRID --launcher ray --gpus 1  (shared files)
 
 Stopped, it goes on where it was when the same command runs again; finished cells are not run twice.
 """
