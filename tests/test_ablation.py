@@ -400,7 +400,8 @@ def test_what_fit_would_refuse_is_refused_before_any_cell_is_trained(folder, val
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_real_runs_killed_in_the_middle_end_as_four_cells_none_run_twice(folder, monkeypatch):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_real_runs_killed_in_the_middle_end_as_four_cells_none_run_twice(number, code, folder, monkeypatch):
     monkeypatch.setenv("CONSISTENCY_REG_CACHE", str(folder / "cache"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     weights = {"key": "consistency.weight", "values": {"without": 0.0, "with": 0.1}}
@@ -408,8 +409,8 @@ def test_real_runs_killed_in_the_middle_end_as_four_cells_none_run_twice(folder,
     command = [sys.executable, "-m", "consistency_reg", "ablate", str(grid)]
     first = subprocess.Popen(command)
     wait_until(lambda: len(list(Path("runs/small").glob("*/result.json"))) == 2, "two finished cells", seconds=200)
-    first.send_signal(signal.SIGINT)
-    assert first.wait(60) == 130
+    first.send_signal(number)
+    assert first.wait(60) == code
     finished = {path: path.stat().st_mtime_ns for path in Path("runs/small").glob("*/result.json")}
     assert subprocess.run(command, check=False).returncode == 0
     results = {path: path.stat().st_mtime_ns for path in Path("runs/small").glob("*/result.json")}
