@@ -15,10 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from consistency_reg import LocalConsistencyLoss
 from consistency_reg.integrations import attach
 
-pytestmark = (
-    pytest.mark.slow
-)  # not in the tests of every change yet: the way with accelerate cannot start its processes here
-
 T, STEPS, ROWS = 12, 2, 4
 WAYS, SCOPES = ("ddp", "fsdp2", "accelerate"), ("global", "sequence")
 

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow  # not in the tests of every change yet: long, and one block fails
-
 FOLDER = Path(__file__).parents[1] / "docs" / "trainers"
 PAGES = {path.stem: path.read_text() for path in sorted(FOLDER.glob("*.md"))}
 BLOCKS = {name: re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) for name, text in PAGES.items()}
