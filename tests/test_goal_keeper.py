@@ -210,6 +210,14 @@ def test_a_resumed_run_has_the_weights_of_one_that_was_not_stopped(tmp_path):
     assert torch.equal(parameters(straight), parameters(resumed))
 
 
+def test_a_second_run_with_the_same_callback_begins_anew(tmp_path):
+    term = regularizer(target={f"srp/m{M}": 0.8}, response_steps=10)
+    for name in ("first", "second"):
+        train(20, [term], tmp_path / name)
+    first, second = (column(tmp_path / name, "train/consistency/weight") for name in ("first", "second"))
+    assert first == second
+
+
 def test_a_goal_that_is_never_measured_is_said():
     with pytest.warns(UserWarning, match="val/srp/m8 was not measured once from step 0 on, so the weight stayed"):
         train(12, [regularizer(target={"val/srp/m8": 0.8})])

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -158,20 +159,42 @@ def _two_processes(rank: int, folder: str, port: int) -> None:
     from lightning.pytorch.strategies import DDPStrategy
 
     torch.set_num_threads(1)
-    module = toy()
-    strategy = DDPStrategy(process_group_backend="gloo", cluster_environment=TorchElasticEnvironment())
-    fit(module, tokens(24)[rank::2], 4, [regularizer()], strategy=strategy, devices=2, use_distributed_sampler=False)
-    if rank == 0:
-        torch.save(parameters(module), f"{folder}/parameters.pt")
+
+    def train(term: ConsistencyRegularizer) -> torch.Tensor:
+        module = toy()
+        strategy = DDPStrategy(process_group_backend="gloo", cluster_environment=TorchElasticEnvironment())
+        fit(module, tokens(24)[rank::2], 4, [term], strategy=strategy, devices=2, use_distributed_sampler=False)
+        return parameters(module)
+
+    found = {"parameters": train(regularizer())}
+    for name, goal in _goals(folder).items():
+        term = regularizer(response_steps=2, max_weight=20.0, **goal)
+        train(term)
+        found[name] = term.weight_at(10)
+    torch.save(found, f"{folder}/found_{rank}.pt")
 
 
-def test_two_processes_give_the_parameters_of_one(tmp_path):
+def _goals(folder) -> dict[str, dict]:
+    return {
+        "target": {"target": {"srp/m5": 0.7}},
+        "budget": {"budget": {"ce": 0.05}, "reference": f"{folder}/reference.json"},
+    }
+
+
+def test_two_processes_give_the_parameters_and_weights_of_one(tmp_path):
     """3 steps of 8 rows, of which rank 0 has the even ones."""
+    (tmp_path / "reference.json").write_text(json.dumps({"step": [0, 1, 2], "train/ce": [3.6, 3.6, 3.6]}))
     port = torch.randint(20000, 60000, (1,)).item()
     mp.spawn(_two_processes, args=(str(tmp_path), port), nprocs=2)
+    even, odd = (torch.load(tmp_path / f"found_{rank}.pt") for rank in range(2))
     one = toy()
     fit(one, tokens(24), 8, [regularizer()])
-    torch.testing.assert_close(torch.load(tmp_path / "parameters.pt"), parameters(one), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(even["parameters"], parameters(one), rtol=1e-5, atol=1e-6)
+    for name, goal in _goals(tmp_path).items():
+        term = regularizer(response_steps=2, max_weight=20.0, **goal)
+        fit(toy(), tokens(24), 8, [term])
+        assert even[name] == odd[name] == pytest.approx(term.weight_at(10), rel=1e-4)
+        assert even[name] != 2.0
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("16-mixed", marks=pytest.mark.gpu)])

@@ -54,6 +54,12 @@ class GoalKeeper:
         if isinstance(self.goal, Budget):
             _ = self.goal.curve
 
+    def on_train_start(self, step: int) -> None:
+        """Begin anew where this is not the continuation of what was measured before."""
+        if self.controller.last_step is not None and self.controller.last_step >= step:
+            self.controller = WeightController(self.controller.limit, self.controller.response_steps)
+            self._complained = False
+
     def on_training_trace(self, step: int, trace: RoutingTrace) -> None:
         """Measure the routing of a training batch now and then, as the monitor does on validation.
 

@@ -121,6 +121,11 @@ class ConsistencyRegularizer(Callback):
 
         pl_module.training_step = training_step  # type: ignore[method-assign]
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what moved the weight in an earlier run."""
+        if self.goal_keeper is not None:
+            self.goal_keeper.on_train_start(trainer.global_step)
+
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         """Move the weight by a training loss, if that is its goal."""
         if self.goal_keeper is not None:
