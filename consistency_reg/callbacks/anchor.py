@@ -1,22 +1,21 @@
 """The anchor to the routers before fine-tuning as a Lightning callback."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
-
+from consistency_reg.callbacks.training_step import TrainingStepTerm
 from consistency_reg.capture import RouterAdapter, RouterCapture
 from consistency_reg.losses import RouterAnchorLoss
-from consistency_reg.masks import Masks, batch_masks
+from consistency_reg.masks import Masks
 from consistency_reg.optional import require
-from consistency_reg.term import Term, WeightSchedule
+from consistency_reg.routing import RoutingTrace
+from consistency_reg.term import Term, check_weight
 
 with require("lightning"):
-    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch import LightningModule, Trainer
 
 
-class RouterAnchor(Callback):
+class RouterAnchor(TrainingStepTerm):
     """Adds ``weight * KL(router ‖ router before fine-tuning)`` to the loss that ``training_step`` returns.
 
     The routers before fine-tuning are those that the module has when ``fit`` sets up; a run that is resumed keeps the
@@ -31,13 +30,16 @@ class RouterAnchor(Callback):
 
     Raises:
         ValueError: a negative or non-finite weight; a model without routers (when ``fit`` begins).
-        RuntimeError: manual optimization; a ``training_step`` that does not return a tensor.
+        RuntimeError: manual optimization; a ``training_step`` that returns no loss.
 
     Example:
         >>> RouterAnchor(weight=-1.0)
         Traceback (most recent call last):
         ValueError: weight must be a finite number >= 0, got -1.0
     """
+
+    name = "anchor"
+    by_hand = "call consistency_reg.RouterAnchorLoss"
 
     def __init__(
         self,
@@ -46,11 +48,9 @@ class RouterAnchor(Callback):
         masks: Callable[[Any], Masks] | None = None,
         adapters: Sequence[RouterAdapter] = (),
     ) -> None:
-        self.weight = WeightSchedule(weight).weight
-        self.masks = masks or batch_masks
-        self.adapters = tuple(adapters)
+        super().__init__(masks, adapters)
+        self.weight = check_weight(weight)
         self.loss: RouterAnchorLoss | None = None
-        self._capture: RouterCapture | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Copy the routers, before a checkpoint brings back what they have learned."""
@@ -59,32 +59,13 @@ class RouterAnchor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wrap ``training_step``."""
-        if self.loss is None:
-            return
-        if not pl_module.automatic_optimization:
-            raise RuntimeError(
-                f"RouterAnchor adds its term to the loss that training_step returns, but {type(pl_module).__name__} "
-                "uses manual optimization: call consistency_reg.RouterAnchorLoss in training_step instead"
-            )
-        self._capture = RouterCapture(pl_module, self.adapters, keep_inputs=True).attach()
-        original = pl_module.training_step
+        if self.loss is not None:
+            self._wrap(trainer, pl_module, keep_inputs=True)
 
-        @functools.wraps(original)
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            assert self._capture is not None
-            with self._capture.recording():
-                output = original(*args, **kwargs)
-            return output if output is None else self._add_term(pl_module, output, args[0] if args else None)
-
-        pl_module.training_step = training_step  # type: ignore[method-assign]
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give ``training_step`` back."""
-        self._release(pl_module)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give ``training_step`` back."""
-        self._release(pl_module)
+    def term(self, step: int, trace: RoutingTrace) -> Term:
+        """The divergence of one forward from the routers before fine-tuning."""
+        assert self.loss is not None
+        return Term.of(self.loss, trace, self.weight)
 
     def state_dict(self) -> dict[str, Any]:
         """The routers before fine-tuning."""
@@ -94,24 +75,3 @@ class RouterAnchor(Callback):
         """Go on from :meth:`state_dict`."""
         if self.loss is not None and "loss" in state_dict:
             self.loss.load_state_dict(state_dict["loss"])
-
-    def _add_term(self, pl_module: LightningModule, output: Any, batch: Any) -> Any:
-        if isinstance(output, dict) and isinstance(output.get("loss"), Tensor):
-            return {**output, "loss": self._add_term(pl_module, output["loss"], batch)}
-        if not isinstance(output, Tensor):
-            raise RuntimeError(
-                f"training_step must return its loss, as a tensor or under 'loss', got {type(output).__name__}"
-            )
-        assert self._capture is not None
-        assert self.loss is not None
-        term = Term.of(self.loss, self._capture.trace(*self.masks(batch)), self.weight)
-        self._capture.clear()
-        pl_module.log_dict({f"train/anchor/{name}": value for name, value in term.logged().items()})
-        return output + term.weighted.to(output.dtype)
-
-    def _release(self, pl_module: LightningModule) -> None:
-        if self._capture is None:
-            return
-        self._capture.detach()
-        self._capture = None
-        pl_module.__dict__.pop("training_step", None)

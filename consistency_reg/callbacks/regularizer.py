@@ -1,24 +1,23 @@
 """The consistency term as a Lightning callback."""
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from consistency_reg.callbacks.controller import GoalKeeper
-from consistency_reg.capture import RouterAdapter, RouterCapture
+from consistency_reg.callbacks.training_step import TrainingStepTerm
+from consistency_reg.capture import RouterAdapter
 from consistency_reg.goals import make_goal
 from consistency_reg.losses import LocalConsistencyLoss, RoutingLoss
-from consistency_reg.masks import Masks, batch_masks
+from consistency_reg.masks import Masks
 from consistency_reg.optional import require
+from consistency_reg.routing import RoutingTrace
 from consistency_reg.term import Term, WeightSchedule, warn_of_frozen
 
 with require("lightning"):
-    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch import LightningModule, Trainer
 
 
-class ConsistencyRegularizer(Callback):
+class ConsistencyRegularizer(TrainingStepTerm):
     """Adds ``weight(step) * loss(routing)`` to the loss that ``training_step`` returns; the module stays as it is.
 
     Logs, at the steps that the trainer logs, ``train/consistency/loss`` (raw), ``/weight``, ``/weighted`` and the raw
@@ -60,6 +59,9 @@ class ConsistencyRegularizer(Callback):
         0.15
     """
 
+    name = "consistency"
+    by_hand = "call consistency_reg.LocalConsistencyLoss on RouterCapture(model).trace()"
+
     def __init__(
         self,
         loss: RoutingLoss | None = None,
@@ -75,10 +77,9 @@ class ConsistencyRegularizer(Callback):
         max_weight: float | None = None,
         response_steps: int | None = None,
     ) -> None:
+        super().__init__(masks, adapters)
         self.loss = LocalConsistencyLoss() if loss is None else loss
         self.schedule = WeightSchedule(weight, warmup_steps, start_step)
-        self.masks = masks or batch_masks
-        self.adapters = tuple(adapters)
         self.goal_keeper: GoalKeeper | None = None
         if (goal := make_goal(target, budget, reference)) is not None:
             self.goal_keeper = GoalKeeper(
@@ -90,36 +91,28 @@ class ConsistencyRegularizer(Callback):
             )
         elif max_weight is not None or response_steps is not None:
             raise ValueError("max_weight and response_steps need a target or a budget, got neither")
-        self._capture: RouterCapture | None = None
 
     def weight_at(self, step: int) -> float:
         """The weight at an optimizer step, by what has been measured so far where there is a target or a budget."""
         factor = 1.0 if self.goal_keeper is None else self.goal_keeper.factor
         return factor * self.schedule.at(step)
 
+    def term(self, step: int, trace: RoutingTrace) -> Term:
+        """The loss of one forward with the weight of the step, which a goal may move before."""
+        if self.goal_keeper is not None:
+            self.goal_keeper.on_training_trace(step, trace)
+        return Term.of(self.loss, trace, self.weight_at(step))
+
+    def logged_beside(self) -> dict[str, float]:
+        """The goal, and how far it is kept."""
+        return {} if self.goal_keeper is None else self.goal_keeper.logged()
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the routers and wrap ``training_step``."""
-        if not pl_module.automatic_optimization:
-            raise RuntimeError(
-                "ConsistencyRegularizer adds its term to the loss that training_step returns, but "
-                f"{type(pl_module).__name__} uses manual optimization: call "
-                "consistency_reg.LocalConsistencyLoss on RouterCapture(model).trace() in training_step instead"
-            )
-        self._capture = RouterCapture(pl_module, self.adapters).attach()
-        warn_of_frozen(self._capture)
+        warn_of_frozen(self._wrap(trainer, pl_module))
         if self.goal_keeper is not None:
             self.goal_keeper.on_fit_start()
         self.loss.to(pl_module.device)
-        original = pl_module.training_step
-
-        @functools.wraps(original)
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            assert self._capture is not None
-            with self._capture.recording():
-                output = original(*args, **kwargs)
-            return output if output is None else self._add_term(trainer, pl_module, output, args[0] if args else None)
-
-        pl_module.training_step = training_step  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what moved the weight in an earlier run."""
@@ -137,14 +130,10 @@ class ConsistencyRegularizer(Callback):
             self.goal_keeper.on_logged(trainer, "validation")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give ``training_step`` back."""
-        self._release(pl_module)
+        """Give ``training_step`` back, and say if a goal was never measured."""
+        super().on_fit_end(trainer, pl_module)
         if self.goal_keeper is not None:
             self.goal_keeper.on_fit_end()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give ``training_step`` back."""
-        self._release(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the loss, and of what moves the weight."""
@@ -156,27 +145,3 @@ class ConsistencyRegularizer(Callback):
         self.loss.load_state_dict(state_dict["loss"])
         if self.goal_keeper is not None and "goal_keeper" in state_dict:
             self.goal_keeper.load_state_dict(state_dict["goal_keeper"])
-
-    def _add_term(self, trainer: Trainer, pl_module: LightningModule, output: Any, batch: Any) -> Any:
-        if isinstance(output, Mapping):
-            if not isinstance(output.get("loss"), Tensor):
-                raise RuntimeError(f"training_step must return its loss under the key 'loss', got keys {list(output)}")
-            return {**output, "loss": self._add_term(trainer, pl_module, output["loss"], batch)}
-        if not isinstance(output, Tensor):
-            raise RuntimeError(f"training_step must return its loss, got {type(output).__name__}")
-        assert self._capture is not None
-        trace = self._capture.trace(*self.masks(batch))
-        self._capture.clear()
-        if self.goal_keeper is not None:
-            self.goal_keeper.on_training_trace(trainer.global_step, trace)
-        term = Term.of(self.loss, trace, self.weight_at(trainer.global_step))
-        logged = term.logged() | ({} if self.goal_keeper is None else self.goal_keeper.logged())
-        pl_module.log_dict({f"train/consistency/{name}": value for name, value in logged.items()})
-        return output + term.weighted.to(output.dtype)
-
-    def _release(self, pl_module: LightningModule) -> None:
-        if self._capture is None:
-            return
-        self._capture.detach()
-        self._capture = None
-        pl_module.__dict__.pop("training_step", None)

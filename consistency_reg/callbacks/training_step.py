@@ -1,0 +1,94 @@
+"""A weighted routing term in the loss that ``training_step`` returns: what the callbacks with such a term share."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from consistency_reg.capture import RouterAdapter, RouterCapture
+from consistency_reg.masks import Masks, batch_masks
+from consistency_reg.optional import require
+from consistency_reg.routing import RoutingTrace
+from consistency_reg.term import Term
+
+with require("lightning"):
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class TrainingStepTerm(Callback):
+    """Adds a term of the routing of ``training_step`` to the loss that it returns; the module stays as it is.
+
+    A subclass says what the term is (:meth:`term`) and wraps the module when ``fit`` starts (:meth:`_wrap`). The term
+    is logged as ``train/NAME/...``.
+
+    Args:
+        masks: ``batch -> (valid, document_ids)``, each [B, T] or None; reads the usual keys of a mapping when None.
+        adapters: kinds of routers that the capture does not know by itself.
+    """
+
+    name: str  # in the log
+    by_hand: str  # what to do in a training_step whose loss is not the returned one
+
+    def __init__(self, masks: Callable[[Any], Masks] | None = None, adapters: Sequence[RouterAdapter] = ()) -> None:
+        self.masks = masks or batch_masks
+        self.adapters = tuple(adapters)
+        self._capture: RouterCapture | None = None
+
+    def term(self, step: int, trace: RoutingTrace) -> Term:
+        """The term of one forward at an optimizer step."""
+        raise NotImplementedError
+
+    def logged_beside(self) -> dict[str, float]:
+        """What is logged beside the term itself."""
+        return {}
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give ``training_step`` back."""
+        self._release(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give ``training_step`` back."""
+        self._release(pl_module)
+
+    def _wrap(self, trainer: Trainer, pl_module: LightningModule, *, keep_inputs: bool = False) -> RouterCapture:
+        """Find the routers and wrap ``training_step``, until ``fit`` ends; the capture that listens."""
+        if not pl_module.automatic_optimization:
+            raise RuntimeError(
+                f"{type(self).__name__} adds its term to the loss that training_step returns, but "
+                f"{type(pl_module).__name__} uses manual optimization: {self.by_hand} in training_step instead"
+            )
+        capture = self._capture = RouterCapture(pl_module, self.adapters, keep_inputs=keep_inputs).attach()
+        original = pl_module.training_step
+
+        @functools.wraps(original)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            with capture.recording():
+                output = original(*args, **kwargs)
+            if output is None:
+                return None
+            trace = capture.trace(*self.masks(args[0] if args else None))
+            capture.clear()
+            return self._add(trainer, pl_module, output, trace)
+
+        pl_module.training_step = training_step  # type: ignore[method-assign]
+        return capture
+
+    def _add(self, trainer: Trainer, pl_module: LightningModule, output: Any, trace: RoutingTrace) -> Any:
+        if isinstance(output, Mapping):
+            if not isinstance(output.get("loss"), Tensor):
+                raise RuntimeError(f"training_step must return its loss under the key 'loss', got keys {list(output)}")
+            return {**output, "loss": self._add(trainer, pl_module, output["loss"], trace)}
+        if not isinstance(output, Tensor):
+            raise RuntimeError(f"training_step must return its loss, got {type(output).__name__}")
+        term = self.term(trainer.global_step, trace)
+        logged = term.logged() | self.logged_beside()
+        pl_module.log_dict({f"train/{self.name}/{name}": value for name, value in logged.items()})
+        return output + term.weighted.to(output.dtype)
+
+    def _release(self, pl_module: LightningModule) -> None:
+        if self._capture is None:
+            return
+        self._capture.detach()
+        self._capture = None
+        pl_module.__dict__.pop("training_step", None)
