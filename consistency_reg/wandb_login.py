@@ -5,25 +5,20 @@ import netrc
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal, cast, get_args
 
-MODES = ("online", "offline", "disabled", "shared")
+Mode = Literal["online", "offline", "disabled", "shared"]
 
 
-def wandb_mode() -> str | None:
+def wandb_mode() -> Mode | None:
     """The ``mode`` for ``wandb.init``: what WANDB_MODE says, else offline without a login; None leaves it to wandb.
 
     To be passed on, as wandb reads its environment only once in a process.
     """
     chosen = os.environ.get("WANDB_MODE")
     if chosen is not None:
-        return chosen if chosen in MODES else None
+        return cast(Mode, chosen) if chosen in get_args(Mode) else None
     return None if login_found() else "offline"
-
-
-def offline_without_login() -> None:
-    """Set ``WANDB_MODE=offline`` unless a mode is chosen or a login is found."""
-    if "WANDB_MODE" not in os.environ and not login_found():
-        os.environ["WANDB_MODE"] = "offline"
 
 
 def login_found() -> bool:

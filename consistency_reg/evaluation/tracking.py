@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from consistency_reg.evaluation.measure import Evaluation
 from consistency_reg.optional import require
@@ -17,13 +16,8 @@ def log_to_wandb(project: str, evaluations: Sequence[Evaluation], pictures: Mapp
     origin = {"versions": package_versions(), "git_commit": git_commit()}
     for one in evaluations:
         config = {"model": one.recording.model, **one.recording.about, **origin}
-        named: dict[str, Any] = {
-            "project": project,
-            "name": one.recording.model,
-            "job_type": "evaluate",
-            "mode": wandb_mode(),
-        }
-        run = wandb.init(**named, config=config, dir=folder)
+        name = one.recording.model
+        run = wandb.init(project=project, name=name, job_type="evaluate", config=config, dir=folder, mode=wandb_mode())
         try:
             run.log(scalars(one) | {name: wandb.Image(str(path)) for name, path in pictures.items()})
         finally:

@@ -28,8 +28,15 @@ def run_loggers(run_dir: Path, wandb_project: str) -> list[Logger]:
     identity = run_dir / "wandb-id"
     if not identity.exists():
         identity.write_text(secrets.token_hex(4))
-    named: dict[str, Any] = {"name": run_dir.name, "project": wandb_project, "id": identity.read_text()}
-    return [_csv_logger(run_dir), WandbLogger(**named, save_dir=run_dir, mode=wandb_mode(), settings=_settings())]
+    wandb_logger = WandbLogger(
+        name=run_dir.name,
+        project=wandb_project,
+        id=identity.read_text(),
+        save_dir=run_dir,
+        mode=wandb_mode(),
+        settings=_settings(),
+    )
+    return [_csv_logger(run_dir), wandb_logger]
 
 
 def log_result(trainer: Trainer, result: Mapping[str, Any], name: str, files: Sequence[Path]) -> None:

@@ -17,7 +17,7 @@ from consistency_reg.report.runs import Run, distinct_names, read_folder, refuse
 from consistency_reg.report.tables import MARKS, Table
 from consistency_reg.report.wandb_runs import PREFIX, read_wandb
 from consistency_reg.usage import CommandParser
-from consistency_reg.wandb_login import offline_without_login
+from consistency_reg.wandb_login import wandb_mode
 
 with require("plots"):
     from rich import box
@@ -123,8 +123,8 @@ def log_to_wandb(project: str, folder: Path, tables: Sequence[Table], drawn: Seq
     """One wandb run, in the folder, that holds tables, figures and the page; offline where there is no login."""
     with require("wandb"):
         import wandb
-    offline_without_login()
-    with wandb.init(project=project, job_type="report", name=f"report {folder.parent.name}", dir=folder) as run:
+    name = f"report {folder.parent.name}"
+    with wandb.init(project=project, job_type="report", name=name, dir=folder, mode=wandb_mode()) as run:
         for table in tables:
             run.log(
                 {f"report/{table.title}": wandb.Table(columns=list(table.header), data=[list(r) for r in table.rows])}
