@@ -102,6 +102,22 @@ class CellLock:
             self.descriptor = -1
 
 
+def claim(grid: Grid, cell: Cell) -> CellLock | None:
+    """The lock of a cell whose folder is prepared; None if another process works on it or has just finished it."""
+    lock = CellLock.acquire(cell)
+    if lock is None:
+        return None
+    try:
+        if not is_finished(cell):
+            prepare(grid, cell)
+            return lock
+    except BaseException:
+        lock.release()
+        raise
+    lock.release()
+    return None
+
+
 def read_progress(cell: Cell) -> dict[str, Any] | None:
     """What the cell last wrote of itself, and under "written" when; None before it did."""
     path = cell.folder / PROGRESS

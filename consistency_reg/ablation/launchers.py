@@ -59,20 +59,12 @@ class LocalLauncher:
 
     def start(self, grid: Grid, cell: Cell) -> Process | None:
         """Start a cell, unless another process works on it or has just finished it."""
-        lock = CellLock.acquire(cell)
+        lock = folder.claim(grid, cell)
         if lock is None:
             return None
+        arguments = [*self.command, *folder.fit_arguments(grid, cell, cell.folder / folder.CONFIG)]
         try:
-            if folder.is_finished(cell):
-                lock.release()
-                return None
-            folder.prepare(grid, cell)
-            return LocalProcess(
-                [*self.command, *folder.fit_arguments(grid, cell, cell.folder / folder.CONFIG)],
-                cell_environment(grid, self.jobs, os.environ),
-                cell,
-                lock,
-            )
+            return LocalProcess(arguments, cell_environment(grid, self.jobs, os.environ), cell, lock)
         except BaseException:
             lock.release()
             raise

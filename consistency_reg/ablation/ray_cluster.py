@@ -66,15 +66,10 @@ class RayLauncher:
 
     def start(self, grid: Grid, cell: Cell) -> Process | None:
         """Hand a cell to the cluster, unless another process works on it or has just finished it."""
-        lock = CellLock.acquire(cell)
+        lock = folder.claim(grid, cell)
         if lock is None:
             return None
-        try:
-            if folder.is_finished(cell):
-                return None
-            folder.prepare(grid, cell)
-        finally:
-            lock.release()  # the cell's own process takes it, on the machine that it runs on
+        lock.release()  # the cell's own process takes it, on the machine that it runs on
         given = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         threads = {"OMP_NUM_THREADS": str(max(1, int(self.resources["CPU"])))}
         task = _run_cell.options(
