@@ -6,9 +6,7 @@ import random
 
 import pytest
 
-from consistency_reg.control import WeightController
-from consistency_reg.goals import Budget, Target, make_goal
-from consistency_reg.reference_curve import ReferenceCurve
+from consistency_reg.control import Budget, ReferenceCurve, Target, WeightController, make_goal
 
 WEIGHT, LIMIT = 0.15, 3.0
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from consistency_reg.callbacks.controller import GoalKeeper
+from consistency_reg.callbacks.goal_keeper import GoalKeeper
 from consistency_reg.callbacks.training_step import TrainingStepTerm
 from consistency_reg.capture import RouterAdapter
-from consistency_reg.goals import make_goal
+from consistency_reg.control import make_goal
 from consistency_reg.losses import LocalConsistencyLoss, RoutingLoss
 from consistency_reg.masks import Masks
 from consistency_reg.optional import require

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from consistency_reg.control import WeightController
-from consistency_reg.goals import Budget, Goal, Target
+from consistency_reg.control import Budget, Goal, Target, WeightController
 from consistency_reg.metrics import SegmentRoutingPerformance
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from consistency_reg.reference_curve import ReferenceCurve
+from consistency_reg.control.reference_curve import ReferenceCurve
 
 TRAINING_MEASURE = re.compile(r"srp/m(\d+)")
 VALIDATION_MEASURE = re.compile(r"val/(srp|local_gain|cache|overlap)(/.+)?")
@@ -91,7 +91,7 @@ class Budget:
     Args:
         name: of a logged loss, such as ``train/ce`` or ``val/ce``.
         bound: the relative increase, > 0.
-        reference: the other run, see :meth:`~consistency_reg.reference_curve.ReferenceCurve.read`.
+        reference: the other run, see :meth:`~consistency_reg.control.reference_curve.ReferenceCurve.read`.
 
     Raises:
         ValueError: a bound out of range.
