@@ -197,7 +197,10 @@ def test_two_processes_give_the_parameters_and_weights_of_one(tmp_path):
         assert even[name] != 2.0
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("16-mixed", marks=pytest.mark.gpu)])
+NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("16-mixed", marks=NEEDS_GPU)])
 def test_mixed_precision_with_clipping_trains_finite(precision):
     module = toy()
     accelerator = "gpu" if precision == "16-mixed" else "cpu"

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from plain_sgd import PLAIN_SGD
 from tiny_models import tiny_model, token_ids
 
 from consistency_reg import LoadBalanceLoss, LocalConsistencyLoss
@@ -27,20 +28,7 @@ def rows(count, *, ragged=False, seed=0):
 
 
 def trainer_of(model, folder, data, batch_size, callbacks=(), **options):
-    options = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": batch_size,
-        "optim": "sgd",
-        "learning_rate": 0.5,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0,
-        "num_train_epochs": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "logging_steps": 1,
-    } | options
+    options = PLAIN_SGD | {"output_dir": str(folder), "per_device_train_batch_size": batch_size} | options
     return transformers.Trainer(
         model, transformers.TrainingArguments(**options), train_dataset=data, callbacks=list(callbacks)
     )

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig
+from plain_sgd import PLAIN_SGD
 from tiny_models import tiny_model, token_ids
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trl import SFTConfig, SFTTrainer
@@ -29,20 +30,11 @@ def tokenizer():
 
 def trainer_of(model, folder, *, rows=8, batch_size=4, callbacks=(), peft_config=None, **options):
     options = {
+        **PLAIN_SGD,
         "output_dir": str(folder),
         "per_device_train_batch_size": batch_size,
-        "optim": "sgd",
-        "learning_rate": 0.5,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0,
-        "num_train_epochs": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "logging_steps": 1,
         "router_aux_loss_coef": 0.0,
         "dataset_kwargs": {"skip_prepare_dataset": True},
     } | options
