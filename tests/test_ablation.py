@@ -367,7 +367,8 @@ def test_the_remaining_time_counts_waiting_cells_and_jobs(folder):
 TINY = {
     "data": {"domains": ["math"], "corpus_bytes": 60_000, "vocab_size": 300, "sequence_length": 32, "batch_size": 2},
     "model": {
-        "model": {"init_args": {"hidden_size": 16, "num_layers": 1, "num_experts": 4, "top_k": 2, "num_heads": 2}}
+        "model": {"init_args": {"hidden_size": 16, "num_layers": 1, "num_experts": 4, "top_k": 2, "num_heads": 2}},
+        "warmup_steps": 0,
     },
     "trainer": {"max_steps": 2},
     "consistency": {"loss": {"init_args": {"segment_lengths": [4]}}},
@@ -388,6 +389,7 @@ def tiny_grid(grid):
         ({"negative": {"consistency.weight": -1.0}}, "weight"),
         ({"long": {"consistency.loss.init_args.segment_lengths": [64]}}, "sequence_length=32"),
         ({"experts": {"model.model.init_args.shared_experts": 2}}, "shared_experts"),
+        ({"short": {"model.warmup_steps": 2}}, "max_steps must be more than warmup_steps=2, got 2"),
     ],
 )
 def test_what_fit_would_refuse_is_refused_before_any_cell_is_trained(folder, values, named):

@@ -33,7 +33,7 @@ from consistency_reg.lm.finetune import (
 )
 from consistency_reg.lm.mistakes import explain, recipe_keys
 from consistency_reg.lm.model import count_parameters, small_moe
-from consistency_reg.lm.module import CausalMoE
+from consistency_reg.lm.module import CausalMoE, check_warmup
 from consistency_reg.lm.pretrained import save_plain
 from consistency_reg.lm.run import RunProgress
 from consistency_reg.lm.tracking import finish, log_result, run_loggers
@@ -76,6 +76,7 @@ class RecipeCLI(LightningCLI):
                 "segment_lengths of consistency.loss and monitor must not exceed the context, "
                 f"data.sequence_length={config.data.sequence_length}, got {sorted(set(lengths))}"
             )
+        check_warmup(config.trainer.max_steps, config.model.warmup_steps)
         self._let_the_model_follow()
         if is_fine_tuning(config):
             follow_checkpoint(config)

@@ -103,8 +103,7 @@ class CausalMoE(LightningModule):
         """AdamW, linear warm-up, cosine decay over ``trainer.max_steps``."""
         # estimated_stepping_batches would set the data up before a checkpoint is loaded: resuming would begin it anew
         total = self.trainer.max_steps
-        if total <= self.warmup_steps:
-            raise ValueError(f"trainer.max_steps must be more than warmup_steps={self.warmup_steps}, got {total}")
+        check_warmup(total, self.warmup_steps)
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": self.weight_decay},
@@ -120,6 +119,12 @@ class CausalMoE(LightningModule):
         progress = min((step - self.warmup_steps) / (total - self.warmup_steps), 1.0)
         cosine = (1 + math.cos(math.pi * progress)) / 2
         return self.final_learning_rate + (1 - self.final_learning_rate) * cosine
+
+
+def check_warmup(max_steps: int, warmup_steps: int) -> None:
+    """Raise ValueError unless steps are left for the decay after the warm-up."""
+    if max_steps <= warmup_steps:
+        raise ValueError(f"trainer.max_steps must be more than warmup_steps={warmup_steps}, got {max_steps}")
 
 
 def next_token_losses(logits: Tensor, labels: Tensor) -> Tensor:
