@@ -83,8 +83,9 @@ for _model_type, _prefix in (("qwen4_exp", "text_config."), ("qwen4_exp_text", "
 
 
 def moe_model_types() -> list[str]:
-    """The model types whose configuration, or one inside it, has a field about experts."""
-    return sorted(model_type for model_type in CONFIG_MAPPING if _has_experts(CONFIG_MAPPING[model_type]))
+    """The library's own model types whose configuration, or one inside it, has a field about experts."""
+    own = (name for name in CONFIG_MAPPING if CONFIG_MAPPING[name].__module__.startswith("transformers."))
+    return sorted(model_type for model_type in own if _has_experts(CONFIG_MAPPING[model_type]))
 
 
 def _has_experts(config_class: type[PreTrainedConfig]) -> bool:
