@@ -20,7 +20,7 @@ from rows import append, quantiles
 from consistency_reg import RoutingTrace, SegmentRoutingPerformance, functional
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-from reference import best_f1_oracle, cache_hits_oracle, window_histograms_oracle  # noqa: E402
+from reference import best_f1_oracle, cache_hits_oracle, window_histograms_oracle
 
 
 def reference_srp(ids: np.ndarray) -> None:
