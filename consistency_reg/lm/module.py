@@ -33,7 +33,7 @@ class CausalMoE(LightningModule):
         self,
         model: nn.Module,
         balance: LoadBalanceLoss | None = None,
-        balance_weight: float = 0.05,
+        balance_weight: float = 0.1,
         z_weight: float = 0.001,
         learning_rate: float = 3e-3,
         weight_decay: float = 0.1,
