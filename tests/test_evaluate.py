@@ -573,6 +573,6 @@ def test_wandb_gets_numbers_and_pictures(place, olmoe, texts, tmp_path, monkeypa
     assert logged["options"]["name"] == "olmoe"
     assert logged["finished"]
     (model,) = json.loads((out / "evaluation.json").read_text())["models"]
-    assert logged["srp/m8"] == model["srp"]["8"]["srp"]
-    assert logged["cache/lru_2k"] == model["caches"]["lru"]["at_ratio"]["2.0"]["hit_rate"]
-    assert {"srp", "hit_rates", "layers", "routing"} <= logged.keys()
+    assert logged["val/srp/m8"] == model["srp"]["8"]["srp"]
+    assert logged["val/cache/lru_2k"] == model["caches"]["lru"]["at_ratio"]["2.0"]["hit_rate"]
+    assert {f"evaluation/{name}" for name in ("srp", "hit_rates", "layers", "routing")} <= logged.keys()

@@ -8,6 +8,7 @@ import pytest
 import wandb
 from PIL import Image
 from run_folders import DOMAINS, result, write_demo, write_losses, write_run
+from wandb_file import read_run as read_wandb_run
 
 from consistency_reg.report import command, main, pair_runs, read_folder, read_run
 from consistency_reg.report.command import gather
@@ -64,6 +65,18 @@ def test_a_folder_of_cells_becomes_table_csv_json_pictures_and_page(drawing, cap
     for name in ("frontier", "tradeoff", "balance", "layers", "hit_rates", "effects"):
         assert (files / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert report("runs/demo") == 0, "its own folder is no run"
+
+
+def test_a_report_is_a_run_of_wandb_with_its_files_as_an_artifact(drawing, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    write_demo("runs/demo")
+    assert report("runs/demo", "--wandb", "moe") == 0
+    run = read_wandb_run(Path("runs/demo/report"))
+    logged = {name for row in run.history for name in row}
+    assert {"report/Overview", "report/frontier", "report/page"} <= logged
+    ((kind, name, files),) = [one for one in run.artifacts if one[0] == "report"]
+    assert name == "report-demo"
+    assert {"report.html", "tables.md", "table.csv", "table.json", "frontier.png"} <= set(files)
 
 
 def test_a_run_stands_beside_the_run_that_differs_in_the_term_alone(folder):

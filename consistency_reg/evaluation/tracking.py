@@ -19,13 +19,14 @@ def log_to_wandb(project: str, evaluations: Sequence[Evaluation], pictures: Mapp
         name = one.recording.model
         run = wandb.init(project=project, name=name, job_type="evaluate", config=config, dir=folder, mode=wandb_mode())
         try:
-            run.log(scalars(one) | {name: wandb.Image(str(path)) for name, path in pictures.items()})
+            shown = {f"val/{name}": value for name, value in scalars(one).items()}
+            run.log(shown | {f"evaluation/{name}": wandb.Image(str(path)) for name, path in pictures.items()})
         finally:
             run.finish()
 
 
 def scalars(one: Evaluation) -> dict[str, float]:
-    """The numbers of one model under the names that a training run gives them in validation."""
+    """The numbers of one model under the names that a training run gives them in validation, without their "val/"."""
     values = {"static_srp": float(next(iter(one.srp.values())).static_srp), "balance/min_share": one.min_share}
     for m, result in one.srp.items():
         values[f"srp/m{m}"] = float(result.srp)

@@ -16,6 +16,7 @@ from consistency_reg.report.records import append_csv, fingerprint, read_csv, wr
 from consistency_reg.report.runs import Run, distinct_names, read_folder, refuse_different_data
 from consistency_reg.report.tables import MARKS, Table
 from consistency_reg.report.wandb_runs import PREFIX, read_wandb
+from consistency_reg.tracking.artifacts import log_artifact
 from consistency_reg.usage import CommandParser
 from consistency_reg.wandb_login import wandb_mode
 
@@ -32,6 +33,7 @@ examples:
   consistency-reg report recipes/results/demo.csv       committed results
   consistency-reg report wandb:me/project/demo          a group of runs in wandb
 """
+REPORT_FILES = ("report.html", "tables.md", "table.csv", "table.json")
 NARROWEST = 120
 MOST_PLACES = 6
 
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_table(table, console)
     folder = options.out or default_folder(options.runs)
     drawn = write_report(folder, ", ".join(Path(source).name for source in options.runs), findings, tables)
-    print(f"{folder}: report.html, tables.md, table.csv, table.json, {', '.join(f'{one.name}.png' for one in drawn)}")
+    print(f"{folder}: {', '.join([*REPORT_FILES, *(f'{one.name}.png' for one in drawn)])}")
     if options.pictures is not None:
         write_pictures(options.pictures, drawn)
     for path in options.update:
@@ -120,7 +122,7 @@ def write_pictures(folder: Path, drawn: Sequence[Picture]) -> None:
 
 
 def log_to_wandb(project: str, folder: Path, tables: Sequence[Table], drawn: Sequence[Picture]) -> None:
-    """One wandb run, in the folder, that holds tables, figures and the page; offline where there is no login."""
+    """One wandb run, in the folder, with tables, figures, the page, and all as an artifact; offline without a login."""
     with require("wandb"):
         import wandb
     name = f"report {folder.parent.name}"
@@ -131,6 +133,8 @@ def log_to_wandb(project: str, folder: Path, tables: Sequence[Table], drawn: Seq
             )
         run.log({f"report/{one.name}": wandb.Image(str(folder / f"{one.name}.png")) for one in drawn})
         run.log({"report/page": wandb.Html((folder / "report.html").read_text(), inject=False)})
+        files = [folder / file for file in REPORT_FILES] + [folder / f"{one.name}.png" for one in drawn]
+        log_artifact(run, name, "report", files)
 
 
 def print_table(table: Table, console: Console) -> None:

@@ -78,9 +78,18 @@ def routed_experts(architecture: str) -> tuple[int, int] | None:
 
 
 def pair_digest(config: Mapping[str, Any]) -> str:
-    """Equal for two recipes that differ in the consistency term alone."""
+    """Equal for two recipes that differ in the consistency term alone; one without an anchor's weight has no anchor.
+
+    Example:
+        >>> pair_digest({"consistency": {"weight": 0.1}, "anchor": {"weight": 0.0}}) == pair_digest({})
+        True
+        >>> pair_digest({"anchor": {"weight": 1.0}}) == pair_digest({})
+        False
+    """
     paired: dict[str, Any] = {}
     for section, keys in PAIRED_SETTINGS.items():
         value = config.get(section)
         paired[section] = {key: value.get(key) for key in keys} if keys and isinstance(value, dict) else value
+    if (anchor := config.get("anchor") or {}).get("weight"):
+        paired["anchor"] = anchor
     return hashlib.sha256(json.dumps(paired, sort_keys=True, default=str).encode()).hexdigest()[:12]
