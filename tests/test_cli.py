@@ -143,12 +143,14 @@ RECIPE = "config.yaml"
             "'sequence', got 'here'",
         ),
         (["--run_dir", RECIPE], f"{RECIPE}: File exists"),
+        (["--config", "number.yaml"], "consistency must hold keys, such as consistency.weight, got 3"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_mistake_in_a_recipe_is_said_in_a_sentence(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     Path(RECIPE).touch()
+    Path("number.yaml").write_text("consistency: 3")
     assert cli.main(["fit", *arguments]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"consistency-reg: error: {message.format(folder=tmp_path)}")

@@ -15,6 +15,7 @@ from consistency_reg.optional import require
 
 with require("lightning"):
     import yaml
+    from jsonargparse import Namespace
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -39,6 +40,10 @@ from consistency_reg.lm.run import RunProgress
 from consistency_reg.lm.tracking import finish, log_result, run_loggers
 from consistency_reg.provenance import git_commit, package_versions
 
+A_KEY_OF = {  # each section of a recipe
+    **{"model": "warmup_steps", "data": "sequence_length", "trainer": "max_steps"},
+    **{"consistency": "weight", "anchor": "weight", "monitor": "segment_lengths"},
+}
 DEFAULTS = Path(__file__).with_name("defaults.yaml")
 
 
@@ -69,6 +74,10 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse what could only fail later, and a folder that holds another run."""
         config = self.config
+        for section, key in A_KEY_OF.items():
+            if not isinstance(given := config[section], Namespace) or key not in given:
+                got = "a value" if isinstance(given, Namespace) else repr(given)  # which the linked seed has joined
+                raise ValueError(f"{section} must hold keys, such as {section}.{key}, got {got}")
         loss = {} if config.consistency.loss is None else config.consistency.loss.init_args
         lengths = [*loss.get("segment_lengths", ()), *config.monitor.segment_lengths]
         if lengths and max(lengths) > config.data.sequence_length:
