@@ -74,7 +74,7 @@ def test_a_report_is_a_run_of_wandb_with_its_files_as_an_artifact(drawing, monke
     run = read_wandb_run(Path("runs/demo/report"))
     logged = {name for row in run.history for name in row}
     assert {"report/Overview", "report/frontier", "report/page"} <= logged
-    ((kind, name, files),) = [one for one in run.artifacts if one[0] == "report"]
+    ((_, name, files),) = [one for one in run.artifacts if one[0] == "report"]
     assert name == "report-demo"
     assert {"report.html", "tables.md", "table.csv", "table.json", "frontier.png"} <= set(files)
 
