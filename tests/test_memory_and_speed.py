@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import tiny_model, token_ids
 
-from consistency_reg import LocalConsistencyLoss
+from consistency_reg import LocalConsistencyLoss, RouterCapture
 from consistency_reg.integrations import attach
 
 B, T = 3, 12
@@ -97,5 +97,30 @@ def test_a_compiled_model_gives_the_same(backend):
     try:
         compiled = one_step(lambda model: torch.compile(model, backend=backend), "mixtral")
         assert_same(one_step(kind="mixtral"), compiled, rtol=1e-4, atol=1e-5)
+    finally:
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("listen", ["capture", "attach"])
+def test_a_compiled_model_stays_one_graph(listen):
+    """The routers are heard inside of it, and the term comes after it."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    try:
+        model, ids = tiny_model("mixtral").train(), token_ids(B, T)
+        if listen == "attach":
+            term = attach(model, LOSS, weight=20.0)
+            torch.compile(model, backend=backend)(ids, labels=ids)
+            assert 0 < term.value < 1
+        else:
+            with RouterCapture(model) as capture:
+                torch.compile(model, backend=backend)(ids, labels=ids)
+            assert len(capture.trace().layers) == 2
+        assert len(graphs) == 1
     finally:
         torch._dynamo.reset()

@@ -112,6 +112,7 @@ class Attachment:
         self._capture = RouterCapture(model, adapters, keep_inputs=keep_inputs, layers=layers)
         self._handles: list[RemovableHandle] = []
         self._called = False
+        self._add_term_eagerly = torch.compiler.disable(self._add_term)  # it would be compiled in twenty pieces
         warn_of_frozen(self._capture)
 
     @property
@@ -144,7 +145,7 @@ class Attachment:
         router = next(iter(self._capture.routers.values()))
         self._handles = [
             self._model.register_forward_pre_hook(OwnedHook(self, "_note_call")),
-            self._model.register_forward_hook(OwnedHook(self, "_add_term"), with_kwargs=True),
+            self._model.register_forward_hook(OwnedHook(self, "_add_term_eagerly"), with_kwargs=True),
             router.register_forward_hook(OwnedHook(self, "_check_call")),
         ]
         return self
