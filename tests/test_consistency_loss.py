@@ -555,7 +555,11 @@ def test_memory_stays_below_twice_the_router_scores(kind, membership):
         (LocalConsistencyLoss, {"segment_lengths": (True, 4)}, "segment_lengths must be a list of distinct integers"),
         (LocalConsistencyLoss, {"temperature": 0.0}, "temperature must be a positive number, got 0.0"),
         (LocalConsistencyLoss, {"temperature": float("nan")}, "temperature must be a positive number, got nan"),
-        (LocalConsistencyLoss, {"balance_neutral": "yes"}, "balance_neutral must be True, False or 'slope', got 'yes'"),
+        (
+            LocalConsistencyLoss,
+            {"balance_neutral": "yes"},
+            "balance_neutral must be True, False, 'slope' or None, got 'yes'",
+        ),
         (
             LocalConsistencyLoss,
             {"balance_neutral": "slope", "membership": "probability"},

@@ -41,7 +41,7 @@ def loader(count, seed=0):
 
 
 def regularizer(**options):
-    loss = LocalConsistencyLoss((4, M), balance_neutral="slope")
+    loss = LocalConsistencyLoss((4, M))
     return ConsistencyRegularizer(loss, **({"weight": 0.3} | options))
 
 

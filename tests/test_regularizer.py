@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from consistency_reg import ConsistencyRegularizer, LocalConsistencyLoss, RouterCapture
@@ -54,13 +55,23 @@ class ToyMoE(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
+class Sharded(ToyMoE):
+    """FSDP2 as Lightning wants it."""
+
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+
+        for module in (*self.routers, self):
+            fully_shard(module, mesh=self.device_mesh["data_parallel"])
+
+
 def tokens(rows: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(V, (rows, T), generator=torch.Generator().manual_seed(seed))
 
 
-def toy(**options) -> ToyMoE:
+def toy(kind: type[ToyMoE] = ToyMoE, **options) -> ToyMoE:
     torch.manual_seed(1)
-    return ToyMoE(**options)
+    return kind(**options)
 
 
 def fit(module, ids, batch_size, callbacks=(), **trainer_options):
@@ -86,7 +97,8 @@ def regularizer(**options) -> ConsistencyRegularizer:
 
 
 def parameters(module) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+    whole = (p.full_tensor() if isinstance(p, DTensor) else p for p in module.parameters())
+    return torch.cat([parameter.detach().flatten() for parameter in whole])
 
 
 @pytest.mark.parametrize("output", ["tensor", "dict"])
@@ -156,17 +168,19 @@ def _two_processes(rank: int, folder: str, port: int) -> None:
     os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "TORCHELASTIC_RUN_ID": "test"}
     os.environ |= {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     from lightning.fabric.plugins.environments import TorchElasticEnvironment
-    from lightning.pytorch.strategies import DDPStrategy
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
     torch.set_num_threads(1)
 
-    def train(term: ConsistencyRegularizer) -> torch.Tensor:
-        module = toy()
-        strategy = DDPStrategy(process_group_backend="gloo", cluster_environment=TorchElasticEnvironment())
+    def train(term: ConsistencyRegularizer, module: ToyMoE | None = None) -> torch.Tensor:
+        gloo = {"process_group_backend": "gloo"}
+        strategy = DDPStrategy(**gloo) if module is None else ModelParallelStrategy(2, 1, **gloo)  # data, tensor
+        strategy.cluster_environment = TorchElasticEnvironment()
+        module = module or toy()
         fit(module, tokens(24)[rank::2], 4, [term], strategy=strategy, devices=2, use_distributed_sampler=False)
         return parameters(module)
 
-    found = {"parameters": train(regularizer())}
+    found = {"ddp": train(regularizer()), "fsdp2": train(regularizer(), toy(Sharded))}
     for name, goal in _goals(folder).items():
         term = regularizer(response_steps=2, max_weight=20.0, **goal)
         train(term)
@@ -189,7 +203,8 @@ def test_two_processes_give_the_parameters_and_weights_of_one(tmp_path):
     even, odd = (torch.load(tmp_path / f"found_{rank}.pt") for rank in range(2))
     one = toy()
     fit(one, tokens(24), 8, [regularizer()])
-    torch.testing.assert_close(even["parameters"], parameters(one), rtol=1e-5, atol=1e-6)
+    for strategy in ("ddp", "fsdp2"):
+        torch.testing.assert_close(even[strategy], parameters(one), rtol=1e-5, atol=1e-6)
     for name, goal in _goals(tmp_path).items():
         term = regularizer(response_steps=2, max_weight=20.0, **goal)
         fit(toy(), tokens(24), 8, [term])

@@ -38,7 +38,7 @@ class EnvelopeLoss(RoutingLoss):
         balance_neutral: subtract from each expert's marginals their mean over the valid tokens, so that the loss
             cannot raise its value by making an expert popular everywhere. "slope" weights this mean by the squared
             slope of the membership: then a gradient step on the scores leaves each expert's soft usage where it is,
-            to first order. Only for "margin".
+            to first order. Only for "margin", where it is the default; for "probability" that is True.
         scope: what shares one value. "global": the batch over all data-parallel processes; "batch": the batch of this
             process; "sequence": each row by itself, averaged over the rows.
     """
@@ -48,7 +48,7 @@ class EnvelopeLoss(RoutingLoss):
         *,
         membership: Literal["margin", "probability"] = "margin",
         temperature: float = 1.0,
-        balance_neutral: bool | Literal["slope"] = True,
+        balance_neutral: bool | Literal["slope"] | None = None,
         scope: Literal["global", "batch", "sequence"] = "global",
     ) -> None:
         super().__init__()
@@ -56,8 +56,10 @@ class EnvelopeLoss(RoutingLoss):
             raise ValueError(f"membership must be one of {MEMBERSHIPS}, got {membership!r}")
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature must be a positive number, got {temperature}")
+        if balance_neutral is None:
+            balance_neutral = "slope" if membership == "margin" else True
         if balance_neutral not in (True, False, "slope"):
-            raise ValueError(f"balance_neutral must be True, False or 'slope', got {balance_neutral!r}")
+            raise ValueError(f"balance_neutral must be True, False, 'slope' or None, got {balance_neutral!r}")
         if balance_neutral == "slope" and membership != "margin":
             raise ValueError("balance_neutral='slope' needs membership='margin': a probability has no slope of its own")
         if scope not in SCOPES:
@@ -156,7 +158,7 @@ class LocalConsistencyLoss(EnvelopeLoss):
         self,
         segment_lengths: Sequence[int] = (4, 16, 64),
         temperature: float = 1.0,
-        balance_neutral: bool | Literal["slope"] = True,
+        balance_neutral: bool | Literal["slope"] | None = None,
         *,
         membership: Literal["margin", "probability"] = "margin",
         scope: Literal["global", "batch", "sequence"] = "global",
@@ -195,7 +197,7 @@ class CacheConsistencyLoss(EnvelopeLoss):
         self,
         cache_ratio: float = 2.0,
         temperature: float = 1.0,
-        balance_neutral: bool | Literal["slope"] = True,
+        balance_neutral: bool | Literal["slope"] | None = None,
         *,
         membership: Literal["margin", "probability"] = "margin",
         scope: Literal["global", "batch", "sequence"] = "global",

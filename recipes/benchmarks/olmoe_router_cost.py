@@ -90,7 +90,7 @@ def peak_bytes(options: argparse.Namespace, regularized: bool) -> float:
         capture, inputs = options.made
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step(capture, inputs, LocalConsistencyLoss(balance_neutral="slope") if regularized else None)
+        step(capture, inputs, LocalConsistencyLoss() if regularized else None)
         return torch.cuda.max_memory_allocated() - before
     command = [
         sys.executable,
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--peak", choices=["plain", "term"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    consistency = LocalConsistencyLoss(balance_neutral="slope")
+    consistency = LocalConsistencyLoss()
     capture, inputs = options.made = stepper(options)
     if options.peak:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, which imports made

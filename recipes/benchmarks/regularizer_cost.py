@@ -26,7 +26,7 @@ def main() -> None:
     model = small_moe(vocab_size=VOCABULARY, num_layers=3, context_length=TOKENS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     balance, z_loss = LoadBalanceLoss(running=0.95), RouterZLoss()
-    consistency = LocalConsistencyLoss(balance_neutral="slope")
+    consistency = LocalConsistencyLoss()
     ids = torch.randint(VOCABULARY, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
 
     def step(regularized: bool) -> float:
