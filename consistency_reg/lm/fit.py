@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import logging
 import shlex
 import time
 import warnings
@@ -142,7 +143,12 @@ class CheckOnly(RecipeCLI):
 
 def check_config(argv: Sequence[str]) -> None:
     """Raise ValueError if ``consistency-reg fit`` would refuse these arguments; nothing is built or written."""
-    _parse(CheckOnly, argv)
+    silent = logging.root.manager.disable
+    logging.disable(max(silent, logging.INFO))  # Lightning says each time which seed it has set
+    try:
+        _parse(CheckOnly, argv)
+    finally:
+        logging.disable(silent)
 
 
 def _parse(cli: type[RecipeCLI], argv: Sequence[str]) -> RecipeCLI:

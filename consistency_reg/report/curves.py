@@ -33,7 +33,8 @@ def curve(history: pd.DataFrame, steps: int, tokens: int) -> Curve:
     """
     if PERPLEXITY not in history or "step" not in history or not steps:
         return {}
-    measured = history[history[PERPLEXITY].notna()]
+    kept = [name for name in ("step", PERPLEXITY, MISSES_FROM) if name in history]
+    measured = history.loc[history[PERPLEXITY].notna(), kept]
     taken = (measured["step"] + 1).clip(upper=steps)
     measured = measured.assign(**{TOKENS: (taken * tokens / steps).round().astype(int)})
     measured = measured.drop_duplicates(TOKENS, keep="last").sort_values(TOKENS)
