@@ -156,6 +156,12 @@ def test_a_design_choice_is_compared_with_all_else_equal(tmp_path):
     assert effect_frame(runs, "1")["reference"].tolist()[:2] == ["1", "1"]
 
 
+def test_the_value_without_a_term_is_the_reference_wherever_it_stands(tmp_path):
+    for place, name in enumerate(("adjacent-0.1", "off", "srp-0.3")):
+        write_run(tmp_path, f"{name}-seed0", weight=0.1 * place)
+    assert set(effect_frame(read_folder(tmp_path)[0])["reference"]) == {"off"}
+
+
 def test_runs_of_another_budget_are_not_compared(tmp_path):
     write_run(tmp_path, "a-seed0")
     write_run(tmp_path, "b-seed0", tokens=99)

@@ -194,7 +194,8 @@ def _panels(count: int, width: float = 4.6, height: float = 4.2, *, sharey: bool
 
 def _legend(figure: Figure, axes: Axes | None = None) -> None:
     source = figure.axes[0] if axes is None else axes
-    figure.legend(*source.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    columns = max(1, min(3, int(figure.get_figwidth() / 2.2)))  # inches of an entry
+    figure.legend(*source.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _colours(evaluations: Sequence[Evaluation]) -> list[str]:

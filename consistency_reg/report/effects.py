@@ -11,14 +11,15 @@ with require("plots"):
 
 # Differences to the reference: of misses and perplexity relative, of SRP and of the balance SD absolute.
 EFFECTS = ("misses", "perplexity", "srp", "sd")
+REFERENCES = ("baseline", "off", "none")
 COLUMNS = ["choice", "value", "reference", "among", "seed", "active_parameters", *EFFECTS]
 
 
 def effect_frame(runs: Sequence[Run], baseline: str | None = None) -> pd.DataFrame:
     """A row for each value of each axis, among each choice of the other axes: differences to the axis' reference.
 
-    The reference of an axis is ``baseline`` where it is one of its values, else "baseline" in any case of letters, else
-    the first value. Runs that belong to no ablation have one axis, their cell.
+    The reference of an axis is ``baseline`` where it is one of its values, else the first of :data:`REFERENCES` that is,
+    in any case of letters, else the first value. Runs that belong to no ablation have one axis, their cell.
 
     Returns:
         "choice", "value", "reference", "among", "seeds", "active_parameters", and for each name of :data:`EFFECTS`
@@ -59,7 +60,7 @@ def sign(low: float, high: float) -> str:
 def _reference(values: Sequence[str], baseline: str | None) -> str:
     if baseline in values:
         return str(baseline)
-    return next((value for value in values if value.casefold() == "baseline"), values[0])
+    return next((value for word in REFERENCES for value in values if value.casefold() == word), values[0])
 
 
 def _differences(run: Run, reference: Run) -> tuple[float, ...]:
