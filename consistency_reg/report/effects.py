@@ -18,8 +18,8 @@ COLUMNS = ["choice", "value", "reference", "among", "seed", "active_parameters",
 def effect_frame(runs: Sequence[Run], baseline: str | None = None) -> pd.DataFrame:
     """A row for each value of each axis, among each choice of the other axes: differences to the axis' reference.
 
-    The reference of an axis is ``baseline`` where it is one of its values, else the first of :data:`REFERENCES` that is,
-    in any case of letters, else the first value. Runs that belong to no ablation have one axis, their cell.
+    The reference of an axis is ``baseline`` where it is one of its values, else the first of :data:`REFERENCES` that
+    is, in any case of letters, else the first value. Runs that belong to no ablation have one axis, their cell.
 
     Returns:
         "choice", "value", "reference", "among", "seeds", "active_parameters", and for each name of :data:`EFFECTS`
