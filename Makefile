@@ -20,7 +20,8 @@ RESULTS := demo gate frontier
 
 results: .venv/installed
 	for name in $(RESULTS); do $(BIN)/consistency-reg report recipes/results/$$name.csv --out runs/reports/$$name \
-		--pictures docs/$$name --update README.md || exit 1; done
+		--update README.md || exit 1; done
+	$(BIN)/consistency-reg report recipes/results/frontier.csv --out runs/reports/frontier --pictures docs/frontier
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 WANDB_MODE=offline $(BIN)/python -m pytest -m "not slow and not gpu" -n 2
