@@ -15,13 +15,14 @@ demo: .venv/installed
 	$(BIN)/consistency-reg ablate recipes/ablations/demo.yaml
 	$(BIN)/consistency-reg report runs/demo --out runs/demo/report --wandb consistency-reg
 
-# README's tables and pictures, from the committed rows of each of these; a test says when they are out of step.
+# The tables and pictures of README and docs, from the committed rows; a test says when they are out of step.
 RESULTS := demo gate frontier
 
 results: .venv/installed
 	for name in $(RESULTS); do $(BIN)/consistency-reg report recipes/results/$$name.csv --out runs/reports/$$name \
 		--update README.md || exit 1; done
 	$(BIN)/consistency-reg report recipes/results/frontier.csv --out runs/reports/frontier --pictures docs/frontier
+	$(BIN)/consistency-reg report recipes/results/finetune.csv --out runs/reports/finetune --update docs/finetuning.md
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 WANDB_MODE=offline $(BIN)/python -m pytest -m "not slow and not gpu" -n 2

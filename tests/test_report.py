@@ -369,13 +369,14 @@ def test_without_a_login_wandb_is_not_asked(folder, api, monkeypatch):
 ROOT = Path(__file__).parents[1]
 
 
-def test_tables_in_readme_are_those_of_the_committed_rows(tmp_path):
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("page", ["README.md", "docs/finetuning.md"])
+def test_tables_in_the_docs_are_those_of_the_committed_rows(tmp_path, page):
+    text = (ROOT / page).read_text()
     sources = dict.fromkeys(match["source"] for match in MARKED.finditer(text))
     assert sources
     for source in sources:
         runs = read_csv(ROOT / source)
-        copy = tmp_path / "README.md"
+        copy = tmp_path / "page.md"
         copy.write_text(text)
         update(copy, source, Findings(runs, pair_runs(runs)).tables())
         assert copy.read_text() == text, f"{source}: make results"
