@@ -323,7 +323,7 @@ def test_neutral_marginals_of_an_expert_sum_to_zero(routing, case, scope):
     kind, options = case.values
     assume(routing.expert_ids.shape[-1] < routing.num_experts)  # K = E has no slope to divide by
     scores = scores_for(routing)
-    _, gradient = value_and_gradient(kind(**options, scope=scope), routing, scores)
+    _, gradient = value_and_gradient(kind(**options, balance_neutral=True, scope=scope), routing, scores)
     ids = routing.expert_ids.masked_fill(~routing.valid[:, :, None], 0)
     soft = functional.margin_membership(scores, ids)
     worth = (-gradient / (soft * (1 - soft))).masked_fill(~routing.valid[:, :, None], 0)
