@@ -252,7 +252,7 @@ def test_options_that_make_no_sense_are_refused(options, message):
 def test_a_recipe_may_have_a_goal():
     recipe.check_config(["--config", str(QUICKSTART), "--consistency.target", "{srp/m16: 0.7}"])
     budget = ["--consistency.budget", "{ce: 0.005}", "--consistency.reference", "runs/baseline"]
-    recipe.check_config(["--config", str(QUICKSTART), *budget, "--consistency.max_weight", "0.3"])
+    recipe.check_config(["--config", str(QUICKSTART), *budget, "--consistency.max_weight", "0.5"])
     with pytest.raises(ValueError, match="target must name srp/m16"):
         recipe.check_config(["--config", str(QUICKSTART), "--consistency.target", "{spr/m16: 0.7}"])
     with pytest.raises(ValueError, match="target"):
