@@ -42,8 +42,12 @@ from consistency_reg.lm.tracking import finish, log_result, run_loggers
 from consistency_reg.provenance import git_commit, package_versions
 
 A_KEY_OF = {  # each section of a recipe
-    **{"model": "warmup_steps", "data": "sequence_length", "trainer": "max_steps"},
-    **{"consistency": "weight", "anchor": "weight", "monitor": "segment_lengths"},
+    "model": "warmup_steps",
+    "data": "sequence_length",
+    "trainer": "max_steps",
+    "consistency": "weight",
+    "anchor": "weight",
+    "monitor": "segment_lengths",
 }
 DEFAULTS = Path(__file__).with_name("defaults.yaml")
 

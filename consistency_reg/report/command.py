@@ -131,10 +131,10 @@ def log_to_wandb(project: str, folder: Path, tables: Sequence[Table], drawn: Seq
             run.log(
                 {f"report/{table.title}": wandb.Table(columns=list(table.header), data=[list(r) for r in table.rows])}
             )
-        run.log({f"report/{one.name}": wandb.Image(str(folder / f"{one.name}.png")) for one in drawn})
+        images = {f"report/{one.name}": folder / f"{one.name}.png" for one in drawn}
+        run.log({key: wandb.Image(str(path)) for key, path in images.items()})
         run.log({"report/page": wandb.Html((folder / "report.html").read_text(), inject=False)})
-        files = [folder / file for file in REPORT_FILES] + [folder / f"{one.name}.png" for one in drawn]
-        log_artifact(run, name, "report", files)
+        log_artifact(run, name, "report", [*(folder / file for file in REPORT_FILES), *images.values()])
 
 
 def print_table(table: Table, console: Console) -> None:

@@ -40,24 +40,29 @@ def seconds(run: Callable[[], object], device: str, runs: int) -> list[float]:
     return times[1:]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def srp(trace: RoutingTrace, replicates: int = 0) -> None:
+    metric = SegmentRoutingPerformance.from_trace(trace, LENGTHS, replicates=replicates)
+    metric.update(trace)
+    metric.compute()
+
+
+def parse(description: str | None, documents: int, runs: int) -> argparse.Namespace:
+    """Device, documents and runs from the command line, with these defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--documents", type=int, default=1000)
-    parser.add_argument("--runs", type=int, default=5)
-    options = parser.parse_args()
+    parser.add_argument("--documents", type=int, default=documents)
+    parser.add_argument("--runs", type=int, default=runs)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse(__doc__, documents=1000, runs=5)
     torch.set_num_threads(1)
     ids = sticky_ids(options.documents, options.device)
     trace = RoutingTrace([ids[:256]], num_experts=E)
-
-    def srp(replicates: int) -> None:
-        metric = SegmentRoutingPerformance.from_trace(trace, LENGTHS, replicates=replicates)
-        metric.update(trace)
-        metric.compute()
-
     cases: dict[str, tuple[int, Callable[[], object]]] = {
-        "srp": (1, lambda: srp(0)),
-        "srp with 1000 replicates": (1, lambda: srp(1000)),
+        "srp": (1, lambda: srp(trace)),
+        "srp with 1000 replicates": (1, lambda: srp(trace, 1000)),
         "sch m=16": (options.documents, lambda: functional.sch(ids, E, 16)),
     }
     for policy in ("lru", "lfu", "belady"):

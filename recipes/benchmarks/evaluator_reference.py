@@ -7,17 +7,16 @@ them active), the evaluator the whole batch; both are stated in seconds a docume
 policy is timed at every size.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from evaluator import LENGTHS, E, T, seconds, sticky_ids
+from evaluator import LENGTHS, E, T, parse, seconds, srp, sticky_ids
 from rows import append, quantiles
 
-from consistency_reg import RoutingTrace, SegmentRoutingPerformance, functional
+from consistency_reg import RoutingTrace, functional
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from reference import best_f1_oracle, cache_hits_oracle, window_histograms_oracle
@@ -31,27 +30,18 @@ def reference_srp(ids: np.ndarray) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--documents", type=int, default=256)
-    parser.add_argument("--runs", type=int, default=3)
-    options = parser.parse_args()
+    options = parse(__doc__, documents=256, runs=3)
     torch.set_num_threads(1)
     ids = sticky_ids(options.documents, options.device)
     document = ids[:1].tolist()
     trace = RoutingTrace([ids], num_experts=E)
-
-    def srp() -> None:
-        metric = SegmentRoutingPerformance.from_trace(trace, LENGTHS)
-        metric.update(trace)
-        metric.compute()
 
     def reference_hits(policy: str, m: int | None = None) -> None:
         for size in range(1, E + 1):
             cache_hits_oracle(document[0], size, policy, m)
 
     cases: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-        "srp": (srp, lambda: reference_srp(np.array(document))),
+        "srp": (lambda: srp(trace), lambda: reference_srp(np.array(document))),
         "sch m=16": (lambda: functional.sch(ids, E, 16), lambda: reference_hits("sch", 16)),
     }
     for policy in ("lru", "lfu", "belady"):
