@@ -54,9 +54,9 @@ class ConsistencyRegularizer(TrainingStepTerm):
         FileNotFoundError: no such reference (at the start of ``fit``).
 
     Example:
-        >>> callback = ConsistencyRegularizer(weight=0.3, warmup_steps=100)
+        >>> callback = ConsistencyRegularizer(weight=0.35, warmup_steps=100)
         >>> callback.weight_at(50)
-        0.15
+        0.175
     """
 
     name = "consistency"
@@ -65,7 +65,7 @@ class ConsistencyRegularizer(TrainingStepTerm):
     def __init__(
         self,
         loss: RoutingLoss | None = None,
-        weight: float = 0.3,
+        weight: float = 0.35,
         warmup_steps: int = 0,
         *,
         start_step: int = 0,

@@ -20,7 +20,7 @@ from consistency_reg.term import Term, check_weight, warn_of_frozen
 def attach(
     model: nn.Module,
     loss: RoutingLoss | None = None,
-    weight: float = 0.3,
+    weight: float = 0.35,
     *,
     masks: Callable[[Mapping[str, Any]], Masks] | None = None,
     adapters: Sequence[RouterAdapter] = (),
@@ -69,7 +69,7 @@ def attach(
         ...     def forward(self, x):
         ...         return {"loss": self.router(x)[1].mean()}
         >>> model = Toy()
-        >>> with attach(model, weight=0.3) as term:
+        >>> with attach(model, weight=0.35) as term:
         ...     model(torch.randn(2, 9, 8))["loss"].backward()
         >>> 0 < term.value < 1, list(term.per_layer)
         (True, ['router'])
@@ -96,7 +96,7 @@ class Attachment:
         self,
         model: nn.Module,
         loss: RoutingLoss | None = None,
-        weight: float = 0.3,
+        weight: float = 0.35,
         *,
         masks: Callable[[Mapping[str, Any]], Masks] | None = None,
         adapters: Sequence[RouterAdapter] = (),

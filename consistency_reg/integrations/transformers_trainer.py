@@ -46,15 +46,15 @@ class ConsistencyCallback(TrainerCallback):
         RuntimeError: in training, as :func:`~consistency_reg.attach` does.
 
     Example:
-        >>> callback = ConsistencyCallback(weight=0.3, warmup_steps=100)
+        >>> callback = ConsistencyCallback(weight=0.35, warmup_steps=100)
         >>> callback.schedule.at(50)
-        0.15
+        0.175
     """
 
     def __init__(
         self,
         loss: RoutingLoss | None = None,
-        weight: float = 0.3,
+        weight: float = 0.35,
         warmup_steps: int = 0,
         *,
         start_step: int = 0,
