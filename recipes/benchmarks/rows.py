@@ -38,6 +38,8 @@ def append(name: str, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(exist_ok=True)
     fields = [*rows[0], *origin]
     new = not path.exists()
+    if not new and (header := path.read_text().splitlines()[0].split(",")) != fields:
+        raise SystemExit(f"{path} holds rows of other columns, {header}, not {fields}: move it away")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, fields)
         if new:
