@@ -22,7 +22,9 @@ results: .venv/installed
 	for name in $(RESULTS); do $(BIN)/consistency-reg report recipes/results/$$name.csv --out runs/reports/$$name \
 		--update README.md || exit 1; done
 	cp runs/reports/frontier/frontier.png docs/frontier/
+	$(BIN)/consistency-reg report recipes/results/longer.csv --out runs/reports/longer --update docs/choosing.md
 	$(BIN)/consistency-reg report recipes/results/finetune.csv --out runs/reports/finetune --update docs/finetuning.md
+	$(BIN)/consistency-reg report recipes/results/paper.csv --out runs/reports/paper --update docs/ablations.md
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 WANDB_MODE=offline $(BIN)/python -m pytest -m "not slow and not gpu" -n 2

@@ -124,7 +124,9 @@ def test_costs_are_compared_after_as_many_tokens(losses):
     srp = costs[(costs["cell"] == "srp-0.2") & (costs["seed"] == 1)]
     assert srp["perplexity_change"].tolist() == pytest.approx([0.003] * 3)
     assert srp["misses_change"].iloc[-1] == pytest.approx(-0.52)
-    assert table(losses, "Perplexity and LRU misses by tokens seen").header[2:] == ["0.307M", "0.614M", "1.23M"]
+    by_tokens = table(losses, "Perplexity and LRU misses by tokens seen")
+    assert by_tokens.header[2:] == ["0.307M", "0.614M", "1.23M"]
+    assert [row[0] for row in by_tokens.rows] == list(dict.fromkeys(pair.run.cell for pair in losses.pairs))
 
 
 def test_a_design_choice_is_compared_with_all_else_equal(tmp_path):

@@ -65,7 +65,7 @@ class Findings:
     @cached_property
     def costs(self) -> pd.DataFrame:
         """A row for each validation of each pair; empty where runs were validated once."""
-        return cost_frame(self.pairs, self.shown)
+        return cost_frame(self.pairs)
 
     def tables(self) -> list[Table]:
         """All tables, what a reader asks first in front."""

@@ -15,7 +15,7 @@ CAPTION = (
 
 def draw(findings: Findings, looks: Looks) -> Figure | None:
     """Two panels over the tokens; None where runs were validated once."""
-    costs = findings.costs
+    costs = findings.costs[findings.costs["cell"].isin(findings.shown)]
     if costs.empty:
         return None
     runs = {run.cell: run for run in findings.runs}
