@@ -37,6 +37,8 @@ def append(name: str, rows: list[dict[str, Any]]) -> None:
     path = RESULTS / f"{name}.csv"
     path.parent.mkdir(exist_ok=True)
     fields = [*rows[0], *origin]
+    for row in rows:
+        print({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()})
     new = not path.exists()
     if not new and (header := path.read_text().splitlines()[0].split(",")) != fields:
         raise SystemExit(f"{path} holds rows of other columns, {header}, not {fields}: move it away")
@@ -44,6 +46,4 @@ def append(name: str, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, fields)
         if new:
             writer.writeheader()
-        for row in rows:
-            print({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()})
-            writer.writerow(row | origin)
+        writer.writerows(row | origin for row in rows)
