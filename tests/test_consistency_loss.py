@@ -28,7 +28,7 @@ from strategies import routings
 
 from consistency_reg import CacheConsistencyLoss, LocalConsistencyLoss, RoutingTrace
 from consistency_reg.functional import consistency as functional
-from consistency_reg.functional.segments import active_experts, window_ends, window_sums
+from consistency_reg.functional.segments import active_experts, running_sums, window_ends, window_sums
 from consistency_reg.functional.srp import srp
 
 SMALL = routings(max_rows=2, max_tokens=7, max_experts=5).filter(lambda routing: routing.num_experts < 256)
@@ -116,6 +116,26 @@ def test_layers_may_differ_and_are_averaged():
     ]
     assert loss.per_layer(trace).tolist() == [value.item() for value in alone]
     assert loss(trace).item() == pytest.approx(sum(value.item() for value in alone) / 4, abs=1e-7)
+
+
+@pytest.mark.parametrize("options", ANY_OPTIONS, ids=str)
+@pytest.mark.parametrize("kind", [LocalConsistencyLoss, CacheConsistencyLoss])
+def test_layers_worked_on_together_are_as_each_by_itself(kind, options, monkeypatch):
+    """Five of one shape, and two others in between; each of its own scale, so that none can stand for another."""
+    shapes = [(8, 2), (8, 2), (5, 4), (8, 2), (8, 2), (8, 2), (8, 1)]
+    traces = [random_routing(3, 70, E, K, seed=layer) for layer, (E, K) in enumerate(shapes)]
+    logits = [(logits * 2**layer).requires_grad_() for layer, (logits, _) in enumerate(traces)]
+    valid = torch.arange(70) < torch.tensor([[70], [33], [50]])
+    trace = RoutingTrace([ids for _, ids in traces], [E for E, _ in shapes], logits=logits, valid=valid)
+    weights = torch.arange(1.0, 8.0)
+    found = []
+    for most in (1, 2 * 3 * 70 * 8, 2**16):  # one layer at a time, two, all
+        monkeypatch.setattr("consistency_reg.losses.consistency.STACKED", most)
+        values = kind(**options).per_layer(trace)
+        found.append((values.detach(), *torch.autograd.grad((values * weights).sum(), logits)))
+    for several in found[1:]:
+        torch.testing.assert_close(several, found[0], rtol=1e-5, atol=1e-9)
+    assert all(gradient.any() for gradient in found[0][1:])
 
 
 @pytest.mark.parametrize("tokens", [4, 41])
@@ -265,7 +285,7 @@ def test_marginals_are_the_derivative_of_srp_at_fixed_sets():
     m, arrays = 3, (valid.numpy(), document_ids.numpy())
     active = active_experts(ids, 5, valid)
     position = RoutingTrace([ids], 5, valid=valid, document_ids=document_ids).positions
-    counts = window_sums(active, m)
+    counts = window_sums(running_sums(active), m)
     histogram = functional.count_histogram(counts, window_ends(position, m), m, by_row=False)
     marginals = functional.srp_marginals(counts, position, histogram, m)
     expected = central_differences(

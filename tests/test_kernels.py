@@ -90,7 +90,7 @@ def assert_windows_equal(ids, E, lengths, masks):
 
 @in_kernels
 @pytest.mark.parametrize("tokens", [512, 2])
-@settings(max_examples=300 if ON_GPU else 4, deadline=None)
+@settings(max_examples=40 if ON_GPU else 4, deadline=None)
 @given(routing=small, m=st.integers(1, 12))
 def test_cache_kernel_equals_the_functional_version(tokens, routing, m):
     with segments_of(tokens):
@@ -99,7 +99,7 @@ def test_cache_kernel_equals_the_functional_version(tokens, routing, m):
 
 @in_kernels
 @pytest.mark.parametrize("tokens", [512, 2])
-@settings(max_examples=300 if ON_GPU else 10, deadline=None)
+@settings(max_examples=40 if ON_GPU else 10, deadline=None)
 @given(routing=small, m=st.integers(1, 12))
 def test_srp_kernel_equals_the_functional_version(tokens, routing, m):
     with segments_of(tokens):

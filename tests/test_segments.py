@@ -10,6 +10,7 @@ from consistency_reg.functional.segments import (
     active_experts,
     covering_sums,
     document_positions,
+    running_sums,
     window_ends,
     window_sums,
 )
@@ -57,7 +58,7 @@ def test_activations_are_the_ids_of_valid_tokens(routing):
 @given(routings(), LENGTHS)
 def test_window_sums_are_those_of_the_windows(routing, m):
     active = active_experts(routing.expert_ids, routing.num_experts, routing.valid)
-    sums = window_sums(active, m)
+    sums = window_sums(running_sums(active), m)
     ends = window_ends(document_positions(tuple(routing.valid.shape), **routing.masks), m)
     windows = windows_oracle(m, *routing.arrays)
     assert int(ends.sum()) == len(windows)
@@ -80,6 +81,6 @@ def test_covering_sums_add_the_windows_over_each_token(routing, m):
 def test_window_sums_stay_exact_where_the_running_total_leaves_int16():
     ones = torch.ones(1, 70_000, 1, dtype=torch.int16)
     ones[0, ::3] = 0
-    short = window_sums(ones, 64)[0, 64:, 0]
-    assert torch.equal(short.long(), window_sums(ones.long(), 64)[0, 64:, 0])
+    short = window_sums(running_sums(ones), 64)[0, 64:, 0]
+    assert torch.equal(short.long(), window_sums(running_sums(ones.long()), 64)[0, 64:, 0])
     assert torch.equal(covering_sums(ones, 64).long(), covering_sums(ones.long(), 64))

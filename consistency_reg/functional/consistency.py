@@ -4,6 +4,7 @@ SRP is the best F1 over all thresholds. At the optimum the threshold does not mo
 its derivative with respect to the window counts needs the resident set held fixed, nothing else.
 
 B rows, T tokens, E experts, K active per token, m segment length, G groups that share one threshold (1, or B rows).
+``...`` stands for layers of one shape, which are worked on together, each by itself; or for nothing.
 """
 
 from typing import NamedTuple
@@ -11,37 +12,39 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from consistency_reg.functional.segments import covering_sums, window_ends
+from consistency_reg.functional.segments import along_tokens, covering_sums, window_ends
 from consistency_reg.functional.srp import best_f1
 
 
 class Marginals(NamedTuple):
     """A value in [0, 1], the mean over the groups that had anything to count, and what each activation is worth."""
 
-    value: Tensor  # scalar, float64; 0 where nothing was counted
-    marginal: Tensor  # [B, T, E] float32, the derivative of value
-    counted: Tensor  # scalar bool, whether there was anything to count
+    value: Tensor  # [...] float64; 0 where nothing was counted
+    marginal: Tensor  # [..., B, T, E] float32, the derivative of value
+    counted: Tensor  # [...] bool, whether there was anything to count
 
 
 def count_histogram(counts: Tensor, ends: Tensor, segment_length: int, *, by_row: bool) -> Tensor:
     """Histogram of window counts, all experts pooled: H[g, j] = number of (expert, window) pairs with f = j.
 
     Args:
-        counts: [B, T, E] integer, the window that ends at t (:func:`~.segments.window_sums`).
+        counts: [..., B, T, E] integer, the window that ends at t (:func:`~.segments.window_sums`).
         ends: [B, T] bool, where a whole window ends.
         by_row: one group a row (G = B) instead of one for the batch (G = 1).
 
     Returns:
-        [G, m+1] int64. No host synchronisation.
+        [..., G, m+1] int64. No host synchronisation.
     """
-    B, T, E = counts.shape
+    *layers, B, T, E = counts.shape
     if counts.device.type == "cpu" and not by_row:  # counts stay int16 here, scatter_add_ needs int64
-        return torch.bincount(counts[ends].flatten(), minlength=segment_length + 1)[None]
+        batches = counts.reshape(-1, B, T, E)
+        bins = [torch.bincount(batch[ends].flatten(), minlength=segment_length + 1) for batch in batches]
+        return torch.stack(bins).view(*layers, 1, segment_length + 1)
     slot = counts.long().masked_fill_(~ends[:, :, None], segment_length + 1)  # the last slot takes what is no window
-    histogram = torch.zeros(B, segment_length + 2, dtype=torch.int64, device=counts.device)
-    histogram.scatter_add_(1, slot.view(B, T * E), slot.new_ones(()).expand(B, T * E))
-    histogram = histogram[:, :-1]
-    return histogram if by_row else histogram.sum(dim=0, keepdim=True)
+    histogram = slot.new_zeros(*layers, B, segment_length + 2, E)  # by expert too: fewer additions wait for each other
+    histogram.scatter_add_(-2, slot, slot.new_ones(()).expand_as(slot))
+    histogram = histogram[..., :-1, :].sum(dim=-1)
+    return histogram if by_row else histogram.sum(dim=-2, keepdim=True)
 
 
 def srp_marginals(counts: Tensor, position: Tensor, histogram: Tensor, segment_length: int) -> Marginals:
@@ -51,15 +54,15 @@ def srp_marginals(counts: Tensor, position: Tensor, histogram: Tensor, segment_l
     ``D = m*sum(R) + sum(f)``, summed over the windows that cover a token.
 
     Args:
-        counts: [B, T, E] integer window counts.
+        counts: [..., B, T, E] integer window counts.
         position: [B, T] index of each token in its document, -1 on padding.
-        histogram: [G, m+1] of these counts, G in {1, B}; it may hold more windows (of other processes).
+        histogram: [..., G, m+1] of these counts, G in {1, B}; it may hold more windows (of other processes).
         segment_length: m.
     """
     best = best_f1(histogram, segment_length)
     counted_G = histogram.sum(dim=-1) > 0
     ends_BT = window_ends(position, segment_length)
-    resident_BTE = (counts >= best.threshold[:, None, None]) & ends_BT[:, :, None]
+    resident_BTE = (counts >= best.threshold[..., None, None]) & ends_BT[:, :, None]
     residencies_BTE = covering_sums(resident_BTE.to(counts.dtype), segment_length)
     windows_BT = covering_sums(ends_BT[:, :, None].to(counts.dtype), segment_length)
     size_G = (best.loaded + best.active).clamp_min(1)
@@ -67,7 +70,7 @@ def srp_marginals(counts: Tensor, position: Tensor, histogram: Tensor, segment_l
 
 
 def lru_residents(expert_ids: Tensor, num_experts: int, position: Tensor, slots: int) -> Tensor:
-    """Which experts an LRU cache of ``slots`` holds before each token: [B, T, K] ids -> [B, T, E] bool.
+    """Which experts an LRU cache of ``slots`` holds before each token: [..., B, T, K] ids -> [..., B, T, E] bool.
 
     The cache starts empty in every document. Within a token the experts are used in the router's order.
 
@@ -76,14 +79,14 @@ def lru_residents(expert_ids: Tensor, num_experts: int, position: Tensor, slots:
         >>> lru_residents(ids, 3, torch.tensor([[0, 1, 2]]), slots=1).int().tolist()
         [[[0, 0, 0], [1, 0, 0], [0, 1, 0]]]
     """
-    B, T, K = expert_ids.shape
-    valid_BT = position >= 0
+    T, K = expert_ids.shape[-2:]
+    valid_BT1 = position[:, :, None] >= 0
     clock_TK = torch.arange(1, T * K + 1, dtype=torch.int32, device=expert_ids.device).view(T, K)
-    used_at_BTK = torch.where(valid_BT[:, :, None], clock_TK, 0)
-    last_use_BTE = torch.zeros(B, T, num_experts, dtype=torch.int32, device=expert_ids.device)
-    ids_BTK = expert_ids.where(valid_BT[:, :, None], torch.arange(K, device=expert_ids.device))
-    last_use_BTE[:, 1:].scatter_(2, ids_BTK[:, :-1], used_at_BTK[:, :-1])
-    last_use_BTE = last_use_BTE.cummax(dim=1).values
+    used_at_BTK = torch.where(valid_BT1, clock_TK, 0).expand_as(expert_ids)
+    last_use_BTE = torch.zeros(*expert_ids.shape[:-1], num_experts, dtype=torch.int32, device=expert_ids.device)
+    ids_BTK = expert_ids.where(valid_BT1, torch.arange(K, device=expert_ids.device))
+    last_use_BTE[..., 1:, :].scatter_(-1, ids_BTK[..., :-1, :], used_at_BTK[..., :-1, :])
+    last_use_BTE = along_tokens(lambda rows, dim: rows.cummax(dim).values, last_use_BTE)
     document_start_BT = (torch.arange(T, device=position.device) - position) * K
     last_use_BTE.masked_fill_(last_use_BTE <= document_start_BT[:, :, None], 0)
     if slots < num_experts:
@@ -99,10 +102,10 @@ def hit_rate_marginals(residents: Tensor, active: Tensor, hits: Tensor, accesses
     ``g[e, t] = (2*R[e, t] - hit rate) / (2 * accesses)``.
 
     Args:
-        residents: [B, T, E] bool, resident before t.
-        active: [B, T, E] integer activations, 0 on padding.
-        hits: [G] hits of each group, G in {1, B}; with those of other processes if they share the group.
-        accesses: [G] likewise.
+        residents: [..., B, T, E] bool, resident before t.
+        active: [..., B, T, E] integer activations, 0 on padding.
+        hits: [..., G] hits of each group, G in {1, B}; with those of other processes if they share the group.
+        accesses: [..., G] likewise.
     """
     hit_rate_G = hits.double() / accesses.clamp_min(1)
     valid_BT1 = (active.sum(dim=-1, keepdim=True) > 0).to(active.dtype)
@@ -111,14 +114,15 @@ def hit_rate_marginals(residents: Tensor, active: Tensor, hits: Tensor, accesses
 
 def _mean_over_groups(value: Tensor, size: Tensor, counted: Tensor, residencies: Tensor, windows: Tensor) -> Marginals:
     """Mean value of the counted groups, and ``(2 * residencies - value * windows) / size`` as its derivative."""
-    share_G = counted / counted.sum().clamp_min(1)
+    share_G = counted / counted.sum(dim=-1, keepdim=True).clamp_min(1)
     worth_G, cost_G = (2 * share_G / size).float(), (value * share_G / size).float()
-    marginal_BTE = residencies.float().mul_(worth_G[:, None, None]).sub_(windows * cost_G[:, None, None])
-    return Marginals((value * share_G).sum(), marginal_BTE, counted.any())
+    marginal_BTE = residencies.to(torch.float32, memory_format=torch.contiguous_format)
+    marginal_BTE.mul_(worth_G[..., None, None]).sub_(windows * cost_G[..., None, None])
+    return Marginals((value * share_G).sum(dim=-1), marginal_BTE, counted.any(dim=-1))
 
 
 def selection_margin(scores: Tensor, expert_ids: Tensor) -> Tensor:
-    """theta[t], halfway between the K-th and the (K+1)-th score of each token, no gradient: -> [B, T, 1].
+    """theta[t], halfway between the K-th and the (K+1)-th score of each token, no gradient: -> [..., B, T, 1].
 
     The K-th is the lowest score among the chosen experts and the (K+1)-th the highest among the others, so it also says
     where the edge is for a router whose choice is not purely by score. With K = E there is no edge: minus infinity.
@@ -134,7 +138,8 @@ def selection_margin(scores: Tensor, expert_ids: Tensor) -> Tensor:
 
 
 def margin_membership(scores: Tensor, expert_ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """Soft membership in the top-k, ``s = sigmoid((score - theta) / temperature)``: [B, T, E], in fp32 or better.
+    """Soft membership in the top-k, ``s = sigmoid((score - theta) / temperature)``: [..., B, T, E], in fp32
+    or better.
 
     Only experts near the edge of the top-k have a slope. Experts that the router rules out (score of minus infinity,
     e.g. outside the chosen groups) have membership 0 and no slope.

@@ -6,7 +6,7 @@ simulated cache crosses a row, a pad or a document boundary.
 B rows, T tokens a row, E routed experts of the layer, K active experts per token, m segment length.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -128,17 +128,17 @@ def document_positions(
 
 
 def active_experts(expert_ids: Tensor, num_experts: int, valid: Tensor | None = None) -> Tensor:
-    """The 0/1 activations a[e, t] of one layer: [B, T, K] ids -> [B, T, E] int16, 0 on padding.
+    """The 0/1 activations a[e, t]: [..., B, T, K] ids -> [..., B, T, E] int16, 0 on padding.
 
     Example:
         >>> active_experts(torch.tensor([[[2, 0]]]), num_experts=3)
         tensor([[[1, 0, 1]]], dtype=torch.int16)
     """
-    active_BTE = torch.zeros(*expert_ids.shape[:2], num_experts, dtype=torch.int16, device=expert_ids.device)
+    active_BTE = torch.zeros(*expert_ids.shape[:-1], num_experts, dtype=torch.int16, device=expert_ids.device)
     if valid is None:
-        return active_BTE.scatter_(2, expert_ids, 1)
+        return active_BTE.scatter_(-1, expert_ids, 1)
     expert_ids = expert_ids.where(valid[..., None], 0)  # what a router says of padding may be anything
-    return active_BTE.scatter_(2, expert_ids, 1).mul_(valid[..., None])
+    return active_BTE.scatter_(-1, expert_ids, 1).mul_(valid[..., None])
 
 
 def window_ends(position: Tensor, segment_length: int) -> Tensor:
@@ -151,40 +151,57 @@ def window_ends(position: Tensor, segment_length: int) -> Tensor:
     return position >= segment_length - 1
 
 
-def window_sums(values: Tensor, segment_length: int) -> Tensor:
-    """Sum over the ``segment_length`` tokens that end at each token of a row, in the dtype of ``values``.
+def running_sums(values: Tensor) -> Tensor:
+    """Sum over all tokens of a row up to each, in the dtype of ``values``: [..., T, E] -> [..., T, E].
+
+    It must be exact in that dtype, or wrap around as integers do: differences of two, such as :func:`window_sums`, are
+    right all the same where they fit.
+    """
+    return along_tokens(lambda rows, dim: rows.cumsum(dim, dtype=rows.dtype), values)
+
+
+def along_tokens(scan: Callable[[Tensor, int], Tensor], values: Tensor) -> Tensor:
+    """``scan(values, dim)`` over T of [..., T, E]. A GPU scans quickly along the innermost axis in memory alone."""
+    if not values.is_cuda:
+        return scan(values, values.dim() - 2)
+    by_expert = values.transpose(-1, -2).contiguous()
+    return scan(by_expert, values.dim() - 1).transpose(-1, -2)
+
+
+def window_sums(running: Tensor, segment_length: int) -> Tensor:
+    """Sum over the ``segment_length`` tokens that end at each token of a row.
 
     Args:
-        values: [B, T, E]. The cumulative sum along T must be exact in its dtype (int16 holds rows of 32767 tokens).
+        running: [..., T, E], the :func:`running_sums` of the values.
+        segment_length: m.
 
     Returns:
-        [B, T, E]; ``out[:, t] = sum(values[:, max(t - m + 1, 0) : t + 1])``. Only the entries where
+        [..., T, E]; ``out[t] = sum(values[max(t - m + 1, 0) : t + 1])``. Only the entries where
         :func:`window_ends` is True are windows of a document.
 
     Example:
-        >>> window_sums(torch.tensor([[[1], [0], [1], [1]]]), 2).flatten().tolist()
+        >>> window_sums(running_sums(torch.tensor([[[1], [0], [1], [1]]])), 2).flatten().tolist()
         [1, 1, 1, 2]
     """
-    total = values.cumsum(dim=1, dtype=values.dtype)
-    if segment_length >= values.shape[1]:
-        return total
-    out = total.clone()
-    out[:, segment_length:] -= total[:, :-segment_length]
+    if segment_length >= running.shape[-2]:
+        return running
+    out = running.clone()
+    out[..., segment_length:, :] -= running[..., :-segment_length, :]
     return out
 
 
 def covering_sums(values: Tensor, segment_length: int) -> Tensor:
-    """Sum over the windows that cover each token, the transpose of :func:`window_sums`.
+    """Sum over the windows that cover each token, the transpose of :func:`window_sums`: [..., T, E] -> [..., T, E].
 
-    ``values[:, t]`` belongs to the window that ends at t (0 where none ends);
-    ``out[:, t] = sum(values[:, t : t + m])``.
+    ``values[t]`` belongs to the window that ends at t (0 where none ends); ``out[t] = sum(values[t : t + m])``.
 
     Example:
         >>> covering_sums(torch.tensor([[[0], [1], [2], [4]]]), 2).flatten().tolist()
         [1, 3, 6, 4]
     """
-    total = values.cumsum(dim=1, dtype=values.dtype)
-    ahead = segment_length - 1
-    out = torch.cat([total[:, ahead:], total[:, -1:].expand(-1, min(ahead, values.shape[1]), -1)], dim=1)
-    out[:, 1:] -= total[:, :-1]
+    total = running_sums(values)
+    T, ahead = total.shape[-2], segment_length - 1
+    rest = total[..., -1:, :].expand(*total.shape[:-2], min(ahead, T), -1)
+    out = torch.cat([total[..., ahead:, :], rest], dim=-2)
+    out[..., 1:, :] -= total[..., :-1, :]
     return out

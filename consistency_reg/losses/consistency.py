@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -15,13 +16,23 @@ from consistency_reg.functional.consistency import (
     margin_membership,
     srp_marginals,
 )
-from consistency_reg.functional.segments import active_experts, check_segment_lengths, window_ends, window_sums
+from consistency_reg.functional.segments import (
+    active_experts,
+    check_segment_lengths,
+    row_chunks,
+    running_sums,
+    window_ends,
+    window_sums,
+)
 from consistency_reg.losses.base import RoutingLoss
 from consistency_reg.losses.distributed import all_sum, world_size
 from consistency_reg.routing import LayerRouting, RoutingTrace
 
 SCOPES = ("global", "batch", "sequence")
 MEMBERSHIPS = ("margin", "probability")
+# Tokens x experts of the layers that are worked on together, if a single one is not larger.
+STACKED = 2**16  # stays in a CPU's cache
+STACKED_ON_GPU = 2**22  # fills it, and takes about 150 MB
 
 
 class EnvelopeLoss(RoutingLoss):
@@ -69,70 +80,110 @@ class EnvelopeLoss(RoutingLoss):
         self.balance_neutral = balance_neutral
         self.scope = scope
 
-    def marginals(self, layer: LayerRouting, position: Tensor) -> Iterator[Marginals]:
-        """The values to average, one at a time, each with its derivative by the activations; no graph."""
+    def marginals(self, layers: LayerRouting, position: Tensor) -> Iterator[Marginals]:
+        """The values to average, one at a time, each with its derivative by the activations; no graph.
+
+        Args:
+            layers: S layers of one shape, their tensors stacked: [S, B, T, ...].
+            position: [B, T] index of each token in its document, -1 on padding.
+        """
         raise NotImplementedError
 
-    def layer_loss(self, layer: LayerRouting, trace: RoutingTrace) -> Tensor:
-        """1 - value of one layer, with the surrogate's gradient."""
+    def per_layer(self, trace: RoutingTrace) -> Tensor:
+        """[L] 1 - value of every layer, with the surrogate's gradient."""
+        sources = [self._source(layer) for layer in trace]
+        alike = groupby(zip(trace, sources, strict=True), key=lambda pair: _shape(*pair))
+        return torch.cat([self._losses(stack, trace) for _, pairs in alike for stack in _stacks(list(pairs))])
+
+    def _source(self, layer: LayerRouting) -> Tensor:
+        """What the soft activations are made of."""
         if layer.scores is None:
             raise ValueError(
                 f"layer {layer.name!r}: the loss needs the router's scores, but the trace holds expert ids only"
             )
-        with torch.no_grad():
-            miss, terms = layer.scores.new_zeros((), dtype=torch.float64), layer.expert_ids.new_zeros(())
-            marginal_BTE: Tensor | None = None
-            for term in self.marginals(layer, trace.positions):
-                miss += (1 - term.value) * term.counted
-                marginal_BTE = term.marginal if marginal_BTE is None else marginal_BTE.add_(term.marginal)
-                terms += term.counted
-                del term  # its memory is free for the next
-            assert marginal_BTE is not None
-            terms.clamp_min_(1)
-        return self._attach(miss / terms, marginal_BTE.div_(terms), layer, trace.valid_mask)
-
-    def _attach(self, value: Tensor, marginal: Tensor, layer: LayerRouting, valid: Tensor) -> Tensor:
-        """``value``, with the gradient of ``-sum(marginal * membership)``; overwrites ``marginal``."""
-        source = layer.scores if self.membership == "margin" else layer.logits
-        if source is None:
+        if self.membership == "margin":
+            return layer.scores
+        if layer.logits is None:
             raise ValueError(
                 f"layer {layer.name!r}: membership='probability' needs the router's logits, but the trace holds none"
             )
-        value = value.to(torch.promote_types(source.dtype, torch.float32))
+        return layer.logits
+
+    def _losses(self, layers: LayerRouting, trace: RoutingTrace) -> Tensor:
+        """[S] the losses of stacked layers."""
+        source = layers.logits
+        assert source is not None
+        with torch.no_grad():
+            miss_S = torch.zeros(len(source), dtype=torch.float64, device=source.device)
+            terms_S = torch.zeros_like(miss_S)
+            marginal_SBTE: Tensor | None = None
+            for term in self.marginals(layers, trace.positions):
+                miss_S += (1 - term.value) * term.counted
+                marginal_SBTE = term.marginal if marginal_SBTE is None else marginal_SBTE.add_(term.marginal)
+                terms_S += term.counted
+                del term  # its memory is free for the next
+            assert marginal_SBTE is not None
+            terms_S.clamp_min_(1)
+            marginal_SBTE.div_(terms_S.float()[:, None, None, None])
+        value_S = (miss_S / terms_S).to(torch.promote_types(source.dtype, torch.float32))
         if not (source.requires_grad and torch.is_grad_enabled()):
-            return value
+            return value_S
+        return self._attach(value_S, marginal_SBTE, layers, source, trace.valid_mask)
+
+    def _attach(self, value: Tensor, marginal: Tensor, layers: LayerRouting, source: Tensor, valid: Tensor) -> Tensor:
+        """``value`` [S], with the gradient of ``-sum(marginal * membership)``; overwrites ``marginal``."""
         padding_BT1 = ~valid[:, :, None]
-        layer = replace(layer, expert_ids=layer.expert_ids.masked_fill(padding_BT1, 0))  # there it may be any number
+        layers = replace(layers, expert_ids=layers.expert_ids.masked_fill(padding_BT1, 0))  # there it may be any number
         with torch.enable_grad():
             leaf = source.detach().requires_grad_()
-            soft, scale = self._soft_activations(leaf, layer)
+            soft, scale = self._soft_activations(leaf, layers)
         if self.balance_neutral:
             marginal -= self._usual(marginal, valid, soft, leaf)
         # These numbers are too small for fp16, where they would lose digits: they are kept in units of the largest.
-        unit = torch.stack(marginal.aminmax()).abs().amax().clamp_min(torch.finfo(marginal.dtype).tiny)
+        whole = (-3, -2, -1)
+        unit = torch.maximum(marginal.amax(whole, keepdim=True), -marginal.amin(whole, keepdim=True))
+        unit.clamp_min_(torch.finfo(marginal.dtype).tiny)
         (gradient,) = torch.autograd.grad(soft, leaf, marginal.div_(-unit).to(soft.dtype))
         if self.scope == "global":
             scale = scale * world_size()  # data-parallel training averages the processes' gradients
         return _Attach.apply(source, gradient.masked_fill_(padding_BT1, 0), unit * scale, value)
 
-    def _soft_activations(self, source: Tensor, layer: LayerRouting) -> tuple[Tensor, int]:
-        """[B, T, E] and a number; the soft memberships are their product."""
+    def _soft_activations(self, source: Tensor, layers: LayerRouting) -> tuple[Tensor, int]:
+        """[S, B, T, E] and a number; the soft memberships are their product."""
         if self.membership == "margin":
-            return margin_membership(source, layer.expert_ids, self.temperature), 1
-        return replace(layer, logits=source).probabilities, layer.top_k
+            return margin_membership(source, layers.expert_ids, self.temperature), 1
+        return replace(layers, logits=source).probabilities, layers.top_k
 
     def _usual(self, marginal: Tensor, valid: Tensor, soft: Tensor, leaf: Tensor) -> Tensor:
-        """Each expert's (weighted) mean marginal over the valid tokens of its group: [1 or B, 1, E]."""
+        """Each expert's (weighted) mean marginal over the valid tokens of its group: [S, 1 or B, 1, E]."""
         weight = valid[:, :, None].to(marginal.dtype)
         if self.balance_neutral == "slope":
             (slope,) = torch.autograd.grad(soft.sum(), leaf, retain_graph=True)
             weight = slope.to(marginal.dtype).square_().masked_fill_(~valid[:, :, None], 0)
-        group = (1,) if self.scope == "sequence" else (0, 1)
+        group = (-2,) if self.scope == "sequence" else (-3, -2)
         weighted = (marginal * weight).sum(dim=group, keepdim=True)
         total = weight.sum(dim=group, keepdim=True).expand_as(weighted)
         if self.scope == "global":
             weighted, total = all_sum(weighted, total)
         return weighted / total.clamp_min(torch.finfo(total.dtype).tiny)
+
+
+def _shape(layer: LayerRouting, source: Tensor) -> tuple[Any, ...]:
+    """Neighbouring layers that agree in this can be stacked."""
+    return layer.num_experts, layer.top_k, layer.score_function, source.dtype, source.device
+
+
+def _stacks(pairs: Sequence[tuple[LayerRouting, Tensor]]) -> Iterator[LayerRouting]:
+    """Layers of one shape, stacked as far as memory allows: their ids, and as ``logits`` their sources."""
+    first, source = pairs[0]
+    for part in row_chunks(len(pairs), source.numel(), STACKED_ON_GPU if source.is_cuda else STACKED):
+        layers, sources = zip(*pairs[part], strict=True)
+        if len(layers) == 1:
+            yield replace(layers[0], expert_ids=layers[0].expert_ids[None], scores=None, logits=sources[0][None])
+        else:
+            ids = torch.stack([layer.expert_ids for layer in layers])
+            name = f"{first.name} to {layers[-1].name}"
+            yield replace(first, name=name, expert_ids=ids, scores=None, logits=torch.stack(sources))
 
 
 class LocalConsistencyLoss(EnvelopeLoss):
@@ -166,11 +217,11 @@ class LocalConsistencyLoss(EnvelopeLoss):
         super().__init__(membership=membership, temperature=temperature, balance_neutral=balance_neutral, scope=scope)
         self.segment_lengths = check_segment_lengths(segment_lengths, lowest=2)
 
-    def marginals(self, layer: LayerRouting, position: Tensor) -> Iterator[Marginals]:
+    def marginals(self, layers: LayerRouting, position: Tensor) -> Iterator[Marginals]:
         """SRP of each segment length."""
-        active = active_experts(layer.expert_ids, layer.num_experts, position >= 0)
+        running = running_sums(active_experts(layers.expert_ids, layers.num_experts, position >= 0))
         for m in self.segment_lengths:
-            counts = window_sums(active, m)
+            counts = window_sums(running, m)
             histogram = count_histogram(counts, window_ends(position, m), m, by_row=self.scope == "sequence")
             if self.scope == "global":
                 (histogram,) = all_sum(histogram)
@@ -207,13 +258,16 @@ class CacheConsistencyLoss(EnvelopeLoss):
             raise ValueError(f"cache_ratio must be a positive number, got {cache_ratio}")
         self.cache_ratio = float(cache_ratio)
 
-    def marginals(self, layer: LayerRouting, position: Tensor) -> Iterator[Marginals]:
+    def marginals(self, layers: LayerRouting, position: Tensor) -> Iterator[Marginals]:
         """The hit rate."""
-        slots = min(max(round(self.cache_ratio * layer.top_k), 1), layer.num_experts)
-        active = active_experts(layer.expert_ids, layer.num_experts, position >= 0)
-        residents = lru_residents(layer.expert_ids, layer.num_experts, position, slots)
-        group = (1, 2) if self.scope == "sequence" else (0, 1, 2)
-        hits, accesses = (active * residents).sum(dim=group).view(-1), active.sum(dim=group).view(-1)
+        slots = min(max(round(self.cache_ratio * layers.top_k), 1), layers.num_experts)
+        active = active_experts(layers.expert_ids, layers.num_experts, position >= 0)
+        residents = lru_residents(layers.expert_ids, layers.num_experts, position, slots)
+        hits_B, accesses_B = (active * residents).sum(dim=(-2, -1)), active.sum(dim=(-2, -1))
+        if self.scope == "sequence":
+            yield hit_rate_marginals(residents, active, hits_B, accesses_B)
+            return
+        hits, accesses = hits_B.sum(dim=-1, keepdim=True), accesses_B.sum(dim=-1, keepdim=True)
         if self.scope == "global":
             hits, accesses = all_sum(hits, accesses)
         yield hit_rate_marginals(residents, active, hits, accesses)
@@ -224,7 +278,7 @@ class CacheConsistencyLoss(EnvelopeLoss):
 
 
 class _Attach(torch.autograd.Function):
-    """A value whose gradient by ``source`` is known, ``gradient * unit``: the graph holds that and nothing else."""
+    """Values whose gradient by ``source`` is known, ``gradient * unit``: the graph holds that and nothing else."""
 
     @staticmethod
     def forward(ctx: Any, source: Tensor, gradient: Tensor, unit: Tensor, value: Tensor) -> Tensor:
@@ -234,5 +288,7 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         gradient, unit = ctx.saved_tensors
-        factor = grad_outputs[0] * unit  # first the loss scale of mixed precision, then the router's dtype
+        factor = (
+            grad_outputs[0][:, None, None, None] * unit
+        )  # first the loss scale of mixed precision, then the router's dtype
         return (gradient.to(factor.dtype) * factor).to(gradient.dtype), None, None, None
