@@ -1,8 +1,12 @@
-"""What a result came from: the commit and the versions of the packages that decide it."""
+"""What a result came from: the commit, the versions of the packages and the device that decide it."""
 
+import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import torch
 
 PACKAGES = ("consistency-reg", "torch", "lightning", "transformers", "torchmetrics", "datasets", "tokenizers", "wandb")
 
@@ -32,3 +36,14 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def device_name(device: torch.device | str = "cpu") -> str:
+    """The name of a GPU, or of this machine's processor: another one trains another model of the same recipe and seed."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
+    except OSError:  # not Linux
+        named = None
+    return named[1] if named else platform.processor() or platform.machine()

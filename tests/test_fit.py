@@ -16,6 +16,7 @@ from wandb_file import read_run, read_runs
 
 from consistency_reg.lm import fit
 from consistency_reg.lm.run import RunProgress
+from consistency_reg.provenance import device_name
 
 RECIPES = sorted(Path(__file__).parents[1].joinpath("recipes").glob("*.yaml"))
 RECIPES = [path for path in RECIPES if path.stem != "finetune"]  # which begins with a checkpoint: test_finetune.py
@@ -203,6 +204,7 @@ def test_wandb_holds_configuration_metrics_summary_and_the_model_card(tmp_path):
     assert run.config["corpus_sha256"] == written["corpus"]
     assert run.config["versions"]["torch"] == torch.__version__
     assert run.config["git_commit"] == written["git_commit"]
+    assert run.config["device"] == written["device"] == device_name()
     training = [row for row in run.history if "train/consistency/loss" in row]
     assert [row["trainer/tokens"] for row in training] == [2 * 64, 2 * 2 * 64]
     assert all(row["train/consistency/weighted"] >= 0 for row in training)

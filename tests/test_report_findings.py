@@ -215,6 +215,20 @@ def test_the_overview_is_over_seeds(tmp_path):
     assert row[:5] == ["none-off", "32/4", "none", "2", "71.8"]
 
 
+@pytest.mark.parametrize("baseline", [None, "off"])
+def test_a_run_stands_beside_the_baseline_of_its_own_device(tmp_path, baseline):
+    devices = ("one", "other")
+    for device in devices:
+        write_run(tmp_path / device, "off-seed0", device=device)
+        write_run(tmp_path / device, "on-seed0", weight=0.1, device=device)
+    write_run(tmp_path / "other", "early-seed0", weight=0.2)  # it does not say on what
+    runs = [run for device in devices for run in read_folder(tmp_path / device)[0]]
+    found = {
+        pair.run.folder.relative_to(tmp_path).as_posix(): pair.baseline.device for pair in pair_runs(runs, baseline)
+    }
+    assert found == {"one/on-seed0": "one", "other/on-seed0": "other", "other/early-seed0": "one"}
+
+
 def test_a_frame_of_pairs_without_balance_keeps_its_runs(tmp_path):
     write_run(tmp_path, "off-seed0", metrics={"val/balance/cv": None})
     write_run(tmp_path, "on-seed0", weight=0.1)

@@ -66,7 +66,7 @@ near 0, is a collapsed router, not a consistent one.
 {result["command"]}
 ```
 
-Commit `{result["git_commit"] or "unknown"}`, seed {result["seed"]}; {versions}.
+Commit `{result["git_commit"] or "unknown"}`, seed {result["seed"]}; {versions}; on {result["device"]}.
 
 | domain | SHA-256 of its text |
 |---|---|

@@ -39,7 +39,7 @@ from consistency_reg.lm.module import CausalMoE, check_warmup
 from consistency_reg.lm.pretrained import save_plain
 from consistency_reg.lm.run import RunProgress
 from consistency_reg.lm.tracking import finish, log_result, run_loggers
-from consistency_reg.provenance import git_commit, package_versions
+from consistency_reg.provenance import device_name, git_commit, package_versions
 
 A_KEY_OF = {  # each section of a recipe
     "model": "warmup_steps",
@@ -195,7 +195,12 @@ def main(argv: Sequence[str]) -> int:
         print(f"{run_dir} is finished: see {run_dir / 'result.json'}")
         return 0
     began = time.time()
-    origin = {"config": _recipe(cli), "versions": package_versions(), "git_commit": git_commit()}
+    origin = {
+        "config": _recipe(cli),
+        "versions": package_versions(),
+        "git_commit": git_commit(),
+        "device": device_name(cli.trainer.strategy.root_device),
+    }
     for logger in cli.trainer.loggers:
         logger.log_hyperparams(origin)
     failed = True

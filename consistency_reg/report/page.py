@@ -96,11 +96,12 @@ def _cell(text: str) -> str:
 
 
 def _origin(runs: Sequence[Run]) -> str:
-    """Commands, commits, versions, and the hashes of the text."""
+    """Commands, commits, versions, devices, and the hashes of the text."""
     made = "\n".join(
         f'<tr><td>{escape(run.name)}</td><td class="text"><code>{escape(run.command)}</code></td>'
         f'<td class="text"><code>{escape(run.git_commit)}</code></td>'
-        f'<td class="text">{escape(", ".join(f"{name} {version}" for name, version in run.versions.items()))}</td></tr>'
+        f'<td class="text">{escape(", ".join(f"{name} {version}" for name, version in run.versions.items()))}</td>'
+        f'<td class="text">{escape(run.device)}</td></tr>'
         for run in runs
     )
     corpus = runs[0].data.get("corpus", {})
@@ -110,7 +111,7 @@ def _origin(runs: Sequence[Run]) -> str:
     )
     return (
         f'{_heading(MADE)}\n<div class="wide"><table>\n'
-        f"<tr><th>run</th><th>command</th><th>commit</th><th>versions</th></tr>\n{made}\n</table></div>\n"
+        f"<tr><th>run</th><th>command</th><th>commit</th><th>versions</th><th>device</th></tr>\n{made}\n</table></div>\n"
         '<h2>Text</h2>\n<div class="wide"><table>\n'
         f"<tr><th>domain</th><th>SHA-256, its first digits</th></tr>\n{text}\n</table></div>"
     )

@@ -86,6 +86,9 @@ CHANGES = (
 def pair_runs(runs: Sequence[Run], baseline: str | None = None) -> list[Pair]:
     """Each run beside its baseline of the same seed; runs without one are left out.
 
+    Of several baselines one of the run's own device is taken, if there is one: another device trains another model of
+    the same recipe and seed.
+
     Args:
         runs: all runs.
         baseline: name of a run or of a cell (a name without its seed) that all others stand beside; when None, every
@@ -95,14 +98,19 @@ def pair_runs(runs: Sequence[Run], baseline: str | None = None) -> list[Pair]:
         ValueError: no run of that name.
     """
     if baseline is None:
-        without = {run.pair: run for run in reversed(runs) if run.loss == "none"}
-        return [Pair(run, without[run.pair]) for run in runs if run.loss != "none" and run.pair in without]
-    by_seed = {run.seed: run for run in runs if baseline in (run.name, run.cell)}
-    if not by_seed:
+        baselines = [run for run in runs if run.loss == "none"]
+        alike = [(run, [other for other in baselines if other.pair == run.pair]) for run in runs if run.loss != "none"]
+        return [_pair(run, candidates) for run, candidates in alike if candidates]
+    baselines = [run for run in runs if baseline in (run.name, run.cell)]
+    if not baselines:
         names = ", ".join(sorted({run.cell for run in runs}))
         raise ValueError(f"--baseline must name a run or a cell, got {baseline!r}; there are {names}")
-    others = [run for run in runs if run not in by_seed.values()]
-    return [Pair(run, by_seed[run.seed]) for run in others if run.seed in by_seed]
+    alike = [(run, [other for other in baselines if other.seed == run.seed]) for run in runs if run not in baselines]
+    return [_pair(run, candidates) for run, candidates in alike if candidates]
+
+
+def _pair(run: Run, baselines: Sequence[Run]) -> Pair:
+    return Pair(run, next((other for other in baselines if other.device == run.device), baselines[0]))
 
 
 def pair_frame(pairs: Sequence[Pair]) -> pd.DataFrame:

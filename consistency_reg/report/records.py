@@ -17,7 +17,7 @@ with require("plots"):
 NOT_KEPT = ("metrics", "folder", "wandb_dir")  # metrics have columns of their own; the others are of one machine
 FIELDS = tuple(field.name for field in fields(Run) if field.name not in NOT_KEPT)
 AS_JSON = ("data", "versions", "options", "labels", "curve")
-LATER = ("options", "labels", "curve")  # rows that were committed before these were kept lack them
+LATER = ("options", "labels", "curve", "device")  # rows that were committed before these were kept lack them
 NUMBERS = {
     "seed": int,
     "weight": float,

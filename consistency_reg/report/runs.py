@@ -32,6 +32,7 @@ class Run:
         metrics: flat names, such as "val/srp/m16", of the final validation.
         options: of the consistency term, besides its weight.
         labels: axis -> label of the value that the run takes in its ablation; empty for a run of none.
+        device: the GPU or processor that it was trained on; empty where it is not known.
         curve: "tokens", "val/ppl" and "val/cache/lru_25pct" of each validation.
         folder: None where it is not known.
     """
@@ -56,6 +57,7 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
     curve: Curve = field(default_factory=dict)
+    device: str = ""
     folder: Path | None = None
     wandb_dir: str = ""
 
@@ -214,6 +216,7 @@ def run_from_result(result: Mapping[str, Any], **more: Any) -> Run:
         versions=dict(result["versions"]),
         metrics=metrics,
         options=term_options(config) if loss != "none" else {},
+        device=str(result.get("device") or ""),
         wandb_dir=str(result.get("wandb_dir") or ""),
         **more,
     )

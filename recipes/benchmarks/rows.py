@@ -1,7 +1,6 @@
 """What every benchmark row says of where it came from, and how rows are kept."""
 
 import csv
-import platform
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 
-from consistency_reg.provenance import git_commit, package_versions
+from consistency_reg.provenance import device_name, git_commit, package_versions
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -26,9 +25,7 @@ def append(name: str, rows: list[dict[str, Any]]) -> None:
     origin = {
         "command": " ".join(["python", *sys.argv]),
         "git_commit": git_commit(),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine(),
+        "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
         "threads": torch.get_num_threads(),
         "torch": versions["torch"],
         "transformers": versions.get("transformers", ""),
