@@ -39,7 +39,7 @@ def package_versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device | str = "cpu") -> str:
-    """The name of a GPU, or of this machine's processor: another one trains another model of the same recipe and seed."""
+    """The name of a GPU, or of this machine's processor: each trains another model of one recipe and seed."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

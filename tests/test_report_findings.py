@@ -223,10 +223,8 @@ def test_a_run_stands_beside_the_baseline_of_its_own_device(tmp_path, baseline):
         write_run(tmp_path / device, "on-seed0", weight=0.1, device=device)
     write_run(tmp_path / "other", "early-seed0", weight=0.2)  # it does not say on what
     runs = [run for device in devices for run in read_folder(tmp_path / device)[0]]
-    found = {
-        pair.run.folder.relative_to(tmp_path).as_posix(): pair.baseline.device for pair in pair_runs(runs, baseline)
-    }
-    assert found == {"one/on-seed0": "one", "other/on-seed0": "other", "other/early-seed0": "one"}
+    found = {(pair.run.name, pair.run.device): pair.baseline.device for pair in pair_runs(runs, baseline)}
+    assert found == {("on-seed0", "one"): "one", ("on-seed0", "other"): "other", ("early-seed0", ""): "one"}
 
 
 def test_a_frame_of_pairs_without_balance_keeps_its_runs(tmp_path):

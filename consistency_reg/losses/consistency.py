@@ -175,15 +175,15 @@ def _shape(layer: LayerRouting, source: Tensor) -> tuple[Any, ...]:
 
 def _stacks(pairs: Sequence[tuple[LayerRouting, Tensor]]) -> Iterator[LayerRouting]:
     """Layers of one shape, stacked as far as memory allows: their ids, and as ``logits`` their sources."""
-    first, source = pairs[0]
+    _, source = pairs[0]
     for part in row_chunks(len(pairs), source.numel(), STACKED_ON_GPU if source.is_cuda else STACKED):
         layers, sources = zip(*pairs[part], strict=True)
-        if len(layers) == 1:
-            yield replace(layers[0], expert_ids=layers[0].expert_ids[None], scores=None, logits=sources[0][None])
-        else:
-            ids = torch.stack([layer.expert_ids for layer in layers])
-            name = f"{first.name} to {layers[-1].name}"
-            yield replace(first, name=name, expert_ids=ids, scores=None, logits=torch.stack(sources))
+        ids = _stack([layer.expert_ids for layer in layers])
+        yield replace(layers[0], expert_ids=ids, scores=None, logits=_stack(sources))
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(tuple(tensors)) if len(tensors) > 1 else tensors[0][None]  # which copies nothing
 
 
 class LocalConsistencyLoss(EnvelopeLoss):
