@@ -118,7 +118,7 @@ def test_a_router_can_be_anchored_to_what_it_was(model_type):
             next(p for p in router.parameters() if p.dim() == 2).add_(torch.randn(()))
     with capture:
         model(**inputs)
-    assert anchor(capture.trace()) >= 0
+    assert anchor(capture.trace()) > -1e-6  # 0 up to rounding where all logits moved alike
 
 
 def test_a_router_of_more_than_its_input_cannot_be_anchored():
