@@ -115,10 +115,11 @@ def test_a_router_can_be_anchored_to_what_it_was(model_type):
     torch.testing.assert_close(anchor(capture.trace()).item(), 0.0, atol=1e-5, rtol=0)
     with torch.no_grad():
         for router in capture.routers.values():
-            next(p for p in router.parameters() if p.dim() == 2).add_(torch.randn(()))
+            weight = next(p for p in router.parameters() if p.dim() == 2)
+            weight.add_(torch.randn_like(weight))
     with capture:
         model(**inputs)
-    assert anchor(capture.trace()) > -1e-6  # 0 up to rounding where all logits moved alike
+    assert anchor(capture.trace()) >= 0
 
 
 def test_a_router_of_more_than_its_input_cannot_be_anchored():

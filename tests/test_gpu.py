@@ -22,8 +22,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 E, K, T = 16, 4, 200
 LOSSES = {
     "srp": LocalConsistencyLoss,
-    "srp slope": lambda: LocalConsistencyLoss(balance_neutral="slope"),
-    "lru": lambda: CacheConsistencyLoss(balance_neutral="slope"),
+    "srp mean": lambda: LocalConsistencyLoss(balance_neutral=True),
+    "srp by row": lambda: LocalConsistencyLoss(scope="sequence"),
+    "lru": CacheConsistencyLoss,
     "lru probability": lambda: CacheConsistencyLoss(membership="probability"),
     "balance": lambda: LoadBalanceLoss(running=0.9),
     "z": RouterZLoss,

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from consistency_reg.functional.segments import active_experts, document_positions, row_chunks, rows_of, window_ends
+from consistency_reg.functional.segments import (
+    active_experts,
+    document_positions,
+    row_chunks,
+    rows_of,
+    running_sums,
+    window_ends,
+)
 from consistency_reg.routing import check_expert_ids, check_id_shape, check_masks
 
 CHUNK_TOKENS = 8192  # bounds the memory whatever B is
@@ -148,7 +155,7 @@ def local_cv_means(
         ids_BTK, valid_BT, document_BT = rows_of(rows, expert_ids, valid, document_ids)
         position_BT = document_positions((len(ids_BTK), T), valid_BT, document_BT, device=device)
         active_BTE = active_experts(ids_BTK, num_experts, valid_BT)
-        before_BTE = pad(active_BTE.cumsum(dim=1, dtype=sum_dtype), (0, 0, 1, 0))  # [B, T+1, E]
+        before_BTE = pad(running_sums(active_BTE, sum_dtype), (0, 0, 1, 0))  # [B, T+1, E]
         for m in segment_lengths:
             ends_BT, length_BT = _segments(position_BT, m)
             totals[m] += _cv(_segment_usage(before_BTE, ends_BT, length_BT)).sum()

@@ -151,13 +151,13 @@ def window_ends(position: Tensor, segment_length: int) -> Tensor:
     return position >= segment_length - 1
 
 
-def running_sums(values: Tensor) -> Tensor:
-    """Sum over all tokens of a row up to each, in the dtype of ``values``: [..., T, E] -> [..., T, E].
+def running_sums(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Sum over all tokens of a row up to each, in ``dtype`` or that of ``values``: [..., T, E] -> [..., T, E].
 
     It must be exact in that dtype, or wrap around as integers do: differences of two, such as :func:`window_sums`, are
     right all the same where they fit.
     """
-    return along_tokens(lambda rows, dim: rows.cumsum(dim, dtype=rows.dtype), values)
+    return along_tokens(lambda rows, dim: rows.cumsum(dim, dtype=dtype or rows.dtype), values)
 
 
 def along_tokens(scan: Callable[[Tensor, int], Tensor], values: Tensor) -> Tensor:

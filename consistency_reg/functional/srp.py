@@ -22,6 +22,7 @@ from consistency_reg.functional.segments import (
     document_positions,
     row_chunks,
     rows_of,
+    running_sums,
     window_ends,
 )
 from consistency_reg.routing import RoutingTrace, check_id_shape, check_masks
@@ -242,7 +243,7 @@ def _count(
     B, T, _ = ids_BTK.shape
     active_BTE = active_experts(ids_BTK, E, valid_BT)
     sum_dtype = torch.int16 if T < 2**15 else torch.int32
-    before_BTE = pad(active_BTE.cumsum(dim=1, dtype=sum_dtype), (0, 0, 1, 0))  # [B, T+1, E]
+    before_BTE = pad(running_sums(active_BTE, sum_dtype), (0, 0, 1, 0))  # [B, T+1, E]
     expert_E = torch.arange(E, device=ids_BTK.device)
     sequence_B11 = torch.arange(B, device=ids_BTK.device)[:, None, None]
     windows, sequences = {}, {}
