@@ -5,15 +5,18 @@ import json
 import random
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+import wandb
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import COMMON, E, K, configs, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
+from wandb_file import read_run
 
 from consistency_reg import functional
 from consistency_reg.capture import RouterCapture
@@ -555,24 +558,16 @@ def test_a_model_can_be_loaded_in_another_dtype(place):
 
 
 def test_wandb_gets_numbers_and_pictures(place, olmoe, texts, tmp_path, monkeypatch):
-    logged = {}
-
-    class Run:
-        def log(self, values):
-            logged.update(values)
-
-        def finish(self):
-            logged["finished"] = True
-
-    monkeypatch.setattr("wandb.init", lambda **options: logged.update(options=options) or Run())
     monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.init(project="lab", mode="offline", dir=place).finish()  # wandb's process stays in the folder it began in
+    monkeypatch.chdir(tmp_path)
     save_trace(record(olmoe, texts), tmp_path / "t.safetensors")
-    out = tmp_path / "out"
-    main(["--trace", str(tmp_path / "t.safetensors"), "--out", str(out), "--segment-lengths", "8", "--wandb", "lab"])
-    assert logged["options"]["project"] == "lab"
-    assert logged["options"]["name"] == "olmoe"
-    assert logged["finished"]
-    (model,) = json.loads((out / "evaluation.json").read_text())["models"]
+    main(["--trace", "t.safetensors", "--out", "out", "--segment-lengths", "8", "--wandb", "lab"])
+    run = read_run(Path("out"))
+    assert run.finished
+    assert run.config["model"] == "olmoe"
+    (model,) = json.loads(Path("out/evaluation.json").read_text())["models"]
+    logged = {name: value for row in run.history for name, value in row.items()}
     assert logged["val/srp/m8"] == model["srp"]["8"]["srp"]
     assert logged["val/cache/lru_2k"] == model["caches"]["lru"]["at_ratio"]["2.0"]["hit_rate"]
     assert {f"evaluation/{name}" for name in ("srp", "hit_rates", "layers", "routing")} <= logged.keys()

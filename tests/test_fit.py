@@ -226,7 +226,8 @@ def test_wandb_is_off_without_a_project_or_when_disabled_and_offline_without_a_l
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("NETRC", "WANDB_API_KEY", "WANDB_CONFIG_DIR", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
-    fit.main(arguments(tmp_path / "offline"))
+    monkeypatch.chdir(tmp_path)  # where wandb's process of this module's other runs is not
+    fit.main(arguments(Path("offline")))
     assert read_run(tmp_path / "offline").history
     fit.main(arguments(tmp_path / "none", wandb_project=""))
     monkeypatch.setenv("WANDB_MODE", "disabled")

@@ -13,11 +13,12 @@ def log_to_wandb(project: str, evaluations: Sequence[Evaluation], pictures: Mapp
     """Log the numbers and pictures of each model; offline, into ``folder``, where there is no login."""
     with require("wandb"):
         import wandb
+    whole = folder.absolute()  # wandb's process may have begun in another folder
     origin = {"versions": package_versions(), "git_commit": git_commit()}
     for one in evaluations:
         config = {"model": one.recording.model, **one.recording.about, **origin}
         name = one.recording.model
-        run = wandb.init(project=project, name=name, job_type="evaluate", config=config, dir=folder, mode=wandb_mode())
+        run = wandb.init(project=project, name=name, job_type="evaluate", config=config, dir=whole, mode=wandb_mode())
         try:
             shown = {f"val/{name}": value for name, value in scalars(one).items()}
             run.log(shown | {f"evaluation/{name}": wandb.Image(str(path)) for name, path in pictures.items()})

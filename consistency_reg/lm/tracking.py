@@ -32,7 +32,7 @@ def run_loggers(run_dir: Path, wandb_project: str) -> list[Logger]:
         name=run_dir.name,
         project=wandb_project,
         id=identity.read_text(),
-        save_dir=run_dir,
+        save_dir=run_dir.absolute(),  # wandb's process may have begun in another folder
         mode=wandb_mode(),
         settings=_settings(),
     )

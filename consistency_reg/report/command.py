@@ -126,7 +126,8 @@ def log_to_wandb(project: str, folder: Path, tables: Sequence[Table], drawn: Seq
     with require("wandb"):
         import wandb
     name = f"report {folder.parent.name}"
-    with wandb.init(project=project, job_type="report", name=name, dir=folder, mode=wandb_mode()) as run:
+    whole = folder.absolute()  # wandb's process may have begun in another folder
+    with wandb.init(project=project, job_type="report", name=name, dir=whole, mode=wandb_mode()) as run:
         for table in tables:
             run.log(
                 {f"report/{table.title}": wandb.Table(columns=list(table.header), data=[list(r) for r in table.rows])}
