@@ -30,6 +30,7 @@ from consistency_reg import CacheConsistencyLoss, LocalConsistencyLoss, RoutingT
 from consistency_reg.functional import consistency as functional
 from consistency_reg.functional.segments import active_experts, running_sums, window_ends, window_sums
 from consistency_reg.functional.srp import srp
+from consistency_reg.losses import consistency
 
 SMALL = routings(max_rows=2, max_tokens=7, max_experts=5).filter(lambda routing: routing.num_experts < 256)
 LENGTHS = st.lists(st.integers(2, 14), min_size=1, max_size=3, unique=True)
@@ -540,6 +541,33 @@ def test_global_scope_on_two_processes_equals_one_process_with_the_whole_batch(t
         value, gradient = results_of(kind(**options), logits, ids, valid)
         assert first[0] == second[0] == value
         torch.testing.assert_close((first[1] + second[1]) / 2, gradient, rtol=1e-4, atol=1e-8)
+
+
+def losses_of_own_rows(rank, rows, lengths):
+    """What a process sees whose rows are as long as its text: alone it would stack more layers the shorter they are."""
+    consistency.STACKED = max(lengths) * 6 * 2
+    own = [(logits[rank : rank + 1, : lengths[rank]], ids[rank : rank + 1, : lengths[rank]]) for logits, ids in rows]
+    return [results_of_layers(kind(**options), own, None) for kind, options in GLOBAL_LOSSES]
+
+
+def results_of_layers(loss, layers, valid):
+    leaves = [logits.clone().requires_grad_() for logits, _ in layers]
+    values = loss.per_layer(RoutingTrace([ids for _, ids in layers], 6, logits=leaves, valid=valid))
+    values.sum().backward()
+    return values.detach(), [leaf.grad for leaf in leaves]
+
+
+def test_processes_whose_rows_differ_in_length_sum_the_same_layers(tmp_path):
+    lengths = (40, 12)
+    layers = [random_routing(2, 40, 6, 2, seed=seed) for seed in range(5)]
+    valid = torch.arange(40) < torch.tensor(lengths)[:, None]
+    per_rank = on_processes(2, losses_of_own_rows, tmp_path, layers, lengths)
+    for (kind, options), *ranks in zip(GLOBAL_LOSSES, *per_rank, strict=True):
+        values, gradients = results_of_layers(kind(**options), layers, valid)
+        for rank, (own_values, own_gradients) in enumerate(ranks):
+            assert torch.equal(own_values, values)
+            for own, whole in zip(own_gradients, gradients, strict=True):
+                torch.testing.assert_close(own[0] / 2, whole[rank, : lengths[rank]], rtol=1e-4, atol=1e-8)
 
 
 # --- memory -------------------------------------------------------------------------------------------------------

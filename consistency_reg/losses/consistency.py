@@ -1,5 +1,6 @@
 """The local-consistency losses: SRP, or the hit rate of a cache of known size, by the envelope theorem."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -25,7 +26,7 @@ from consistency_reg.functional.segments import (
     window_sums,
 )
 from consistency_reg.losses.base import RoutingLoss
-from consistency_reg.losses.distributed import all_sum, world_size
+from consistency_reg.losses.distributed import all_sum, largest, world_size
 from consistency_reg.routing import LayerRouting, RoutingTrace
 
 SCOPES = ("global", "batch", "sequence")
@@ -93,7 +94,10 @@ class EnvelopeLoss(RoutingLoss):
         """[L] 1 - value of every layer, with the surrogate's gradient."""
         sources = [self._source(layer) for layer in trace]
         alike = groupby(zip(trace, sources, strict=True), key=lambda pair: _shape(*pair))
-        return torch.cat([self._losses(stack, trace) for _, pairs in alike for stack in _stacks(list(pairs))])
+        tokens = math.prod(trace.shape)
+        if self.scope == "global":  # rows may be longer elsewhere, and processes must sum the same layers together
+            tokens = largest(tokens, sources[0].device)
+        return torch.cat([self._losses(stack, trace) for _, pairs in alike for stack in _stacks(list(pairs), tokens)])
 
     def _source(self, layer: LayerRouting) -> Tensor:
         """What the soft activations are made of."""
@@ -173,10 +177,10 @@ def _shape(layer: LayerRouting, source: Tensor) -> tuple[Any, ...]:
     return layer.num_experts, layer.top_k, layer.score_function, source.dtype, source.device
 
 
-def _stacks(pairs: Sequence[tuple[LayerRouting, Tensor]]) -> Iterator[LayerRouting]:
-    """Layers of one shape, stacked as far as memory allows: their ids, and as ``logits`` their sources."""
-    _, source = pairs[0]
-    for part in row_chunks(len(pairs), source.numel(), STACKED_ON_GPU if source.is_cuda else STACKED):
+def _stacks(pairs: Sequence[tuple[LayerRouting, Tensor]], tokens: int) -> Iterator[LayerRouting]:
+    """Layers of one shape, stacked as far as so many tokens allow: their ids, and as ``logits`` their sources."""
+    layer, source = pairs[0]
+    for part in row_chunks(len(pairs), tokens * layer.num_experts, STACKED_ON_GPU if source.is_cuda else STACKED):
         layers, sources = zip(*pairs[part], strict=True)
         ids = _stack([layer.expert_ids for layer in layers])
         yield replace(layers[0], expert_ids=ids, scores=None, logits=_stack(sources))

@@ -1,4 +1,4 @@
-"""Sums over data-parallel processes."""
+"""Sums and maxima over data-parallel processes."""
 
 import torch
 import torch.distributed as dist
@@ -8,6 +8,15 @@ from torch import Tensor
 def world_size() -> int:
     """Number of data-parallel processes, 1 outside of a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def largest(number: int, device: torch.device) -> int:
+    """The largest of the processes' numbers, for which the host waits; with one process that is its own."""
+    if world_size() == 1:
+        return number
+    message = torch.tensor(number, device=device)
+    dist.all_reduce(message, dist.ReduceOp.MAX)
+    return int(message)
 
 
 def all_sum(*tensors: Tensor) -> tuple[Tensor, ...]:
