@@ -121,6 +121,34 @@ def test_layers_may_differ_in_size():
     assert loss.per_layer(both).tolist() == [loss(small).item(), loss(large).item()]
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+def test_layers_that_are_worked_on_together_have_what_each_has_alone(scope):
+    options = {"running": 0.6, "accumulation_steps": 2}
+    together, alone = LoadBalanceLoss(scope, **options), [LoadBalanceLoss(scope, **options) for _ in range(4)]
+    for step in range(5):
+        each = [random_trace(E=E, seed=10 * step + E, skew=0.3) for E in (5, 6, 6, 5)]
+        each[3] = random_trace(E=5, seed=step, skew=-0.5)
+        trace = RoutingTrace(
+            [one.expert_ids[0] for one in each], [5, 6, 6, 5], logits=[one.logits[0].requires_grad_() for one in each]
+        )
+        values = together.per_layer(trace)
+        gradients = torch.autograd.grad(values.sum(), trace.logits)
+        for loss, one, value, gradient in zip(alone, each, values, gradients, strict=True):
+            leaf = one.logits[0].detach().requires_grad_()
+            expected = loss(RoutingTrace(one.expert_ids, one.num_experts, logits=[leaf]))
+            expected.backward()
+            assert value.item() == expected.item()
+            assert torch.equal(gradient, leaf.grad)
+
+
+def test_layers_of_one_shape_send_one_message(monkeypatch):
+    sent = []
+    monkeypatch.setattr("consistency_reg.losses.balance.all_sum", lambda *tensors: sent.append(tensors) or tensors)
+    one = random_trace()
+    LoadBalanceLoss("global")(RoutingTrace(one.expert_ids * 6, 5, logits=one.logits * 6))
+    assert len(sent) == 2, "usage, and the routers' probabilities"
+
+
 def test_sigmoid_routers_are_balanced_by_their_own_weights():
     logits = torch.randn(2, 5, 4, dtype=torch.float64)
     trace = RoutingTrace([logits.topk(2).indices], 4, logits=[logits], score_functions=["sigmoid"])

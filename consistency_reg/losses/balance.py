@@ -1,5 +1,8 @@
 """The load-balance loss and the router z-loss, per layer, never pooled over layers."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -59,67 +62,68 @@ class LoadBalanceLoss(RoutingLoss):
         self._pending: dict[str, Tensor] = {}  # layer -> [E + 1] uses of each expert and tokens since the last step
         self._calls = 0
 
-    def layer_loss(self, layer: LayerRouting, trace: RoutingTrace) -> Tensor:
-        """The loss of one layer; in training mode its usage joins the present step."""
-        valid_BT = trace.valid_mask
-        active_BTE = active_experts(layer.expert_ids, layer.num_experts, valid_BT)
-        uses_BE, tokens_B = active_BTE.sum(dim=1), valid_BT.sum(dim=1)
-        share_GE = self._share(layer.name, uses_BE, tokens_B).to(valid_BT.device)
-        rows_G = tokens_B if self.scope == "sequence" else tokens_B.sum(dim=0, keepdim=True)
-        probabilities_BTE = without_padding(layer, trace).probabilities
-        probability_BE = (probabilities_BTE * valid_BT[:, :, None]).sum(dim=1)
-        if self.scope != "sequence":
-            probability_BE = probability_BE.sum(dim=0, keepdim=True)
-        if self.scope == "global":
-            mean_probability_GE = _mean_over_processes(probability_BE, rows_G)
-        else:
-            mean_probability_GE = probability_BE / rows_G.clamp_min(1)[:, None]
-        loss_G = (
-            layer.num_experts / layer.top_k * (share_GE.to(mean_probability_GE.dtype) * mean_probability_GE).sum(dim=-1)
-        )
-        return loss_G.sum() / (rows_G > 0).sum().clamp_min(1)
-
     def per_layer(self, trace: RoutingTrace) -> Tensor:
         """[L] the loss of every layer; a training-mode call counts as one micro-batch."""
-        losses_L = super().per_layer(trace)
+        counts = [_Counts.of(layer, trace) for layer in trace]
+        alike = groupby(counts, key=lambda one: (one.num_experts, one.top_k, one.probabilities.dtype, one.uses.device))
+        losses_L = torch.cat([self._losses(list(layers), trace.valid_mask.sum(dim=1)) for _, layers in alike])
         if self.training:
             self._calls += 1
             if self._calls == self.accumulation_steps:
                 self._end_step()
         return losses_L
 
-    @torch.no_grad()
-    def _share(self, name: str, uses: Tensor, tokens: Tensor) -> Tensor:
-        """[G, E] the usage that the loss multiplies with: G = B rows for "sequence", else 1."""
-        counts_GE1 = torch.cat([uses, tokens[:, None]], dim=1)
-        total = counts_GE1.sum(dim=0)
-        if self.scope == "global":
-            (total,) = all_sum(total)
-        if self.training:
-            pending = self._pending.get(name)
-            self._pending[name] = total if pending is None else pending.to(total) + total
-            if self.scope == "global":
-                total = self._pending[name]
+    def _losses(self, layers: Sequence["_Counts"], tokens_B: Tensor) -> Tensor:
+        """[S] the losses of layers of one shape; in training mode their usage joins the present step."""
+        uses_SBE = torch.stack([layer.uses for layer in layers])
+        share_SGE = self._share([layer.name for layer in layers], uses_SBE, tokens_B)
+        rows_G = tokens_B if self.scope == "sequence" else tokens_B.sum(dim=0, keepdim=True)
+        probability_SGE = torch.stack([layer.probabilities for layer in layers])
         if self.scope != "sequence":
-            counts_GE1 = total[None]
-        share_GE1 = self._step(counts_GE1)
+            probability_SGE = probability_SGE.sum(dim=1, keepdim=True)
+        if self.scope == "global":
+            mean_probability_SGE = _mean_over_processes(probability_SGE, rows_G)
+        else:
+            mean_probability_SGE = probability_SGE / rows_G.clamp_min(1)[:, None]
+        fair = layers[0].top_k / layers[0].num_experts
+        loss_SG = (share_SGE.to(mean_probability_SGE.dtype) * mean_probability_SGE).sum(dim=-1) / fair
+        return loss_SG.sum(dim=-1) / (rows_G > 0).sum().clamp_min(1)
+
+    @torch.no_grad()
+    def _share(self, names: Sequence[str], uses: Tensor, tokens: Tensor) -> Tensor:
+        """[S, G, E] the usage that the loss multiplies with: G = B rows for "sequence", else 1."""
+        counts_SGE1 = torch.cat([uses, tokens[:, None].expand(*uses.shape[:2], 1)], dim=-1)
+        total_SE1 = counts_SGE1.sum(dim=1)
+        if self.scope == "global":
+            (total_SE1,) = all_sum(total_SE1)
+        if self.training:
+            pending_SE1 = total_SE1 + _kept(self._pending, names, total_SE1)
+            self._pending.update(zip(names, pending_SE1, strict=True))
+            if self.scope == "global":
+                total_SE1 = pending_SE1
+        if self.scope != "sequence":
+            counts_SGE1 = total_SE1[:, None]
+        share_SGE1 = self._step(counts_SGE1)
         if self.training and self.running:
-            share_GE1 = self._moved(name, share_GE1)
-        return share_GE1[:, :-1] / share_GE1[:, -1:].clamp_min(torch.finfo(share_GE1.dtype).tiny)
+            share_SGE1 = self._moved(names, share_SGE1)
+        return share_SGE1[..., :-1] / share_SGE1[..., -1:].clamp_min(torch.finfo(share_SGE1.dtype).tiny)
 
     def _step(self, counts: Tensor) -> Tensor:
-        """[G, E + 1] the usage of one step and its weight: 1, or 0 for a step without tokens."""
-        return counts / counts[:, -1:].clamp_min(1)
+        """[S, G, E + 1] the usage of one step and its weight: 1, or 0 for a step without tokens."""
+        return counts / counts[..., -1:].clamp_min(1)
 
-    def _moved(self, name: str, step: Tensor) -> Tensor:
-        """[G, E + 1] the running average and its weight after a step; one without tokens leaves it where it is."""
-        past = self._average[name].to(step) if name in self._average else torch.zeros_like(step[0])
-        return torch.where(step[:, -1:] > 0, self.running * past + (1 - self.running) * step, past)
+    def _moved(self, names: Sequence[str], step: Tensor) -> Tensor:
+        """[S, G, E + 1] the running average and its weight after a step; one without tokens leaves it where it is."""
+        past = _kept(self._average, names, step)[:, None]
+        return torch.where(step[..., -1:] > 0, self.running * past + (1 - self.running) * step, past)
 
     @torch.no_grad()
     def _end_step(self) -> None:
-        for name, pending in self._pending.items() if self.running else ():
-            self._average[name] = self._moved(name, self._step(pending[None]))[0]
+        pending = self._pending if self.running else {}
+        for _, alike in groupby(pending, key=lambda name: (len(pending[name]), pending[name].device)):
+            names = list(alike)
+            step_S1E1 = self._step(torch.stack([pending[name] for name in names])[:, None])
+            self._average.update(zip(names, self._moved(names, step_S1E1)[:, 0], strict=True))
         self._pending = {}
         self._calls = 0
 
@@ -137,8 +141,33 @@ class LoadBalanceLoss(RoutingLoss):
         return f"scope={self.scope!r}, running={self.running}"
 
 
+@dataclass(frozen=True)
+class _Counts:
+    """What the loss needs to know of a layer's batch: E numbers for each row, not for each token."""
+
+    name: str
+    num_experts: int
+    top_k: int
+    uses: Tensor  # [B, E] int64, the valid tokens on which each expert is active
+    probabilities: Tensor  # [B, E] sum of the router's probabilities over the valid tokens, with the graph
+
+    @classmethod
+    def of(cls, layer: LayerRouting, trace: RoutingTrace) -> "_Counts":
+        valid_BT = trace.valid_mask
+        uses_BE = active_experts(layer.expert_ids, layer.num_experts, valid_BT).sum(dim=1)
+        probabilities_BTE = without_padding(layer, trace).probabilities
+        probability_BE = (probabilities_BTE * valid_BT[:, :, None]).sum(dim=1)
+        return cls(layer.name, layer.num_experts, layer.top_k, uses_BE, probability_BE)
+
+
+def _kept(state: Mapping[str, Tensor], names: Sequence[str], like: Tensor) -> Tensor:
+    """[S, E + 1] what is kept of each layer, 0 where nothing is."""
+    nothing = like.new_zeros(like.shape[-1])
+    return torch.stack([state[name].to(like) if name in state else nothing for name in names])
+
+
 def _mean_over_processes(sums: Tensor, counts: Tensor) -> Tensor:
-    """[1, E] sums and [1] counts of this process -> the mean over all processes, each with its part of the gradient.
+    """[S, 1, E] sums and [1] counts of this process -> the mean over all processes, each with its part of the gradient.
 
     The part is multiplied by the number of processes, over which data-parallel training averages gradients: so
     processes with more valid tokens count for more.

@@ -11,8 +11,8 @@ from consistency_reg.routing import LayerRouting, RoutingTrace
 class RoutingLoss(nn.Module):
     """A differentiable scalar of a :class:`~consistency_reg.RoutingTrace`, unweighted: the caller applies the weight.
 
-    A subclass writes :meth:`layer_loss`; layers are never pooled before it (trap 3 of the design: a mean over layers
-    hides what each of them does).
+    A subclass writes :meth:`layer_loss`, or :meth:`per_layer` where layers of one shape are worked on together. They
+    are never pooled before that (trap 3 of the design: a mean over layers hides what each of them does).
     """
 
     def layer_loss(self, layer: LayerRouting, trace: RoutingTrace) -> Tensor:
