@@ -133,6 +133,12 @@ def test_detaching_leaves_the_model_as_it_was():
     assert torch.equal(model(ids, labels=ids).loss, once)
 
 
+def test_what_keeps_the_attachment_can_be_pickled_and_copied():
+    term = attach(tiny_model("olmoe"), LOSS)
+    for again in (copy.deepcopy(term), pickle.loads(pickle.dumps(term))):
+        assert again.weight == term.weight
+
+
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_of_the_model_is_free_of_it(way):
     model, ids = tiny_model("olmoe").train(), token_ids(B, T)

@@ -193,6 +193,35 @@ def test_a_second_training_adds_the_term_once(tmp_path):
     assert torch.equal(parameters(first), parameters(second))
 
 
+class Interrupts(transformers.TrainerCallback):
+    def on_step_end(self, *_, **__):
+        raise KeyboardInterrupt
+
+
+def test_a_training_after_an_interrupted_one_has_the_term_once(tmp_path):
+    """A notebook's cell that was stopped and is run again, with a new callback; two terms of one training stay."""
+    interrupted, fresh = tiny_model("olmoe"), tiny_model("olmoe")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, rows(4), 4, [callback(), Interrupts()], model=interrupted, learning_rate=0.0)
+    losses = {}
+    for name, model in (("interrupted", interrupted), ("fresh", fresh)):
+        _, trainer = train(tmp_path, rows(4), 4, [callback(), callback(weight=1.0)], model=model, learning_rate=0.0)
+        losses[name] = trainer.state.log_history[0]["loss"]
+    _, plain = train(tmp_path, rows(4), 4, model=fresh, learning_rate=0.0)
+    assert losses["interrupted"] == losses["fresh"] > plain.state.log_history[0]["loss"] + 1
+
+
+def test_a_state_that_is_not_found_is_told(tmp_path):
+    """Resumed into another folder than that of the checkpoint, where nobody told where it was."""
+    options = {"save_strategy": "steps", "save_steps": 2}
+    train(tmp_path / "first", rows(16), 4, [ConsistencyCallback(LoadBalanceLoss(running=0.9))], **options)
+    checkpoint = tmp_path / "first" / "checkpoint-2"
+    again = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    trainer = trainer_of(again, tmp_path / "second", rows(16), 4, [ConsistencyCallback(LoadBalanceLoss(running=0.9))])
+    with pytest.warns(UserWarning, match="state of LoadBalanceLoss begins anew, as there is no .*second/checkpoint-2"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
 # --- bad input ----------------------------------------------------------------------------------------------------
 
 

@@ -90,6 +90,7 @@ class Attachment:
         loss: the routing loss.
         summed: how many losses the trainer adds up for one step when it passes ``num_items_in_batch``, or None.
         term: the :class:`~consistency_reg.term.Term` of the last training forward, without its graph, or None.
+        during: the one training that it is for, or None.
     """
 
     def __init__(
@@ -107,12 +108,12 @@ class Attachment:
         self.weight = weight
         self.summed: int | None = None
         self.term: Term | None = None
+        self.during: Any = None
         self._model = model
         self._masks = masks or batch_masks
         self._capture = RouterCapture(model, adapters, keep_inputs=keep_inputs, layers=layers)
         self._handles: list[RemovableHandle] = []
         self._called = False
-        self._add_term_eagerly = torch.compiler.disable(self._add_term)  # it would be compiled in twenty pieces
         warn_of_frozen(self._capture)
 
     @property
@@ -145,7 +146,7 @@ class Attachment:
         router = next(iter(self._capture.routers.values()))
         self._handles = [
             self._model.register_forward_pre_hook(OwnedHook(self, "_note_call")),
-            self._model.register_forward_hook(OwnedHook(self, "_add_term_eagerly"), with_kwargs=True),
+            self._model.register_forward_hook(OwnedHook(self, "_add_term"), with_kwargs=True),
             router.register_forward_hook(OwnedHook(self, "_check_call")),
         ]
         return self
@@ -175,6 +176,7 @@ class Attachment:
                 "(after wrapping it)"
             )
 
+    @torch.compiler.disable  # it would be compiled in twenty pieces
     def _add_term(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not (model.training and torch.is_grad_enabled()):
             self._capture.clear()
@@ -209,6 +211,12 @@ class Attachment:
             encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
             targets = targets if encoder_decoder else targets[..., 1:]  # a causal model's first label has no past
         return (targets != -100).sum() / torch.as_tensor(items, device=targets.device)
+
+
+def attachments(model: nn.Module) -> list[Attachment]:
+    """Those that add a term to the model's loss now."""
+    owners = [hook.owner for hook in model._forward_hooks.values() if isinstance(hook, OwnedHook)]
+    return [owner for owner in owners if isinstance(owner, Attachment)]
 
 
 def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

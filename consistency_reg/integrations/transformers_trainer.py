@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from consistency_reg.capture import RouterAdapter
-from consistency_reg.integrations.attach import Attachment
+from consistency_reg.integrations.attach import Attachment, attachments
 from consistency_reg.losses import LocalConsistencyLoss, RoutingLoss
 from consistency_reg.masks import Masks
 from consistency_reg.optional import require
@@ -97,11 +97,14 @@ class ConsistencyCallback(TrainerCallback):
                 stacklevel=2,
             )
         self._release()
-        saved = _checkpoint(args, state) / STATE_FILE
-        if state.global_step and saved.exists():
-            self.loss.load_state_dict(torch.load(saved, weights_only=True))
+        for attachment in attachments(model):
+            if attachment.during is not None and attachment.during is not state:  # was interrupted: nobody says so
+                attachment.detach()
+        if state.global_step and self.loss.state_dict():
+            self._load(_checkpoint(args, state) / STATE_FILE)
         self.loss.to(args.device).train()
         self._attachment = Attachment(model, self.loss, self.schedule.at(state.global_step), **self._options).attach()
+        self._attachment.during = state
 
     def on_step_begin(
         self,
@@ -157,6 +160,16 @@ class ConsistencyCallback(TrainerCallback):
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Leave the model as it was."""
         self._release()
+
+    def _load(self, saved: Path) -> None:
+        if saved.exists():
+            self.loss.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
+        else:
+            warnings.warn(
+                f"the state of {type(self.loss).__name__} begins anew, as there is no {saved}: resume with the "
+                f"output_dir of the checkpoint, or give the loss its {STATE_FILE} by load_state_dict before train()",
+                stacklevel=3,
+            )
 
     def _release(self) -> None:
         if self._attachment is not None:
