@@ -75,32 +75,36 @@ def _launch(
     next_token = None
     if policy == "belady":
         next_token = torch.empty(N, T, K, dtype=torch.int32, device=expert_ids.device)
-        _find_next_uses[grid](expert_ids, starts_NT, length_NT, next_token, T, K, SEGMENT_TOKENS, lanes, num_warps=1)
 
     expert_bits = lanes.bit_length() - 1
     clock_bits = (T * K).bit_length()
     priority_bits = {"lru": 0, "sch": min(segment_length, T).bit_length()}.get(policy, T.bit_length())
     bits = expert_bits + clock_bits + priority_bits
-    _simulate[grid](
-        expert_ids,
-        starts_NT,
-        length_NT,
-        next_token,
-        document,
-        out,
-        T,
-        K,
-        num_experts,
-        segment_length,
-        POLICY=POLICIES[policy],
-        EXPERT_BITS=expert_bits,
-        CLOCK_BITS=clock_bits,
-        BITS=bits,
-        KEY=tl.int32 if bits <= INT32_BITS else tl.int64,
-        SEGMENT=SEGMENT_TOKENS,
-        X=lanes,
-        num_warps=max(1, min(8, lanes // 128)),
-    )
+    with torch.cuda.device_of(expert_ids):  # Triton launches on the current one
+        if next_token is not None:
+            _find_next_uses[grid](
+                expert_ids, starts_NT, length_NT, next_token, T, K, SEGMENT_TOKENS, lanes, num_warps=1
+            )
+        _simulate[grid](
+            expert_ids,
+            starts_NT,
+            length_NT,
+            next_token,
+            document,
+            out,
+            T,
+            K,
+            num_experts,
+            segment_length,
+            POLICY=POLICIES[policy],
+            EXPERT_BITS=expert_bits,
+            CLOCK_BITS=clock_bits,
+            BITS=bits,
+            KEY=tl.int32 if bits <= INT32_BITS else tl.int64,
+            SEGMENT=SEGMENT_TOKENS,
+            X=lanes,
+            num_warps=max(1, min(8, lanes // 128)),
+        )
 
 
 def _document_starts(position: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,20 +34,21 @@ def window_counts(
     sequences_NJ = windows_REJ.new_zeros(N, segment_length + 1) if per_sequence else None
     if N and segment_length <= T:
         segment = max(SEGMENT_TOKENS, 4 * segment_length)
-        _count_windows[N, triton.cdiv(T, segment)](
-            expert_ids.contiguous(),
-            position,
-            windows_REJ,
-            sequences_NJ,
-            T,
-            K,
-            num_experts,
-            segment_length,
-            segment,
-            REPLICAS=REPLICAS,
-            X=max(triton.next_power_of_2(num_experts), 2),
-            num_warps=max(1, min(8, num_experts // 128)),
-        )
+        with torch.cuda.device_of(expert_ids):  # Triton launches on the current one
+            _count_windows[N, triton.cdiv(T, segment)](
+                expert_ids.contiguous(),
+                position,
+                windows_REJ,
+                sequences_NJ,
+                T,
+                K,
+                num_experts,
+                segment_length,
+                segment,
+                REPLICAS=REPLICAS,
+                X=max(triton.next_power_of_2(num_experts), 2),
+                num_warps=max(1, min(8, num_experts // 128)),
+            )
     return windows_REJ.sum(dim=0), sequences_NJ
 
 
