@@ -29,4 +29,6 @@ def batch_masks(batch: Any) -> Masks:
         begins = positions.new_zeros(positions.shape)
         begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
         document_ids = begins.cumsum(dim=1)
+        if len(positions) == 1 and (tokens := batch.get("input_ids", batch.get("inputs_embeds"))) is not None:
+            document_ids = document_ids.expand(len(tokens), -1)  # models take one row of positions for all rows
     return valid, document_ids

@@ -2,20 +2,22 @@
 
 import copy
 import csv
+import functools
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from consistency_reg import ConsistencyRegularizer, LocalConsistencyLoss, RouterCapture
-from consistency_reg.callbacks import batch_masks
+from consistency_reg.callbacks import RouterAnchor, batch_masks
 
 T, V = 24, 32
 
@@ -128,6 +130,30 @@ def test_the_module_is_given_back_after_training():
     assert "training_step" not in module.__dict__
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
     copy.deepcopy(module)
+
+
+def test_a_training_step_of_the_instance_comes_back_whatever_lay_over_it():
+    module = toy()
+    own = module.training_step = functools.partial(ToyMoE.training_step, module)
+    fit(module, tokens(4), 4, [regularizer(), RouterAnchor(0.1)])
+    assert module.training_step is own
+
+
+def test_a_copy_or_pickle_of_the_module_in_training_is_free_of_the_term(tmp_path):
+    class Copies(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            self.copied, self.pickled = copy.deepcopy(pl_module), pickle.loads(pickle.dumps(pl_module))
+
+    plain, copies = toy(), Copies()
+    fit(plain, tokens(4), 4)
+    fit(toy(), tokens(4), 4, [regularizer(weight=0.0), copies])
+    for one in (copies.copied, copies.pickled):
+        assert torch.equal(parameters(one), parameters(plain))
+        assert one.training_step.__self__ is one
+    again = copies.copied
+    fit(again, tokens(4), 4)
+    fit(plain, tokens(4), 4)
+    assert torch.equal(parameters(again), parameters(plain))
 
 
 def test_a_failing_step_gives_the_module_back():
@@ -293,6 +319,13 @@ def test_frozen_routers_are_refused():
     module.routers.requires_grad_(False)
     with pytest.raises(RuntimeError, match="no gradient"):
         fit(module, tokens(4), 4, [regularizer()])
+
+
+def test_one_row_of_positions_is_that_of_all_rows():
+    """transformers broadcasts it."""
+    ids, positions = torch.zeros(3, 5, dtype=torch.int64), torch.tensor([[0, 1, 2, 0, 1]])
+    _, document_ids = batch_masks({"input_ids": ids, "position_ids": positions})
+    assert document_ids.tolist() == [[0, 0, 0, 1, 1]] * 3
 
 
 def test_masks_of_a_batch():

@@ -1,6 +1,7 @@
 """A weighted routing term in the loss that ``training_step`` returns: what the callbacks with such a term share."""
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -59,20 +60,22 @@ class TrainingStepTerm(Callback):
                 f"{type(pl_module).__name__} uses manual optimization: {self.by_hand} in training_step instead"
             )
         capture = self._capture = RouterCapture(pl_module, self.adapters, keep_inputs=keep_inputs).attach()
-        original = pl_module.training_step
-
-        @functools.wraps(original)
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            with capture.recording():
-                output = original(*args, **kwargs)
-            if output is None:
-                return None
-            trace = capture.trace(*self.masks(args[0] if args else None))
-            capture.clear()
-            return self._add(trainer, pl_module, output, trace)
-
-        pl_module.training_step = training_step  # type: ignore[method-assign]
+        pl_module.training_step = _StepWithTerm(self, trainer, pl_module)  # type: ignore[method-assign]
         return capture
+
+    def _step(
+        self, trainer: Trainer, pl_module: LightningModule, step: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """What ``step`` returns, with the term in its loss."""
+        capture = self._capture
+        assert capture is not None
+        with capture.recording():
+            output = step(*args, **kwargs)
+        if output is None:
+            return None
+        trace = capture.trace(*self.masks(args[0] if args else None))
+        capture.clear()
+        return self._add(trainer, pl_module, output, trace)
 
     def _add(self, trainer: Trainer, pl_module: LightningModule, output: Any, trace: RoutingTrace) -> Any:
         if isinstance(output, Mapping):
@@ -91,4 +94,42 @@ class TrainingStepTerm(Callback):
             return
         self._capture.detach()
         self._capture = None
-        pl_module.__dict__.pop("training_step", None)
+        _unwrap(pl_module)
+
+
+class _StepWithTerm:
+    """The ``training_step`` of a module, with a callback's term; in a copy or a pickle of the module it is without."""
+
+    def __init__(self, owner: TrainingStepTerm, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.shadowed = vars(pl_module).get("training_step")
+        self.owner, self.trainer, self.module, self.step = owner, trainer, pl_module, pl_module.training_step
+        functools.update_wrapper(self, inspect.unwrap(self.step), updated=())  # Lightning looks one level down
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        capture = self.owner._capture
+        assert capture is not None
+        with capture.recording():
+            output = self.step(*args, **kwargs)
+        if output is None:
+            return None
+        trace = capture.trace(*self.owner.masks(args[0] if args else None))
+        capture.clear()
+        return self.owner._add(self.trainer, self.module, output, trace)
+
+    def __reduce__(self) -> Any:
+        if self.shadowed is not None:
+            return _same, (self.shadowed,)
+        return getattr, (self.module, "training_step")  # of its class: the copy has nothing of its own yet
+
+
+def _same(step: Callable[..., Any]) -> Callable[..., Any]:
+    return step
+
+
+def _unwrap(pl_module: LightningModule) -> None:
+    """Take off the terms whose callbacks have let go, from the outermost on; what they lay over comes back."""
+    own = vars(pl_module)
+    while isinstance(outermost := own.get("training_step"), _StepWithTerm) and outermost.owner._capture is None:
+        del own["training_step"]
+        if outermost.shadowed is not None:
+            own["training_step"] = outermost.shadowed
