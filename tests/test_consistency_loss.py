@@ -570,6 +570,12 @@ def test_processes_whose_rows_differ_in_length_sum_the_same_layers(tmp_path):
                 torch.testing.assert_close(own[0] / 2, whole[rank, : lengths[rank]], rtol=1e-4, atol=1e-8)
 
 
+def test_a_segment_longer_than_a_small_integer_is_counted():
+    ids = (torch.arange(40_000)[None, :, None] < 36_000).long()
+    trace = RoutingTrace([ids], 2, logits=[torch.zeros(1, 40_000, 2)])
+    assert LocalConsistencyLoss((35_000,))(trace).item() == pytest.approx(1 - float(srp([ids], 2, 35_000).srp))
+
+
 # --- memory -------------------------------------------------------------------------------------------------------
 
 

@@ -223,7 +223,9 @@ class LocalConsistencyLoss(EnvelopeLoss):
 
     def marginals(self, layers: LayerRouting, position: Tensor) -> Iterator[Marginals]:
         """SRP of each segment length."""
-        running = running_sums(active_experts(layers.expert_ids, layers.num_experts, position >= 0))
+        active = active_experts(layers.expert_ids, layers.num_experts, position >= 0)
+        holds_longest = max(self.segment_lengths) <= torch.iinfo(active.dtype).max
+        running = running_sums(active, active.dtype if holds_longest else torch.int32)
         for m in self.segment_lengths:
             counts = window_sums(running, m)
             histogram = count_histogram(counts, window_ends(position, m), m, by_row=self.scope == "sequence")
