@@ -3,11 +3,13 @@
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from processes import on_processes
 from test_regularizer import ToyMoE, regularizer, tokens, toy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from consistency_reg import RouterCapture, RoutingMonitor, functional
+from consistency_reg import RouterCapture, RoutingMonitor, RoutingTrace, functional
+from consistency_reg.tracking.measures import RoutingMeasures
 
 
 class Validated(ToyMoE):
@@ -75,6 +77,82 @@ def test_domains_are_measured_apart_and_pooled():
     for name, ids in (("/0", first), ("/1", second), ("", torch.cat([first, second]))):
         expected = float(functional.srp(layer_ids(module, ids), 6, 3).srp)
         assert logged[f"val/srp/m3{name}"] == pytest.approx(expected)
+
+
+def results_of_a_rank(rank):
+    """SRP by domain; ranks see the domains in another order, and one of them the third domain not at all."""
+    measures = RoutingMeasures((2,), (1.0,), ())
+    steady, restless = torch.zeros(1, 8, 1, dtype=torch.int64), torch.arange(8)[None, :, None] % 2
+    for domain, ids in [(0, steady), (1, restless)][:: 1 if rank else -1]:
+        measures.add(RoutingTrace([ids], num_experts=4), domain)
+        measures.add(RoutingTrace([ids[:, :6]], num_experts=4), domain)  # of another length: counts what waits
+    if rank:
+        measures.add(RoutingTrace([steady], num_experts=4), 2)
+    return {name: float(value) for name, value in measures.results("abc").parts.items() if name.startswith("srp")}
+
+
+def test_processes_that_see_the_domains_in_another_order_do_not_mix_them(tmp_path):
+    first, second = on_processes(2, results_of_a_rank, tmp_path)
+    assert first == second
+    assert first["srp/m2/a"] == first["srp/m2/c"] == 1
+    assert first["srp/m2/b"] == pytest.approx(float(functional.srp([torch.arange(8)[None, :, None] % 2], 4, 2).srp))
+
+
+def test_a_skipped_training_batch_is_not_measured():
+    class Skipping(Validated):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+    run = trainer([RoutingMonitor(segment_lengths=(3,))], log_every_n_steps=1)
+    run.fit(validated(Skipping), loader(tokens(12)))
+    assert "train/srp/m3" in run.callback_metrics
+
+
+def test_a_validation_batch_without_a_forward_is_left_out_and_a_validation_without_any_is_told():
+    class Skipping(Validated):
+        skipped = (0,)
+
+        def validation_step(self, batch, batch_idx):
+            return None if batch_idx in self.skipped else super().validation_step(batch, batch_idx)
+
+    module, ids = validated(Skipping), tokens(8)
+    (logged,) = trainer([RoutingMonitor(segment_lengths=(3,))]).validate(module, loader(ids), verbose=False)
+    assert logged["val/srp/m3"] == pytest.approx(float(functional.srp(layer_ids(module, ids[4:]), 6, 3).srp))
+    module.skipped = (0, 1)
+    with pytest.raises(RuntimeError, match="0 of 2 routers were captured"):
+        trainer([RoutingMonitor(segment_lengths=(3,))]).validate(module, loader(ids), verbose=False)
+
+
+def test_segments_that_no_document_is_long_enough_for_are_not_logged():
+    run = trainer([RoutingMonitor(segment_lengths=(3, 16, 64))], log_every_n_steps=1)
+    run.fit(validated(), loader(tokens(8)[:, :13]), loader(tokens(6, seed=3)[:, :13]))
+    names = set(run.callback_metrics)
+    assert {"val/srp/m3", "val/srp/m3/layer_00", "train/srp/m3", "val/local_gain/m3", "val/cache/lru_2k"} <= names
+    assert not [name for name in names if {"m16", "m64"} & set(name.split("/"))]
+
+
+def test_documents_of_some_batches_are_kept_beside_batches_that_are_one_document_a_row():
+    ids, documents = torch.randint(4, (2, 12, 1)), torch.arange(12).expand(2, 12) // 5
+    for first in (None, documents):
+        second = documents if first is None else None
+        mixed, told = (RoutingMeasures((3,), (1.0,), ()) for _ in range(2))
+        for one in (first, second):
+            mixed.add(RoutingTrace([ids], 4, document_ids=one))
+            told.add(RoutingTrace([ids], 4, document_ids=torch.zeros_like(documents) if one is None else one))
+        assert mixed.results("a").model == told.results("a").model
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache_shares": (25,)}, r"cache_shares must be a list of numbers in \(0, 1\], got \(25,\)"),
+        ({"cache_shares": 0.5}, "cache_shares must be a list of .* got 0.5"),
+        ({"cache_ratios": (1.0, -1)}, r"cache_ratios must be a list of positive numbers, got \(1.0, -1\)"),
+    ],
+)
+def test_caches_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        RoutingMonitor(**options)
 
 
 def test_both_callbacks_together_and_the_sanity_check():

@@ -1,5 +1,6 @@
 """The measures of routing as a Lightning callback."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -53,7 +54,8 @@ class RoutingMonitor(Callback):
         tokenizer: names the tokens of the texts by ``decode``; the data module's ``tokenizer`` when None.
 
     Raises:
-        ValueError: a model without routers; ``quality`` names what the module does not log.
+        ValueError: ratios that are not positive, shares outside of (0, 1]; a model without routers; ``quality`` names
+            what the module does not log.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -76,8 +78,10 @@ class RoutingMonitor(Callback):
         if samples < 0:
             raise ValueError(f"samples must be at least 0 texts, got {samples}")
         self.segment_lengths = check_segment_lengths(segment_lengths, lowest=2)
-        self.cache_ratios = tuple(cache_ratios)
-        self.cache_shares = tuple(cache_shares)
+        self.cache_ratios = _checked(
+            "cache_ratios", cache_ratios, "positive numbers", lambda ratio: 0 < ratio < math.inf
+        )
+        self.cache_shares = _checked("cache_shares", cache_shares, "numbers in (0, 1]", lambda share: 0 < share <= 1)
         self.masks = masks or batch_masks
         self.adapters = tuple(adapters)
         self.training = training
@@ -90,6 +94,7 @@ class RoutingMonitor(Callback):
         self._fitting = False
         self._recording = ExitStack()
         self._records_training = False
+        self._skipped = False  # a batch of a validation, without a forward
         self._measures = self._new_measures()
         self._measured: Measured | None = None
         self._pictures: Any = None  # where a logger shows them
@@ -144,7 +149,7 @@ class RoutingMonitor(Callback):
             pl_module.log(TOKENS, torch.as_tensor(self._tokens, dtype=torch.float32))
         if self._capture is None:
             return
-        if self._records_training:
+        if self._records_training and outputs:  # nothing where training_step skipped the batch
             values = self._measures.of_batch(self._trace(masks))
             self.current = self._measures.headline(values)
             for name, value in values.items():
@@ -153,6 +158,7 @@ class RoutingMonitor(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the routers, outside of fit."""
+        self._skipped = False
         if self._capture is None and not trainer.sanity_checking:
             self._capture = RouterCapture(pl_module, self.adapters).attach()
 
@@ -174,7 +180,9 @@ class RoutingMonitor(Callback):
         if self._capture is None:
             return
         self._recording.close()
-        if not trainer.sanity_checking:
+        if not trainer.sanity_checking and not self._capture.heard:
+            self._skipped = True  # by validation_step
+        elif not trainer.sanity_checking:
             trace = self._capture.trace(*self.masks(batch))
             self._measures.add(trace, dataloader_idx)
             if self._pictures is not None and batch_idx == 0:
@@ -185,7 +193,11 @@ class RoutingMonitor(Callback):
         """Log the measures of the domains, and of all of them as one."""
         if self._capture is None or trainer.sanity_checking:
             return
-        self._measured = self._measures.results(domain_names(trainer))
+        self._measured = self._measures.results(domain_names(trainer), pl_module.device)
+        if self._measured is None:
+            if self._skipped:
+                self._capture.trace()  # says why no batch at all was heard
+            return
         self.current = self._measures.headline(self._measured.model)
         values = self._measured.parts | self._measured.model
         pl_module.log_dict({f"val/{name}": value.float() for name, value in values.items()})
@@ -233,3 +245,10 @@ class RoutingMonitor(Callback):
         if self._capture is not None:
             self._capture.detach()
             self._capture = None
+
+
+def _checked(name: str, values: Sequence[float], which: str, is_right: Callable[[float], bool]) -> tuple[float, ...]:
+    numbers = isinstance(values, Sequence) and all(isinstance(value, int | float) for value in values)
+    if not numbers or not all(map(is_right, values)):
+        raise ValueError(f"{name} must be a list of {which}, got {values!r}")
+    return tuple(values)

@@ -105,6 +105,11 @@ class RouterCapture:
         """The router modules by name."""
         return {name: router.module for name, router in self._routers.items()}
 
+    @property
+    def heard(self) -> bool:
+        """Whether a router ran in the last forward."""
+        return any(self._readings.values())
+
     def any_router_learns(self) -> bool:
         """Whether a parameter of a router, or of what PEFT has put around it, is trained."""
         modules = (self.model.get_submodule(router.outer_name) for router in self._routers.values())

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from consistency_reg.metrics import CacheHitRate, RoutingBalance, SegmentRoutingPerformance
@@ -49,6 +50,7 @@ class RoutingMeasures:
         >>> measures = RoutingMeasures(segment_lengths=(2,), cache_ratios=(1.0,), cache_shares=())
         >>> measures.add(RoutingTrace([torch.tensor([[[0], [0], [1], [1]]])], num_experts=2))
         >>> measured = measures.results(["all"])
+        >>> assert measured is not None
         >>> {name: round(float(value), 3) for name, value in measured.model.items() if "/" not in name or "k" in name}
         {'static_srp': 0.667, 'overlap': 0.667, 'cache/lru_k': 0.75}
     """
@@ -80,9 +82,12 @@ class RoutingMeasures:
         return f"srp/m{self.usual_length}", *([f"cache/lru_{self.usual_cache}"] if self.usual_cache else [])
 
     def headline(self, model: Mapping[str, Tensor]) -> dict[str, float]:
-        """``SRP`` and ``misses``, as shares, from the measures of a model."""
-        srp, *cache = (float(model[name]) for name in self.headline_names)
-        return dict(zip(("SRP", "misses"), (srp, *(1 - hits for hits in cache)), strict=False))
+        """``SRP`` and ``misses``, as shares, from the measures of a model; what it has of them."""
+        srp, *cache = self.headline_names
+        shown = {"SRP": float(model[srp])} if srp in model else {}
+        if cache:
+            shown["misses"] = 1 - float(model[cache[0]])
+        return shown
 
     def add(self, trace: RoutingTrace, domain: int = 0) -> None:
         """Count a batch of a domain; it may wait until there are enough rows to measure at once."""
@@ -92,15 +97,22 @@ class RoutingMeasures:
             self._measure(domain)
         self._waiting[domain].append(trace)
 
-    def results(self, names: Sequence[str]) -> Measured:
-        """All that was added, over all processes, and forget it.
+    def results(self, names: Sequence[str], device: torch.device | str = "cpu") -> Measured | None:
+        """All that was added, over all processes, and forget it; None where nothing was.
 
         Args:
             names: of the domains, by their number.
+            device: of the metrics of a domain that other processes alone have seen.
         """
         for domain in self._waiting:
             self._measure(domain)
-        domains, self._domains, self._waiting = self._domains, {}, {}
+        seen, num_experts = _of_all_processes(self._domains)
+        domains = {
+            domain: self._domains.get(domain) or self._new_metrics(num_experts, device) for domain in sorted(seen)
+        }
+        self._domains, self._waiting = {}, {}
+        if not domains:
+            return None
         parts: dict[str, Tensor] = {}
         usage = {names[index]: metrics["balance"].results().usage for index, metrics in domains.items()}
         if len(domains) > 1:
@@ -124,7 +136,7 @@ class RoutingMeasures:
         lru = CacheHitRate.from_trace(trace, "lru", **options)
         for metric in (srp, lru):
             metric.update(trace)
-        values = {log_name(key): value for key, value in srp.compute().items()}
+        values = _of_whole_segments({log_name(key): value for key, value in srp.compute().items()}, srp)
         values |= cache_values(lru.results(), self.cache_ratios, self.cache_shares)
         kept = ("srp/", "static_srp", "local_gain/", "cache/")
         return {name: value for name, value in values.items() if name.startswith(kept) and "/layer_" not in name}
@@ -134,22 +146,45 @@ class RoutingMeasures:
         trace = _below_each_other(self._waiting[domain])
         self._waiting[domain] = []
         if domain not in self._domains:
-            self._domains[domain] = {
-                "srp": SegmentRoutingPerformance.from_trace(trace, self.segment_lengths),
-                "balance": RoutingBalance.from_trace(trace, self.segment_lengths),
-                "lru": CacheHitRate.from_trace(trace, "lru"),
-            }
+            num_experts = [layer.num_experts for layer in trace]
+            self._domains[domain] = self._new_metrics(num_experts, trace.expert_ids[0].device)
         for metric in self._domains[domain].values():
             metric.update(trace)
+
+    def _new_metrics(self, num_experts: Sequence[int], device: torch.device | str) -> dict[str, RoutingMetric]:
+        """Those of a domain."""
+        metrics: dict[str, RoutingMetric] = {
+            "srp": SegmentRoutingPerformance(num_experts, self.segment_lengths),
+            "balance": RoutingBalance(num_experts, self.segment_lengths),
+            "lru": CacheHitRate(num_experts, "lru"),
+        }
+        return {name: metric.to(device) for name, metric in metrics.items()}
 
     def _values(
         self, metrics: dict[str, RoutingMetric], rates: ModelHitRates
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(those of the model, those of its layers)."""
         values = {log_name(key): value for name in ("srp", "balance") for key, value in metrics[name].compute().items()}
+        values = _of_whole_segments(values, metrics["srp"])
         values |= cache_values(rates, self.cache_ratios, self.cache_shares)
         of_layer = {name for name in values if "/layer_" in name}
         return {n: values[n] for n in values if n not in of_layer}, {n: values[n] for n in values if n in of_layer}
+
+
+def _of_all_processes(domains: Mapping[int, Mapping[str, RoutingMetric]]) -> tuple[set[int], Sequence[int]]:
+    """The domains that some process has seen, and E of each layer: metrics are synchronized one after the other."""
+    num_experts = next((metrics["srp"].num_experts for metrics in domains.values()), ())
+    found = [(set(domains), num_experts)]
+    if dist.is_available() and dist.is_initialized():
+        found *= dist.get_world_size()
+        dist.all_gather_object(found, (set(domains), num_experts))
+    return set().union(*(seen for seen, _ in found)), max(experts for _, experts in found)
+
+
+def _of_whole_segments(values: Mapping[str, Tensor], srp: RoutingMetric) -> dict[str, Tensor]:
+    """Without the measures of segments that every document was too short for: there is nothing to measure."""
+    absent = {f"m{m}" for m, result in srp.results().items() if not result.histogram.any()}
+    return {name: value for name, value in values.items() if not absent & set(name.split("/"))}
 
 
 def cache_values(
@@ -179,8 +214,11 @@ def _below_each_other(traces: Sequence[RoutingTrace]) -> RoutingTrace:
     some_padding = any(trace.valid is not None for trace in traces)
     valid = torch.cat([trace.valid_mask for trace in traces]) if some_padding else None
     document_ids = None
-    if first.document_ids is not None:
-        document_ids = torch.cat([trace.document_ids for trace in traces if trace.document_ids is not None])
+    if any(trace.document_ids is not None for trace in traces):
+        whole_row = torch.zeros_like(first.valid_mask, dtype=torch.int64)[:1]
+        document_ids = torch.cat(
+            [whole_row.expand(trace.shape) if trace.document_ids is None else trace.document_ids for trace in traces]
+        )
     layers = zip(*(trace.expert_ids for trace in traces), strict=True)
     return replace(first, expert_ids=[torch.cat(ids) for ids in layers], valid=valid, document_ids=document_ids)
 
