@@ -3,11 +3,12 @@
 import math
 import warnings
 from dataclasses import dataclass, replace
+from numbers import Real
 
 from torch import Tensor
 
 from consistency_reg.capture import RouterCapture
-from consistency_reg.losses import RoutingLoss
+from consistency_reg.losses import LocalConsistencyLoss, RoutingLoss
 from consistency_reg.routing import RoutingTrace
 
 
@@ -31,8 +32,9 @@ class WeightSchedule:
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", check_weight(self.weight))
         for name in ("warmup_steps", "start_step"):
-            if (steps := getattr(self, name)) < 0:
-                raise ValueError(f"{name} must be >= 0, got {steps}")
+            steps = getattr(self, name)
+            if not isinstance(steps, Real) or steps < 0:
+                raise ValueError(f"{name} must be >= 0, got {steps!r}")
 
     def at(self, step: int) -> float:
         """The weight at an optimizer step."""
@@ -90,9 +92,18 @@ class Term:
 
 def check_weight(weight: float) -> float:
     """The weight as a float; ValueError unless it is a finite number >= 0."""
-    if not (math.isfinite(weight) and weight >= 0):
-        raise ValueError(f"weight must be a finite number >= 0, got {weight}")
+    if not isinstance(weight, Real) or not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"weight must be a finite number >= 0, got {weight!r}")
     return float(weight)
+
+
+def check_loss(loss: RoutingLoss | None) -> RoutingLoss:
+    """The loss, or the usual one for None; TypeError unless it is a routing loss."""
+    if loss is None:
+        return LocalConsistencyLoss()
+    if not isinstance(loss, RoutingLoss):
+        raise TypeError(f"loss must be a RoutingLoss, such as LocalConsistencyLoss(), got {loss!r}")
+    return loss
 
 
 def warn_of_frozen(capture: RouterCapture) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -131,6 +132,31 @@ def test_detaching_leaves_the_model_as_it_was():
     term.detach()
     term.attach()
     assert torch.equal(model(ids, labels=ids).loss, once)
+
+
+def test_a_second_term_of_the_kind_is_warned_of():
+    """A notebook's cell that is run again."""
+    model = tiny_model("olmoe")
+    first = attach(model, LOSS)
+    with pytest.warns(UserWarning, match="a LocalConsistencyLoss is attached to this OlmoeForCausalLM already"):
+        second = attach(model, LOSS)
+    second.detach()
+    first.detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach(model, LOSS)
+
+
+@pytest.mark.parametrize("loss", ["srp", LocalConsistencyLoss])
+def test_what_is_no_loss_is_refused(loss):
+    with pytest.raises(TypeError, match=r"loss must be a RoutingLoss, such as LocalConsistencyLoss\(\), got "):
+        attach(tiny_model("olmoe"), loss)
+
+
+@pytest.mark.parametrize("weight", ["0.35", None, float("nan"), -1])
+def test_a_weight_that_is_no_number_from_zero_is_refused(weight):
+    with pytest.raises(ValueError, match="weight must be a finite number >= 0, got "):
+        attach(tiny_model("olmoe"), LOSS, weight)
 
 
 def test_what_keeps_the_attachment_can_be_pickled_and_copied():

@@ -7,11 +7,11 @@ from consistency_reg.callbacks.goal_keeper import GoalKeeper
 from consistency_reg.callbacks.training_step import TrainingStepTerm
 from consistency_reg.capture import RouterAdapter
 from consistency_reg.control import make_goal
-from consistency_reg.losses import LocalConsistencyLoss, RoutingLoss
+from consistency_reg.losses import RoutingLoss
 from consistency_reg.masks import Masks
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
-from consistency_reg.term import Term, WeightSchedule, warn_of_frozen
+from consistency_reg.term import Term, WeightSchedule, check_loss, warn_of_frozen
 
 with require("lightning"):
     from lightning.pytorch import LightningModule, Trainer
@@ -78,7 +78,7 @@ class ConsistencyRegularizer(TrainingStepTerm):
         response_steps: int | None = None,
     ) -> None:
         super().__init__(masks, adapters)
-        self.loss = LocalConsistencyLoss() if loss is None else loss
+        self.loss = check_loss(loss)
         self.schedule = WeightSchedule(weight, warmup_steps, start_step)
         self.goal_keeper: GoalKeeper | None = None
         if (goal := make_goal(target, budget, reference)) is not None:

@@ -1,6 +1,7 @@
 """The consistency term in the loss that a model itself returns, whoever trains it."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,9 @@ from consistency_reg.capture import RouterAdapter, RouterCapture
 from consistency_reg.hooks import OwnedHook
 from consistency_reg.integrations.fused_head import carry, is_fused
 from consistency_reg.integrations.outputs import change_loss
-from consistency_reg.losses import LocalConsistencyLoss, RoutingLoss
+from consistency_reg.losses import RoutingLoss
 from consistency_reg.masks import Masks, batch_masks
-from consistency_reg.term import Term, check_weight, warn_of_frozen
+from consistency_reg.term import Term, check_loss, check_weight, warn_of_frozen
 
 
 def attach(
@@ -54,7 +55,7 @@ def attach(
         RuntimeError: in a training forward: no loss (no labels), a term without gradient (reentrant checkpointing).
 
     Warns:
-        UserWarning: all routers are frozen.
+        UserWarning: all routers are frozen; a loss of this kind is attached already.
 
     Example:
         >>> class ToyTopKRouter(nn.Linear):
@@ -104,7 +105,7 @@ class Attachment:
         keep_inputs: bool = False,
         layers: str | None = None,
     ) -> None:
-        self.loss = LocalConsistencyLoss() if loss is None else loss
+        self.loss = check_loss(loss)
         self.weight = weight
         self.summed: int | None = None
         self.term: Term | None = None
@@ -141,6 +142,12 @@ class Attachment:
         """Add the term from the next forward on; without effect when attached already."""
         if self._handles:
             return self
+        if any(type(other.loss) is type(self.loss) for other in attachments(self._model)):
+            warnings.warn(
+                f"a {type(self.loss).__name__} is attached to this {type(self._model).__name__} already, and both will "
+                "be in its loss: detach() the first one unless that is meant",
+                stacklevel=3,
+            )
         self._called = False
         self._capture.attach()  # before our own hook: at the end of a forward it hears first
         router = next(iter(self._capture.routers.values()))

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from consistency_reg.capture import RouterAdapter
 from consistency_reg.integrations.attach import Attachment, attachments
-from consistency_reg.losses import LocalConsistencyLoss, RoutingLoss
+from consistency_reg.losses import RoutingLoss
 from consistency_reg.masks import Masks
 from consistency_reg.optional import require
-from consistency_reg.term import WeightSchedule
+from consistency_reg.term import WeightSchedule, check_loss
 
 with require("accelerate"):
     import accelerate  # noqa: F401  (the Trainer needs it, and names it less clearly)
@@ -63,7 +63,7 @@ class ConsistencyCallback(TrainerCallback):
         keep_inputs: bool = False,
         layers: str | None = None,
     ) -> None:
-        self.loss = LocalConsistencyLoss() if loss is None else loss
+        self.loss = check_loss(loss)
         self.schedule = WeightSchedule(weight, warmup_steps, start_step)
         self._options: dict[str, Any] = {
             "masks": masks,
