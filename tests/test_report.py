@@ -1,6 +1,7 @@
 """Reports: what is read, what is refused, what is paired with what, and what ends in the files."""
 
 import json
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -287,14 +288,20 @@ def test_an_interrupted_run_has_the_curve_of_all_its_parts(folder):
     }
 
 
+MEDIA = {
+    "val/cache/curve": {"_type": "image-file", "path": "media/images/curve.png", "width": 600, "height": 400},
+    "val/experts": {"_type": "table-file", "path": "media/table/experts.json", "nrows": 96, "ncols": 6},
+}
+
+
 class WandbRun:
-    """As wandb.Api gives it, from what result.json holds."""
+    """As wandb.Api gives it, from what result.json holds, with the pictures that its monitor logged."""
 
     def __init__(self, result, history=(), finished=True):
         self.name, self.history = result["name"], history
         self.config = {"config": result["config"], "versions": result["versions"]}
         kept = {key: value for key, value in result.items() if key not in ("config", "metrics")}
-        self.summary_metrics = result["metrics"] | {"_step": 3} | ({"result": kept} if finished else {})
+        self.summary_metrics = result["metrics"] | MEDIA | {"_step": 3} | ({"result": kept} if finished else {})
 
     def scan_history(self, keys):
         return (row for row in self.history if set(keys) <= row.keys())
@@ -322,7 +329,7 @@ def api(monkeypatch):
     history = [{"trainer/global_step": 9, "train/ce": 4.0}, row, row | {"trainer/global_step": 400, "val/ppl": 70.0}]
     demo = [
         WandbRun(result("off-seed0"), history),
-        WandbRun(result("on-seed0", weight=0.3, hits=0.6), history),
+        WandbRun(result("on-seed0", weight=0.3, hits=0.6, metrics={"val/overlap": "NaN"}), history),
         WandbRun(result("half-seed0"), finished=False),
     ]
     evaluation = WandbRun(result("evaluation"))
@@ -337,12 +344,13 @@ def test_runs_come_from_a_group_in_wandb_as_from_folders(folder, api, capsys):
     assert report("wandb:me/moe/demo", "--out", "out") == 0
     assert "wandb:me/moe/demo: left out, not finished: half-seed0" in capsys.readouterr().err
     write_run("runs", "off-seed0")
-    write_run("runs", "on-seed0", weight=0.3, hits=0.6)
+    write_run("runs", "on-seed0", weight=0.3, hits=0.6, metrics={"val/overlap": math.nan})
     assert report("runs", "--out", "folders") == 0
     here, there = (pd.read_csv(f"{out}/table.csv") for out in ("out", "folders"))
     pd.testing.assert_frame_equal(here.drop(columns="curve"), there.drop(columns="curve"))
     curve = json.loads(here["curve"][0])
     assert curve == {"tokens": [614_400, 1_228_800], "val/ppl": [80.0, 70.0], "val/cache/lru_25pct": [0.3, 0.3]}
+    assert not MEDIA.keys() & set(here)
     assert len(gather(["wandb:me/moe"])) == 3
     assert api.asked == [("me/moe", {"group": "demo"}), ("me/moe", {})]
 
