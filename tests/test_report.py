@@ -1,5 +1,6 @@
 """Reports: what is read, what is refused, what is paired with what, and what ends in the files."""
 
+import inspect
 import json
 import math
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import wandb
+from lightning.pytorch import Trainer
 from PIL import Image
 from run_folders import DOMAINS, result, write_demo, write_losses, write_run
 from wandb_file import read_run as read_wandb_run
@@ -15,7 +17,7 @@ from consistency_reg.report import command, main, pair_runs, read_folder, read_r
 from consistency_reg.report.command import gather
 from consistency_reg.report.findings import Findings
 from consistency_reg.report.markdown import MARKED, update
-from consistency_reg.report.recipe import architecture, consistency_term
+from consistency_reg.report.recipe import architecture, consistency_term, pair_digest
 from consistency_reg.report.records import fingerprint, read_csv, to_frame
 from consistency_reg.report.runs import loss_labels
 from consistency_reg.report.tables import pair_table
@@ -106,6 +108,25 @@ def test_a_run_stands_beside_the_run_that_differs_in_the_term_alone(folder):
     assert pair_table(pairs).rows[0][:4] == ["none-on-seed0", "none-off-seed0", "-38.5%", "+0.6%"]
 
 
+def test_a_pair_agrees_in_what_the_trainer_changes_of_a_run():
+    usual = {"max_steps": 400, "accumulate_grad_batches": 1, "devices": 1}
+    watching = [{"class_path": "lightning.pytorch.callbacks.LearningRateMonitor", "init_args": {}}]
+    arguments = inspect.signature(Trainer.__init__).parameters
+    lightnings = {name: argument.default for name, argument in arguments.items() if name != "self"}
+    alike = [lightnings | usual, usual | {"callbacks": watching, "logger": False}]
+    averaging = {"class_path": "lightning.pytorch.callbacks.StochasticWeightAveraging", "init_args": {"swa_lrs": 0.01}}
+    others = [
+        {"limit_train_batches": 10},
+        {"num_nodes": 2},
+        {"gradient_clip_algorithm": "value"},
+        {"overfit_batches": 1},
+        {"callbacks": [*watching, averaging]},
+    ]
+    digest = pair_digest({"trainer": usual})
+    assert {pair_digest({"trainer": same}) for same in alike} == {digest}
+    assert len({pair_digest({"trainer": usual | other}) for other in others} - {digest}) == len(others)
+
+
 def test_a_named_baseline_is_compared_seed_by_seed(folder):
     write_demo("runs", seeds=(0, 1))
     runs, _ = read_folder(Path("runs"))
@@ -128,6 +149,9 @@ def test_runs_of_different_data_are_refused_with_what_differs(folder):
     write_run("runs", "c", data={"validation_tokens": 2000})
     with pytest.raises(ValueError, match="validation_tokens 1000 and 2000"):
         report("runs/a", "runs/c")
+    write_run("runs", "half", trainer={"limit_val_batches": 0.5})
+    with pytest.raises(ValueError, match=r"limit_val_batches none and 0\.5"):
+        report("runs/a", "runs/half")
     write_run("runs", "d", corpus={key: value for key, value in corpus.items() if key != "cpp"})
     with pytest.raises(ValueError, match=r"corpus of cpp .* and none"):
         report("runs/a", "runs/d")
