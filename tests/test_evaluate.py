@@ -464,6 +464,13 @@ def test_a_finished_run_and_its_domains(place, tmp_path, monkeypatch):
     assert model["specialization"]["domain"]["mean"] > 0
 
 
+@pytest.mark.parametrize(("stand", "given"), [("first", "."), ("first", "model"), ("first/model", "."), (".", "first")])
+def test_a_run_has_its_name_wherever_one_stands(place, tmp_path, monkeypatch, stand, given):
+    shutil.copytree(place / "olmoe", tmp_path / "first" / "model")
+    monkeypatch.chdir(tmp_path / stand)
+    assert load(given, device=torch.device("cpu")).name == "first"
+
+
 def test_memory_that_runs_out_in_a_model_is_no_error(place, monkeypatch):
     expected = evaluate(place, "--batch-size", "1", "--no-shared-cache")
     assert "shared" not in expected["models"][0]["caches"]["lru"]
