@@ -31,6 +31,7 @@ from consistency_reg.evaluation.text import cut
 from consistency_reg.evaluation.traces import load_trace, save_trace
 from consistency_reg.functional.specialization import grouped_usage
 from consistency_reg.metrics.hit_rates import CacheHitRates, ModelHitRates
+from consistency_reg.tracking.measures import RoutingMeasures
 
 PNG = b"\x89PNG"
 WORDS = [f"w{i}" for i in range(3, COMMON["vocab_size"])]
@@ -568,13 +569,22 @@ def test_wandb_gets_numbers_and_pictures(place, olmoe, texts, tmp_path, monkeypa
     monkeypatch.setenv("WANDB_MODE", "offline")
     wandb.init(project="lab", mode="offline", dir=place).finish()  # wandb's process stays in the folder it began in
     monkeypatch.chdir(tmp_path)
-    save_trace(record(olmoe, texts), tmp_path / "t.safetensors")
+    about = {"git_commit": "0123456789ab", "versions": {"torch": "2"}, "sequence_length": 40}
+    recording = record(olmoe, texts, about=about)
+    save_trace(recording, tmp_path / "t.safetensors")
     main(["--trace", "t.safetensors", "--out", "out", "--segment-lengths", "8", "--wandb", "lab"])
     run = read_run(Path("out"))
     assert run.finished
     assert run.config["model"] == "olmoe"
+    assert {key: run.config[key] for key in about} == about, "those of the recording, not of this evaluation"
     (model,) = json.loads(Path("out/evaluation.json").read_text())["models"]
     logged = {name: value for row in run.history for name, value in row.items()}
     assert logged["val/srp/m8"] == model["srp"]["8"]["srp"]
-    assert logged["val/cache/lru_2k"] == model["caches"]["lru"]["at_ratio"]["2.0"]["hit_rate"]
+    assert logged["val/cache/sch_m8_k"] == model["sch"]["8"]["at_ratio"]["1.0"]["hit_rate"]
+    assert logged["val/cache/lru_2k_shared"] == model["caches"]["lru"]["shared"]["at_ratio"]["2.0"]["hit_rate"]
+    training = RoutingMeasures([8], [1.0, 2.0], [])
+    training.add(recording.trace())
+    of_training = training.results(["all"]).model
+    for name in ("static_srp", "srp/m8", "rho_hat/m8", "local_gain/m8", "cache/lru_k", "cache/lru_2k"):
+        assert logged[f"val/{name}"] == pytest.approx(float(of_training[name])), name
     assert {f"evaluation/{name}" for name in ("srp", "hit_rates", "layers", "routing")} <= logged.keys()
