@@ -1,6 +1,7 @@
 """The evaluate command: from models, run folders and saved routing to numbers, advice, tables and files."""
 
 import csv
+import io
 import json
 import random
 import shutil
@@ -25,6 +26,7 @@ from consistency_reg.evaluation.advice import choose, knee, knee_ratio
 from consistency_reg.evaluation.figures import figures
 from consistency_reg.evaluation.measure import measure
 from consistency_reg.evaluation.models import Candidate, expert_bytes, load
+from consistency_reg.evaluation.records import to_csv, to_json
 from consistency_reg.evaluation.run import in_batches, record
 from consistency_reg.evaluation.tables import in_bytes, tables
 from consistency_reg.evaluation.text import cut
@@ -327,6 +329,21 @@ def test_measures_are_the_functions_of_the_package(olmoe, texts):
             torch.testing.assert_close(cache.hit_rate, expected, rtol=0, atol=1e-12)
     prose = functional.srp([ids[:4] for ids in trace.expert_ids], E, 2, trace.valid[:4])
     assert torch.equal(evaluation.domain_srp["prose"][2].srp, prose.srp)
+
+
+def test_a_domain_without_a_segment_shows_nothing(olmoe, texts):
+    recording = replace(record(olmoe, texts | {"notes": [[5, 6, 7]]}), domains=["prose", "code", "notes", "empty"])
+    evaluation = measure(recording, segment_lengths=[2, 16], replicates=0)
+    assert {name: list(found) for name, found in evaluation.domain_srp.items()} == {
+        **{"prose": [2, 16], "code": [2, 16]},
+        **{"notes": [2], "empty": []},
+    }
+    (by_domain,) = (table for table in tables([evaluation]) if table.title.startswith("SRP by domain, m=16"))
+    assert by_domain.header == ["model", "prose", "code", "notes", "empty"]
+    assert by_domain.rows[0][3:] == ["", ""]
+    assert {row["domain"] for row in csv.DictReader(io.StringIO(to_csv([evaluation])))} == {"all", *texts, "notes"}
+    (model,) = json.loads(to_json([evaluation], {}))["models"]
+    assert model["srp_by_domain"]["empty"] == {}
 
 
 def test_specialization_is_that_of_the_domains_and_of_the_token_ids(olmoe, texts):
