@@ -7,7 +7,7 @@ DOMAINS = ("cpp", "python", "symbolic", "docs", "math", "speeches", "encyclopedi
 
 
 def result(name, /, *, seed=0, shared=0, weight=0.0, loss="LocalConsistencyLoss", perplexity=70.0, hits=0.4, **changes):
-    """What result.json holds. ``changes``: ``metrics`` to add, ``data`` settings, or keys of the result."""
+    """What result.json holds. ``changes``: ``metrics`` to add, ``data`` and ``trainer`` settings, or keys of it."""
     srp = 0.3 + hits / 2
     metrics = {
         "val/ppl": perplexity,
@@ -41,7 +41,7 @@ def result(name, /, *, seed=0, shared=0, weight=0.0, loss="LocalConsistencyLoss"
             "balance_weight": changes.pop("balance_weight", 0.05),
         },
         "data": {"sequence_length": 512, "validation_tokens": 1000, "num_workers": 0, **changes.pop("data", {})},
-        "trainer": {"max_steps": 400},
+        "trainer": {"max_steps": 400, **changes.pop("trainer", {})},
         "consistency": {
             "loss": {"class_path": f"consistency_reg.losses.{loss}", "init_args": changes.pop("options", {})},
             "weight": weight,

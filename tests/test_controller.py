@@ -184,6 +184,14 @@ def test_a_reference_is_a_run_a_csv_or_a_json(tmp_path):
     assert not validation.is_comparable(9)
 
 
+def test_the_last_session_of_a_reference_counts_however_often_it_was_interrupted(tmp_path):
+    for number in range(1, 12):
+        (tmp_path / f"metrics-{number}.csv").write_text(f"step,train/ce\n9,{number}.5\n")
+    assert ReferenceCurve.read(tmp_path, "train/ce").values == [11.5]
+    (tmp_path / "metrics.csv").write_text("step,train/ce\n9,4.5\n")
+    assert ReferenceCurve.read(tmp_path, "train/ce").values == [4.5]
+
+
 def test_what_is_no_reference_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is no run: it has no metrics\.csv"):
         ReferenceCurve.read(tmp_path, "train/ce")

@@ -1,6 +1,7 @@
 """The evaluate command: from models, run folders and saved routing to numbers, advice, tables and files."""
 
 import csv
+import io
 import json
 import random
 import shutil
@@ -25,12 +26,14 @@ from consistency_reg.evaluation.advice import choose, knee, knee_ratio
 from consistency_reg.evaluation.figures import figures
 from consistency_reg.evaluation.measure import measure
 from consistency_reg.evaluation.models import Candidate, expert_bytes, load
+from consistency_reg.evaluation.records import to_csv, to_json
 from consistency_reg.evaluation.run import in_batches, record
 from consistency_reg.evaluation.tables import in_bytes, tables
 from consistency_reg.evaluation.text import cut
 from consistency_reg.evaluation.traces import load_trace, save_trace
 from consistency_reg.functional.specialization import grouped_usage
 from consistency_reg.metrics.hit_rates import CacheHitRates, ModelHitRates
+from consistency_reg.tracking.measures import RoutingMeasures
 
 PNG = b"\x89PNG"
 WORDS = [f"w{i}" for i in range(3, COMMON["vocab_size"])]
@@ -328,6 +331,21 @@ def test_measures_are_the_functions_of_the_package(olmoe, texts):
     assert torch.equal(evaluation.domain_srp["prose"][2].srp, prose.srp)
 
 
+def test_a_domain_without_a_segment_shows_nothing(olmoe, texts):
+    recording = replace(record(olmoe, texts | {"notes": [[5, 6, 7]]}), domains=["prose", "code", "notes", "empty"])
+    evaluation = measure(recording, segment_lengths=[2, 16], replicates=0)
+    assert {name: list(found) for name, found in evaluation.domain_srp.items()} == {
+        **{"prose": [2, 16], "code": [2, 16]},
+        **{"notes": [2], "empty": []},
+    }
+    (by_domain,) = (table for table in tables([evaluation]) if table.title.startswith("SRP by domain, m=16"))
+    assert by_domain.header == ["model", "prose", "code", "notes", "empty"]
+    assert by_domain.rows[0][3:] == ["", ""]
+    assert {row["domain"] for row in csv.DictReader(io.StringIO(to_csv([evaluation])))} == {"all", *texts, "notes"}
+    (model,) = json.loads(to_json([evaluation], {}))["models"]
+    assert model["srp_by_domain"]["empty"] == {}
+
+
 def test_specialization_is_that_of_the_domains_and_of_the_token_ids(olmoe, texts):
     recording = record(olmoe, texts)
     found = measure(recording, segment_lengths=[2, 16], replicates=0)
@@ -464,6 +482,13 @@ def test_a_finished_run_and_its_domains(place, tmp_path, monkeypatch):
     assert model["specialization"]["domain"]["mean"] > 0
 
 
+@pytest.mark.parametrize(("stand", "given"), [("first", "."), ("first", "model"), ("first/model", "."), (".", "first")])
+def test_a_run_has_its_name_wherever_one_stands(place, tmp_path, monkeypatch, stand, given):
+    shutil.copytree(place / "olmoe", tmp_path / "first" / "model")
+    monkeypatch.chdir(tmp_path / stand)
+    assert load(given, device=torch.device("cpu")).name == "first"
+
+
 def test_memory_that_runs_out_in_a_model_is_no_error(place, monkeypatch):
     expected = evaluate(place, "--batch-size", "1", "--no-shared-cache")
     assert "shared" not in expected["models"][0]["caches"]["lru"]
@@ -561,13 +586,22 @@ def test_wandb_gets_numbers_and_pictures(place, olmoe, texts, tmp_path, monkeypa
     monkeypatch.setenv("WANDB_MODE", "offline")
     wandb.init(project="lab", mode="offline", dir=place).finish()  # wandb's process stays in the folder it began in
     monkeypatch.chdir(tmp_path)
-    save_trace(record(olmoe, texts), tmp_path / "t.safetensors")
+    about = {"git_commit": "0123456789ab", "versions": {"torch": "2"}, "sequence_length": 40}
+    recording = record(olmoe, texts, about=about)
+    save_trace(recording, tmp_path / "t.safetensors")
     main(["--trace", "t.safetensors", "--out", "out", "--segment-lengths", "8", "--wandb", "lab"])
     run = read_run(Path("out"))
     assert run.finished
     assert run.config["model"] == "olmoe"
+    assert {key: run.config[key] for key in about} == about, "those of the recording, not of this evaluation"
     (model,) = json.loads(Path("out/evaluation.json").read_text())["models"]
     logged = {name: value for row in run.history for name, value in row.items()}
     assert logged["val/srp/m8"] == model["srp"]["8"]["srp"]
-    assert logged["val/cache/lru_2k"] == model["caches"]["lru"]["at_ratio"]["2.0"]["hit_rate"]
+    assert logged["val/cache/sch_m8_k"] == model["sch"]["8"]["at_ratio"]["1.0"]["hit_rate"]
+    assert logged["val/cache/lru_2k_shared"] == model["caches"]["lru"]["shared"]["at_ratio"]["2.0"]["hit_rate"]
+    training = RoutingMeasures([8], [1.0, 2.0], [])
+    training.add(recording.trace())
+    of_training = training.results(["all"]).model
+    for name in ("static_srp", "srp/m8", "rho_hat/m8", "local_gain/m8", "cache/lru_k", "cache/lru_2k"):
+        assert logged[f"val/{name}"] == pytest.approx(float(of_training[name])), name
     assert {f"evaluation/{name}" for name in ("srp", "hit_rates", "layers", "routing")} <= logged.keys()

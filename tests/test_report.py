@@ -1,11 +1,14 @@
 """Reports: what is read, what is refused, what is paired with what, and what ends in the files."""
 
+import inspect
 import json
+import math
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import wandb
+from lightning.pytorch import Trainer
 from PIL import Image
 from run_folders import DOMAINS, result, write_demo, write_losses, write_run
 from wandb_file import read_run as read_wandb_run
@@ -14,7 +17,7 @@ from consistency_reg.report import command, main, pair_runs, read_folder, read_r
 from consistency_reg.report.command import gather
 from consistency_reg.report.findings import Findings
 from consistency_reg.report.markdown import MARKED, update
-from consistency_reg.report.recipe import architecture, consistency_term
+from consistency_reg.report.recipe import architecture, consistency_term, pair_digest
 from consistency_reg.report.records import fingerprint, read_csv, to_frame
 from consistency_reg.report.runs import loss_labels
 from consistency_reg.report.tables import pair_table
@@ -105,6 +108,25 @@ def test_a_run_stands_beside_the_run_that_differs_in_the_term_alone(folder):
     assert pair_table(pairs).rows[0][:4] == ["none-on-seed0", "none-off-seed0", "-38.5%", "+0.6%"]
 
 
+def test_a_pair_agrees_in_what_the_trainer_changes_of_a_run():
+    usual = {"max_steps": 400, "accumulate_grad_batches": 1, "devices": 1}
+    watching = [{"class_path": "lightning.pytorch.callbacks.LearningRateMonitor", "init_args": {}}]
+    arguments = inspect.signature(Trainer.__init__).parameters
+    lightnings = {name: argument.default for name, argument in arguments.items() if name != "self"}
+    alike = [lightnings | usual, usual | {"callbacks": watching, "logger": False}]
+    averaging = {"class_path": "lightning.pytorch.callbacks.StochasticWeightAveraging", "init_args": {"swa_lrs": 0.01}}
+    others = [
+        {"limit_train_batches": 10},
+        {"num_nodes": 2},
+        {"gradient_clip_algorithm": "value"},
+        {"overfit_batches": 1},
+        {"callbacks": [*watching, averaging]},
+    ]
+    digest = pair_digest({"trainer": usual})
+    assert {pair_digest({"trainer": same}) for same in alike} == {digest}
+    assert len({pair_digest({"trainer": usual | other}) for other in others} - {digest}) == len(others)
+
+
 def test_a_named_baseline_is_compared_seed_by_seed(folder):
     write_demo("runs", seeds=(0, 1))
     runs, _ = read_folder(Path("runs"))
@@ -127,6 +149,9 @@ def test_runs_of_different_data_are_refused_with_what_differs(folder):
     write_run("runs", "c", data={"validation_tokens": 2000})
     with pytest.raises(ValueError, match="validation_tokens 1000 and 2000"):
         report("runs/a", "runs/c")
+    write_run("runs", "half", trainer={"limit_val_batches": 0.5})
+    with pytest.raises(ValueError, match=r"limit_val_batches none and 0\.5"):
+        report("runs/a", "runs/half")
     write_run("runs", "d", corpus={key: value for key, value in corpus.items() if key != "cpp"})
     with pytest.raises(ValueError, match=r"corpus of cpp .* and none"):
         report("runs/a", "runs/d")
@@ -287,14 +312,20 @@ def test_an_interrupted_run_has_the_curve_of_all_its_parts(folder):
     }
 
 
+MEDIA = {
+    "val/cache/curve": {"_type": "image-file", "path": "media/images/curve.png", "width": 600, "height": 400},
+    "val/experts": {"_type": "table-file", "path": "media/table/experts.json", "nrows": 96, "ncols": 6},
+}
+
+
 class WandbRun:
-    """As wandb.Api gives it, from what result.json holds."""
+    """As wandb.Api gives it, from what result.json holds, with the pictures that its monitor logged."""
 
     def __init__(self, result, history=(), finished=True):
         self.name, self.history = result["name"], history
         self.config = {"config": result["config"], "versions": result["versions"]}
         kept = {key: value for key, value in result.items() if key not in ("config", "metrics")}
-        self.summary_metrics = result["metrics"] | {"_step": 3} | ({"result": kept} if finished else {})
+        self.summary_metrics = result["metrics"] | MEDIA | {"_step": 3} | ({"result": kept} if finished else {})
 
     def scan_history(self, keys):
         return (row for row in self.history if set(keys) <= row.keys())
@@ -322,7 +353,7 @@ def api(monkeypatch):
     history = [{"trainer/global_step": 9, "train/ce": 4.0}, row, row | {"trainer/global_step": 400, "val/ppl": 70.0}]
     demo = [
         WandbRun(result("off-seed0"), history),
-        WandbRun(result("on-seed0", weight=0.3, hits=0.6), history),
+        WandbRun(result("on-seed0", weight=0.3, hits=0.6, metrics={"val/overlap": "NaN"}), history),
         WandbRun(result("half-seed0"), finished=False),
     ]
     evaluation = WandbRun(result("evaluation"))
@@ -337,12 +368,13 @@ def test_runs_come_from_a_group_in_wandb_as_from_folders(folder, api, capsys):
     assert report("wandb:me/moe/demo", "--out", "out") == 0
     assert "wandb:me/moe/demo: left out, not finished: half-seed0" in capsys.readouterr().err
     write_run("runs", "off-seed0")
-    write_run("runs", "on-seed0", weight=0.3, hits=0.6)
+    write_run("runs", "on-seed0", weight=0.3, hits=0.6, metrics={"val/overlap": math.nan})
     assert report("runs", "--out", "folders") == 0
     here, there = (pd.read_csv(f"{out}/table.csv") for out in ("out", "folders"))
     pd.testing.assert_frame_equal(here.drop(columns="curve"), there.drop(columns="curve"))
     curve = json.loads(here["curve"][0])
     assert curve == {"tokens": [614_400, 1_228_800], "val/ppl": [80.0, 70.0], "val/cache/lru_25pct": [0.3, 0.3]}
+    assert not MEDIA.keys() & set(here)
     assert len(gather(["wandb:me/moe"])) == 3
     assert api.asked == [("me/moe", {"group": "demo"}), ("me/moe", {})]
 

@@ -13,7 +13,7 @@ import pytest
 from run_folders import write_demo, write_designs, write_losses, write_run
 
 from consistency_reg.report import main, pair_runs, read_folder
-from consistency_reg.report.figures import DRAWN, frontier, tradeoff
+from consistency_reg.report.figures import DRAWN, frontier, hit_rates, published, tradeoff
 from consistency_reg.report.findings import Findings
 from consistency_reg.report.markdown import update
 from consistency_reg.report.plots import Looks
@@ -140,6 +140,23 @@ def test_every_figure_of_what_was_measured_is_drawn_with_its_axes_named(folder):
                 drawn.add(name)
                 assert all(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes), name
     assert drawn == set(DRAWN)
+
+
+def test_seeds_that_agree_exactly_are_drawn(folder):
+    seeds = (0, 1, 2)
+    for seed in seeds:
+        write_run("cells", f"off-seed{seed}", seed=seed, hits=0.41)
+        for cell in range(8):  # the mean of three equal floats lies beside them for some
+            options = {"weight": 0.1 + cell, "perplexity": 70.1 + cell / 7, "hits": 0.41 + cell / 20}
+            write_run("cells", f"on-{cell}-seed{seed}", seed=seed, **options)
+    for seed in seeds:
+        for place, design in enumerate(("Baseline", "NoLB", "OverLB", "1ShrExp", "2ShrExp", "ActMore", "ActFewer")):
+            metrics, labels = {"val/srp/m16": 0.41 + place / 11}, {"design": design}
+            write_run("designs", f"{design}-seed{seed}", seed=seed, metrics=metrics, labels=labels)
+    for runs, modules in {"cells": (frontier, hit_rates), "designs": (published,)}.items():
+        findings = found(runs)
+        looks = Looks.of(findings.runs, findings.pairs)
+        assert all(module.draw(findings, looks) is not None for module in modules)
 
 
 def test_a_run_that_collapsed_is_crossed_out(folder):

@@ -41,7 +41,7 @@ class ReferenceCurve:
         """Read a value's curve.
 
         Args:
-            path: the folder of a run (all its ``metrics*.csv``), a CSV with the columns ``step`` and ``name``, as
+            path: the folder of a run (see :func:`metrics_files`), a CSV with the columns ``step`` and ``name``, as
                 Lightning's CSVLogger writes it, or a JSON that maps ``step`` and ``name`` to lists.
             name: of the value.
 
@@ -49,7 +49,7 @@ class ReferenceCurve:
             FileNotFoundError: no such file, or no metrics in the folder.
             ValueError: the file does not hold the curve; the message says what it holds.
         """
-        files = sorted(path.glob("metrics*.csv")) if path.is_dir() else [path]
+        files = metrics_files(path) if path.is_dir() else [path]
         if not files:
             raise FileNotFoundError(f"reference {path} is no run: it has no metrics.csv")
         columns: set[str] = set()
@@ -75,6 +75,13 @@ class ReferenceCurve:
             return None
         share = (step - self.steps[index - 1]) / (self.steps[index] - self.steps[index - 1])
         return self.values[index - 1] + share * (self.values[index] - self.values[index - 1])
+
+
+def metrics_files(folder: Path) -> list[Path]:
+    """What a run logged, in its order: metrics-1.csv, metrics-2.csv, ... until interruptions, then metrics.csv."""
+    numbers = {path: path.stem.removeprefix("metrics-") for path in folder.glob("metrics-*.csv")}
+    earlier = sorted((path for path in numbers if numbers[path].isdecimal()), key=lambda path: int(numbers[path]))
+    return [path for path in (*earlier, folder / "metrics.csv") if path.exists()]
 
 
 def _rows(file: Path) -> Iterable[Mapping[str, Any]]:

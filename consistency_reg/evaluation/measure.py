@@ -36,7 +36,7 @@ class Evaluation:
     Attributes:
         recording: what it is measured on.
         srp: by segment length.
-        domain_srp: SRP of each domain by segment length.
+        domain_srp: SRP of each domain by segment length; without those that no document of it is as long as.
         sch: hit rates of SCH by segment length.
         policies: hit rates of real caches by policy.
         balance: global and local.
@@ -146,7 +146,7 @@ def measure(
     return Evaluation(
         recording=recording,
         srp=srp.results(),
-        domain_srp=dict(zip(recording.domains, (of_domain.results() for of_domain in by_domain), strict=True)),
+        domain_srp=dict(zip(recording.domains, map(_of_windows, by_domain), strict=True)),
         sch=sch.results(),
         policies={name: metric.results() for name, metric in policies.items()},
         balance=balance.results(),
@@ -159,6 +159,11 @@ def one_length(segment_lengths: Iterable[int]) -> int:
     """The m to name where there is room for one: 16 if it is among them, else the first."""
     lengths = list(segment_lengths)
     return 16 if 16 in lengths else lengths[0]
+
+
+def _of_windows(metric: SegmentRoutingPerformance) -> dict[int, ModelSRP]:
+    """The results that are of any segment at all: without one SRP is unknown, not 0."""
+    return {m: result for m, result in metric.results().items() if result.histogram.any()}
 
 
 def _words(recording: Recording) -> tuple[int | None, torch.Tensor | None]:

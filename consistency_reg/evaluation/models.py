@@ -106,8 +106,8 @@ def load(place: str, *, device: torch.device, dtype: str = "auto", trust_remote_
     model, read = loaded
     _check_complete(place, model, read["missing_keys"])
     nn.Module.to(model, device)
-    folder = Path(path)
-    name = place if not folder.is_dir() else folder.parent.name if folder.name == "model" else folder.resolve().name
+    folder = Path(path).resolve()  # "." and "model" are good names where one stands in the run
+    name = place if not folder.is_dir() else folder.parent.name if folder.name == "model" else folder.name
     return Candidate(name, model.eval(), tokenizer)
 
 

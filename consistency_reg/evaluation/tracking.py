@@ -6,6 +6,7 @@ from pathlib import Path
 from consistency_reg.evaluation.measure import Evaluation
 from consistency_reg.optional import require
 from consistency_reg.provenance import git_commit, package_versions
+from consistency_reg.tracking.measures import ratio_name
 from consistency_reg.wandb_login import wandb_mode
 
 
@@ -16,7 +17,7 @@ def log_to_wandb(project: str, evaluations: Sequence[Evaluation], pictures: Mapp
     whole = folder.absolute()  # wandb's process may have begun in another folder
     origin = {"versions": package_versions(), "git_commit": git_commit()}
     for one in evaluations:
-        config = {"model": one.recording.model, **one.recording.about, **origin}
+        config = {"model": one.recording.model, **origin, **one.recording.about}  # a trace has an origin of its own
         name = one.recording.model
         run = wandb.init(project=project, name=name, job_type="evaluate", config=config, dir=whole, mode=wandb_mode())
         try:
@@ -33,12 +34,12 @@ def scalars(one: Evaluation) -> dict[str, float]:
         values[f"srp/m{m}"] = float(result.srp)
         values[f"rho_hat/m{m}"] = float(result.size_ratio)
         values[f"local_gain/m{m}"] = float(result.local_gain)
-    caches = {f"sch/m{m}": rates for m, rates in one.sch.items()}
-    caches |= {f"cache/{name}": rates for name, rates in one.policies.items()}
-    for name, rates in caches.items():
-        values |= {f"{name}_{ratio:g}k": float(rates.at(ratio)) for ratio in one.cache_ratios}
-        if rates.shared is not None:
-            values |= {f"{name}_{ratio:g}k_shared": float(rates.shared.at(ratio)) for ratio in one.cache_ratios}
+    for cache, rates in ({f"sch_m{m}": rates for m, rates in one.sch.items()} | one.policies).items():
+        for ratio in one.cache_ratios:
+            name = f"cache/{cache}_{ratio_name(ratio)}"
+            values[name] = float(rates.at(ratio))
+            if rates.shared is not None:
+                values[f"{name}_shared"] = float(rates.shared.at(ratio))
     for kind, found in one.kinds.items():
         values[f"specialization/{kind}"] = float(found.mean)
         values[f"specialization/{kind}_srp_spearman"] = float(found.spearman)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from consistency_reg.control.reference_curve import metrics_files
 from consistency_reg.optional import require
 
 with require("plots"):
@@ -20,8 +21,7 @@ def read_curve(folder: Path, steps: int, tokens: int) -> Curve:
         steps: of the whole run.
         tokens: of the whole run.
     """
-    interrupted = sorted(folder.glob("metrics-*.csv"), key=lambda path: int(path.stem.rpartition("-")[2]))
-    files = [path for path in (*interrupted, folder / "metrics.csv") if path.exists() and path.stat().st_size]
+    files = [path for path in metrics_files(folder) if path.stat().st_size]
     return curve(pd.concat([pd.read_csv(path) for path in files]), steps, tokens) if files else {}
 
 

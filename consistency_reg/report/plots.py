@@ -10,6 +10,7 @@ from consistency_reg.report.pairs import Pair
 from consistency_reg.report.runs import COLLAPSED_BELOW, Run, loss_labels
 
 with require("plots"):
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -99,6 +100,16 @@ def panels(rows: int, columns: int, width: float, height: float, *, sharey: bool
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     return figure, every
+
+
+def whiskers(mean: Any, low: Any, high: Any) -> np.ndarray:
+    """From means down to the lowest and up to the highest, [2, n]; the mean of equal floats may lie beside them.
+
+    Example:
+        >>> whiskers(2.0, 1.5, 4.0).tolist()
+        [[0.5], [2.0]]
+    """
+    return np.maximum(np.stack([np.atleast_1d(mean - low), np.atleast_1d(high - mean)]), 0.0)
 
 
 def legend_below(figure: Figure, handles: Iterable[Line2D], columns: int = 4) -> None:

@@ -14,6 +14,27 @@ PAIRED_SETTINGS = {
     "trainer": ("max_steps", "max_epochs", "accumulate_grad_batches", "precision", "gradient_clip_val", "devices"),
     "seed_everything": None,
 }
+# Of the trainer: what is done with a run, and what changes no more of it than rounding does.
+NO_PART_OF_TRAINING = frozenset(
+    {
+        *("accelerator", "barebones", "benchmark", "check_val_every_n_epoch", "default_root_dir", "detect_anomaly"),
+        *("deterministic", "enable_autolog_hparams", "enable_checkpointing", "enable_model_summary"),
+        *("enable_progress_bar", "inference_mode", "limit_predict_batches", "limit_test_batches", "log_every_n_steps"),
+        *("logger", "model_registry", "num_sanity_val_steps", "profiler", "val_check_interval"),
+    }
+)
+TRAINER_DEFAULTS = {  # Lightning's, of the other keys; None besides
+    "fast_dev_run": False,
+    "gradient_clip_algorithm": "norm",
+    "num_nodes": 1,
+    "overfit_batches": 0.0,
+    "reload_dataloaders_every_n_epochs": 0,
+    "strategy": "auto",
+    "sync_batchnorm": False,
+    "use_distributed_sampler": True,
+}
+OF_VALIDATION = ("limit_val_batches", "overfit_batches", "fast_dev_run")
+ONLY_WATCH = ("Bar", "Monitor", "Summary", "Checkpoint")  # how callbacks that change nothing are named
 STRENGTHS = ("weight", "target", "budget")  # how strong a term is, not what it is
 
 
@@ -77,6 +98,16 @@ def routed_experts(architecture: str) -> tuple[int, int] | None:
     return (int(experts), int(active)) if slash and experts.isdigit() and active.isdigit() else None
 
 
+def validation_limits(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the trainer that leave out validation data; empty where there are none.
+
+    Example:
+        >>> validation_limits({"trainer": {"limit_val_batches": 10, "overfit_batches": 0.0, "max_steps": 400}})
+        {'limit_val_batches': 10}
+    """
+    return {key: value for key, value in _more_of_trainer(config).items() if key in OF_VALIDATION}
+
+
 def pair_digest(config: Mapping[str, Any]) -> str:
     """Equal for two recipes that differ in the consistency term alone; one without an anchor's weight has no anchor.
 
@@ -90,6 +121,23 @@ def pair_digest(config: Mapping[str, Any]) -> str:
     for section, keys in PAIRED_SETTINGS.items():
         value = config.get(section)
         paired[section] = {key: value.get(key) for key in keys} if keys and isinstance(value, dict) else value
+    if more := _more_of_trainer(config):  # recipes that set none of it keep the digest of committed rows
+        paired["trainer"] |= more
     if (anchor := config.get("anchor") or {}).get("weight"):
         paired["anchor"] = anchor
     return hashlib.sha256(json.dumps(paired, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _more_of_trainer(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe sets of the trainer that changes the run, besides what is always of a pair."""
+    trainer = config.get("trainer") or {}
+    known = {*NO_PART_OF_TRAINING, *(PAIRED_SETTINGS["trainer"] or ())}
+    given = {key: value for key, value in trainer.items() if key not in known} | {"callbacks": _acting(trainer)}
+    return {key: value for key, value in given.items() if value not in (None, [], TRAINER_DEFAULTS.get(key))}
+
+
+def _acting(trainer: Mapping[str, Any]) -> list[Any]:
+    """The recipe's own callbacks, without those that only watch."""
+    given = trainer.get("callbacks") or []
+    every = [given] if isinstance(given, Mapping) else given
+    return [one for one in every if not str(one.get("class_path")).endswith(ONLY_WATCH)]

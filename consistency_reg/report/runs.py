@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from consistency_reg.report.curves import MISSES_FROM, PERPLEXITY, Curve, read_curve
-from consistency_reg.report.recipe import DATA_SETTINGS, architecture, consistency_term, pair_digest, term_options
+from consistency_reg.report.recipe import (
+    DATA_SETTINGS,
+    architecture,
+    consistency_term,
+    pair_digest,
+    term_options,
+    validation_limits,
+)
 
 HASH_DIGITS = 16  # of a corpus' SHA-256: enough to tell two apart
 COLLAPSED_BELOW = 0.1  # smallest usage of an expert, as a share of its fair share
@@ -202,6 +209,7 @@ def run_from_result(result: Mapping[str, Any], **more: Any) -> Run:
         data={
             "corpus": {domain: str(sha256)[:HASH_DIGITS] for domain, sha256 in result["corpus"].items()},
             **{key: data_config[key] for key in DATA_SETTINGS if data_config.get(key) is not None},
+            **validation_limits(config),
             **({"vocabulary": str(result["vocabulary"])[:HASH_DIGITS]} if result.get("vocabulary") else {}),
             **({"tokenizer": result["vocabulary"]} if data_config.get("tokenizer") and "vocabulary" in result else {}),
         },

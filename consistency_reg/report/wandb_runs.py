@@ -12,6 +12,7 @@ with require("plots"):
     import pandas as pd
 
 PREFIX, STEP = "wandb:", "trainer/global_step"
+NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # how wandb's summary says what JSON cannot
 
 
 def read_wandb(address: str) -> tuple[list[Run], list[str]]:
@@ -45,9 +46,14 @@ def read_wandb(address: str) -> tuple[list[Run], list[str]]:
 def _run(run: Any) -> Run:
     """From a run of the API: its summary holds what result.json does, the metrics in keys of their own."""
     summary: Mapping[str, Any] = run.summary_metrics
-    metrics = {key: value for key, value in summary.items() if key.startswith("val/")}
+    metrics = {key: value for key, value in summary.items() if key.startswith("val/") and _is_number(value)}
     result = {**summary["result"], "config": run.config["config"], "metrics": metrics, "wandb_dir": ""}
     return run_from_result(result, curve=_curve(run, result, metrics))
+
+
+def _is_number(value: Any) -> bool:
+    """Pictures and tables stand beside the measures, as dictionaries that say where their files are."""
+    return (isinstance(value, int | float) and not isinstance(value, bool)) or value in NOT_FINITE
 
 
 def _curve(run: Any, result: Mapping[str, Any], metrics: Mapping[str, Any]) -> Curve:

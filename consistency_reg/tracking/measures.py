@@ -74,7 +74,7 @@ class RoutingMeasures:
         """The cache of what is told for one: the first share of the experts, else the largest ratio."""
         if self.cache_shares:
             return _share_name(self.cache_shares[0])
-        return _ratio_name(max(self.cache_ratios)) if self.cache_ratios else None
+        return ratio_name(max(self.cache_ratios)) if self.cache_ratios else None
 
     @property
     def headline_names(self) -> tuple[str, ...]:
@@ -191,7 +191,7 @@ def cache_values(
     rates: ModelHitRates, cache_ratios: Sequence[float], cache_shares: Sequence[float]
 ) -> dict[str, Tensor]:
     """LRU hit rates by cache size: ``cache/lru_2k`` with 2K slots, ``cache/lru_25pct`` with a share of the experts."""
-    by_layer = {_ratio_name(ratio): [layer.at(ratio) for layer in rates.layers] for ratio in cache_ratios}
+    by_layer = {ratio_name(ratio): [layer.at(ratio) for layer in rates.layers] for ratio in cache_ratios}
     by_layer |= {_share_name(share): [layer.at_share(share) for layer in rates.layers] for share in cache_shares}
     values = {}
     for name, layers in by_layer.items():
@@ -200,7 +200,13 @@ def cache_values(
     return values
 
 
-def _ratio_name(ratio: float) -> str:
+def ratio_name(ratio: float) -> str:
+    """How the name of a cache of ``ratio`` times K slots ends.
+
+    Example:
+        >>> ratio_name(1.0), ratio_name(1.5)
+        ('k', '1.5k')
+    """
     return f"{'' if ratio == 1 else f'{ratio:g}'}k"
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from consistency_reg.optional import require
 from consistency_reg.report.findings import Findings
-from consistency_reg.report.plots import COLOURS, NO_TERM, Looks, panels
+from consistency_reg.report.plots import COLOURS, NO_TERM, Looks, panels, whiskers
 
 with require("plots"):
     from matplotlib.figure import Figure
@@ -43,7 +43,7 @@ def draw(findings: Findings, looks: Looks) -> Figure | None:
                 "markersize": 6,
                 "elinewidth": 1.2,
             }
-            axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o" if agreed else "s", **style)
+            axes.errorbar(mean, place, xerr=whiskers(mean, low, high), fmt="o" if agreed else "s", **style)
         axes.axvline(0, color="0.4", linewidth=0.9)
         axes.update_datalim([(-0.05, 0), (0.05, 0)])  # a panel without any effect has a scale too
         axes.set_xlabel(label, fontsize=9)

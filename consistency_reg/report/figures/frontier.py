@@ -5,7 +5,7 @@ from typing import Any
 from consistency_reg.optional import require
 from consistency_reg.report.findings import Findings
 from consistency_reg.report.gate import GATE
-from consistency_reg.report.plots import Looks, entry, legend_below, panels
+from consistency_reg.report.plots import Looks, entry, legend_below, panels, whiskers
 
 with require("plots"):
     import pandas as pd
@@ -77,7 +77,7 @@ def _lines(axes: Axes, cells: pd.DataFrame, gain: str, looks: Looks, runs: dict)
 def _whiskers(axes: Axes, cell: pd.Series, gain: str, colour: str, shape: str, alpha: float) -> None:
     x, y = (100 * cell[f"{name}_mean"] for name in (gain, "perplexity_change"))
     xerr, yerr = (
-        [[100 * (cell[f"{name}_mean"] - cell[f"{name}_min"])], [100 * (cell[f"{name}_max"] - cell[f"{name}_mean"])]]
+        100 * whiskers(*(cell[f"{name}_{over}"] for over in ("mean", "min", "max")))
         for name in (gain, "perplexity_change")
     )
     style: dict[str, Any] = {"elinewidth": 1, "capsize": 2.5, "markersize": 7, "alpha": alpha, "zorder": 3}

@@ -6,7 +6,7 @@ from typing import Any
 from consistency_reg.evaluation.advice import knee
 from consistency_reg.optional import require
 from consistency_reg.report.findings import Findings
-from consistency_reg.report.plots import Looks, entry, legend_below, panels
+from consistency_reg.report.plots import Looks, entry, legend_below, panels, whiskers
 from consistency_reg.report.recipe import routed_experts
 from consistency_reg.report.runs import Run
 
@@ -40,7 +40,7 @@ def draw(findings: Findings, looks: Looks) -> Figure | None:
         seeds = group.groupby("ratio")["hits"].agg(["mean", "min", "max"])
         style: dict[str, Any] = {"color": looks.colour(run), "marker": looks.shape(run), "linestyle": _dashes(run)}
         face = "white" if run.loss == "none" else style["color"]
-        errors = [seeds["mean"] - seeds["min"], seeds["max"] - seeds["mean"]]
+        errors = whiskers(seeds["mean"], seeds["min"], seeds["max"])
         axes.errorbar(seeds.index, seeds["mean"], yerr=errors, capsize=2.5, markersize=6, markerfacecolor=face, **style)
         handles.append(axes.plot([], [], markerfacecolor=face, label=cell, **style)[0])
         bend = knee(seeds.index.tolist(), seeds["mean"].tolist()) if len(seeds) >= LEAST_SIZES else None

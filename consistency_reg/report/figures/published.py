@@ -4,7 +4,7 @@ from typing import Any
 
 from consistency_reg.optional import require
 from consistency_reg.report.findings import Findings
-from consistency_reg.report.plots import COLOURS, Looks, panels
+from consistency_reg.report.plots import COLOURS, Looks, panels, whiskers
 from consistency_reg.report.published import BASELINE, agreement
 
 with require("plots"):
@@ -43,10 +43,10 @@ def draw(findings: Findings, looks: Looks) -> Figure | None:
 
 
 def _point(axes: Axes, row: pd.Series, base: pd.Series, place: int) -> None:
-    low, high = (row["effect_mean"] - row["effect_min"], row["effect_max"] - row["effect_mean"])
+    errors = whiskers(row["effect_mean"], row["effect_min"], row["effect_max"])
     colour = "black" if row["design"] == BASELINE else COLOURS[0] if row["agrees"] else COLOURS[1]
     face = "white" if row["agrees"] is False else colour
     style: dict[str, Any] = {"color": colour, "capsize": 2.5, "markersize": 7, "elinewidth": 1, "markerfacecolor": face}
-    axes.errorbar(row["srp"], row["srp_mean"], yerr=[[low], [high]], fmt="o", **style)
+    axes.errorbar(row["srp"], row["srp_mean"], yerr=errors, fmt="o", **style)
     offset, side = ((8, -4), "left") if place % 2 else ((-8, -4), "right")  # neighbours lie along a diagonal
     axes.annotate(row["design"], (row["srp"], row["srp_mean"]), offset, textcoords="offset points", ha=side, fontsize=9)
