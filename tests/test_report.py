@@ -85,6 +85,17 @@ def test_a_report_is_a_run_of_wandb_with_its_files_as_an_artifact(drawing, monke
     assert {"report.html", "tables.md", "table.csv", "table.json", "frontier.png"} <= set(files)
 
 
+def test_a_diverged_run_does_not_keep_the_others_from_being_reported(drawing, capsys):
+    write_demo("runs")
+    course = [(99, 71.0, 0.4), (199, math.inf, 0.1), (399, math.inf, 0.1)]
+    write_run("runs", "none-diverged-seed0", weight=0.3, perplexity=math.inf, course=course)
+    assert report("runs") == 0
+    assert "none-diverged" in capsys.readouterr().out
+    shown = {run["name"]: run for run in json.loads(Path("runs/report/table.json").read_text())}
+    assert shown["none-diverged-seed0"]["metrics"]["val/ppl"] is None
+    assert shown["none-on-seed0"]["metrics"]["val/ppl"] > 0
+
+
 def test_a_run_stands_beside_the_run_that_differs_in_the_term_alone(folder):
     write_demo("runs", seeds=(0, 1))
     write_run("runs", "other-balance-seed0", weight=0.3, perplexity=60.0)

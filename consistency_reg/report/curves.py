@@ -6,7 +6,8 @@ from consistency_reg.control.reference_curve import metrics_files
 from consistency_reg.optional import require
 
 with require("plots"):
-    import pandas as pd
+    import numpy as np
+import pandas as pd
 
 PERPLEXITY, MISSES_FROM = "val/ppl", "val/cache/lru_25pct"
 TOKENS = "tokens"
@@ -34,7 +35,7 @@ def curve(history: pd.DataFrame, steps: int, tokens: int) -> Curve:
     if PERPLEXITY not in history or "step" not in history or not steps:
         return {}
     kept = [name for name in ("step", PERPLEXITY, MISSES_FROM) if name in history]
-    measured = history.loc[history[PERPLEXITY].notna(), kept]
+    measured = history.loc[np.isfinite(history[PERPLEXITY]), kept]
     taken = (measured["step"] + 1).clip(upper=steps)
     measured = measured.assign(**{TOKENS: (taken * tokens / steps).round().astype(int)})
     measured = measured.drop_duplicates(TOKENS, keep="last").sort_values(TOKENS)

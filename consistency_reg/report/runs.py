@@ -194,6 +194,7 @@ def run_from_result(result: Mapping[str, Any], **more: Any) -> Run:
     """
     config = result["config"]
     metrics = {name: float(value) for name, value in result["metrics"].items() if value is not None}
+    metrics = {name: value if math.isfinite(value) else math.nan for name, value in metrics.items()}  # diverged
     if PERPLEXITY not in metrics:
         raise KeyError(PERPLEXITY)
     metrics |= {f"val/before/{name.removeprefix('val/')}": value for name, value in result.get("before", {}).items()}
