@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from wandb_file import read_run, read_runs
 
 from consistency_reg.lm import fit
@@ -158,6 +159,77 @@ def test_an_interrupted_run_goes_on_where_it_stopped(hook, at, saved, straight, 
     uninterrupted, resumed = result(straight), result(tmp_path / "stopped")
     assert resumed["metrics"] == pytest.approx(uninterrupted["metrics"], rel=1e-6)
     assert resumed["tokens"] == uninterrupted["tokens"]
+
+
+ACCUMULATED = {  # two epochs of three steps; the last step of each has a remainder of one micro-batch
+    "trainer__accumulate_grad_batches": 2,
+    "trainer__limit_train_batches": 5,
+    "trainer__max_epochs": 2,
+    "trainer__max_steps": 6,
+    "checkpoint_every": 2,
+    "model__balance__accumulation_steps": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def accumulated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("accumulated") / "run"
+    fit.main(arguments(folder, **ACCUMULATED))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("batch", "saved"),
+    [
+        pytest.param(0, 1, id="in the first micro-batch"),
+        pytest.param(2, 2, id="in the first after a checkpoint", marks=pytest.mark.slow),
+        pytest.param(4, 3, id="in the remainder of an epoch"),
+    ],
+)
+def test_ctrl_c_within_an_accumulation_waits_for_its_step(batch, saved, accumulated, tmp_path, monkeypatch, capsys):
+    original = RunProgress.on_train_batch_start
+
+    def press_control_c(self, trainer, module, data, batch_idx):
+        original(self, trainer, module, data, batch_idx)
+        if (trainer.current_epoch, batch_idx) == (0, batch):
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunProgress, "on_train_batch_start", press_control_c)
+        with pytest.raises(SystemExit):
+            fit.main(arguments(tmp_path / "stopped", **ACCUMULATED))
+    assert f"saved step {saved} of 6" in capsys.readouterr().err
+    assert fit.main(arguments(tmp_path / "stopped", **ACCUMULATED)) == 0
+    uninterrupted, resumed = result(accumulated), result(tmp_path / "stopped")
+    assert resumed["tokens"] == uninterrupted["tokens"] == 10 * 2 * 64
+    assert resumed["metrics"] == pytest.approx(uninterrupted["metrics"], rel=1e-6)
+
+
+def test_no_checkpoint_is_written_within_an_accumulation(tmp_path, monkeypatch):
+    """Also after a resume at a step that is saved at, where Lightning forgets that it has saved it."""
+    original, saved = Trainer.save_checkpoint, []
+
+    def save(self, *args, **kwargs):
+        saved.append(self.fit_loop.epoch_loop.batch_progress.current.ready)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", save)
+    changes = ACCUMULATED | {"trainer__limit_train_batches": 8, "trainer__max_epochs": 1, "trainer__max_steps": 4}
+    with monkeypatch.context() as patch:
+        patch.setattr(RunProgress, "on_train_batch_start", stop_at_step(2))
+        with pytest.raises(KeyError):
+            fit.main(arguments(tmp_path / "run", **changes))
+    fit.main(arguments(tmp_path / "run", **changes))
+    assert saved
+    assert all(batches % 2 == 0 for batches in saved), saved
+
+
+def stop_at_step(step):
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == step:
+            raise KeyError(step)
+
+    return on_train_batch_start
 
 
 def test_a_killed_run_loses_at_most_what_came_after_its_last_checkpoint(tmp_path):

@@ -18,7 +18,6 @@ with require("lightning"):
     import yaml
     from jsonargparse import Namespace
     from lightning.pytorch import Trainer
-    from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from consistency_reg.callbacks import ConsistencyRegularizer, ExpertAgreement, RouterAnchor, RoutingMonitor
@@ -37,7 +36,7 @@ from consistency_reg.lm.mistakes import explain, recipe_keys
 from consistency_reg.lm.model import count_parameters, small_moe
 from consistency_reg.lm.module import CausalMoE, check_warmup
 from consistency_reg.lm.pretrained import save_plain
-from consistency_reg.lm.run import RunProgress
+from consistency_reg.lm.run import RunProgress, StepCheckpoint
 from consistency_reg.lm.tracking import finish, log_result, run_loggers
 from consistency_reg.provenance import device_name, git_commit, package_versions
 
@@ -114,7 +113,7 @@ class RecipeCLI(LightningCLI):
         run_dir = Path(self.config.run_dir)
         claim_folder(run_dir, self.parser.dump(self.config, skip_none=False))
         self.progress = RunProgress(run_dir)
-        checkpoints = ModelCheckpoint(
+        checkpoints = StepCheckpoint(
             run_dir / "checkpoints",
             save_last=True,
             save_top_k=0,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from consistency_reg.callbacks.batches import count_tokens
@@ -20,9 +21,10 @@ from consistency_reg.masks import batch_masks
 class RunProgress(Callback):
     """Keeps ``progress.json`` current, counts tokens and seconds of training, and makes Ctrl-C wait for whole steps.
 
-    The first Ctrl-C ends the step (in a validation, the one after it), saves ``checkpoints/last.ckpt`` and stops, so
-    that a resumed run repeats nothing; the second stops at once, and what was trained since the last checkpoint is
-    lost. Where one process gets Ctrl-C, all stop. The end of training is saved too, for the validation that follows.
+    The first Ctrl-C ends the optimizer step with all its micro-batches (in a validation, the one after it), saves
+    ``checkpoints/last.ckpt`` and stops, so that a resumed run repeats and loses nothing; the second stops at once, and
+    what was trained since the last checkpoint is lost. Where one process gets Ctrl-C, all stop. The end of training is
+    saved too, for the validation that follows.
 
     ``progress.json`` holds ``phase``, ``step``, ``total_steps``, ``ce``, ``srp``, ``misses``, ``tokens_per_s`` and
     ``remaining_s`` (of training); what is not known yet is null.
@@ -38,7 +40,8 @@ class RunProgress(Callback):
         self.seconds = 0.0
         self._tokens: Tensor | int = 0
         self._written = 0.0
-        self._step_began = 0.0
+        self._batch_began = 0.0
+        self._steps_before = 0
         self._stop = self._saved = False
         self._handler: Any = None
 
@@ -77,16 +80,17 @@ class RunProgress(Callback):
         """Stop if the step before was the last, which is logged by now; else start the clock."""
         if self._saved:
             self._interrupt(trainer)
-        self._step_began = time.perf_counter()
+        self._steps_before = trainer.global_step
+        self._batch_began = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the step, write now and then, and save if Ctrl-C came."""
-        self.seconds += time.perf_counter() - self._step_began
+        """Count the batch, write now and then, and save if Ctrl-C came and a step is done: gradients are not saved."""
+        self.seconds += time.perf_counter() - self._batch_began
         self._tokens = self._tokens + count_tokens(batch, batch_masks(batch)[0]) * trainer.world_size
         self._write(trainer, "train")
-        if self._stops(trainer):
+        if trainer.global_step > self._steps_before and self._stops(trainer):
             trainer.save_checkpoint(self.checkpoint)
             self._saved = True
 
@@ -143,3 +147,16 @@ class RunProgress(Callback):
                 "remaining_s": left if math.isfinite(left) else None,
             },
         )
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """Saves after whole steps alone: resumed from a step that it saves at, its parent saves within the next."""
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Remember the step."""
+        self._steps_before = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Save if a step is done."""
+        if trainer.global_step > self._steps_before:
+            super().on_train_batch_end(trainer, *args, **kwargs)
