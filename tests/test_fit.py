@@ -232,13 +232,75 @@ def stop_at_step(step):
     return on_train_batch_start
 
 
+def test_sigterm_ends_the_step_and_saves_it(tmp_path):
+    """To a real process and its data workers, as an ablation ends a cell; the same command goes on."""
+    steps = 20
+    changes = {"trainer__max_steps": steps, "data__validation_tokens": 64, "checkpoint_every": steps}
+    changes |= {"trainer__accumulate_grad_batches": 2, "data__num_workers": 1}
+    argv = arguments(tmp_path / "run", **changes)
+    process = start(argv, stderr=subprocess.PIPE, start_new_session=True, text=True)
+    metrics = tmp_path / "run" / "metrics.csv"
+    try:
+        while process.poll() is None and not (metrics.exists() and len(_rows(metrics)) > 2):
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGTERM)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "SIGTERM: saving after this step" in said
+    assert "run the same command again" in said
+    logged = len(_rows(metrics))
+    assert f"saved step {logged} of {steps}" in said
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+    assert fit.main(argv) == 0
+    rows = [row for name in ("metrics-1", "metrics") for row in _rows(tmp_path / "run" / f"{name}.csv")]
+    assert [int(row["step"]) for row in rows if row.get("train/ce")] == list(range(steps))
+    assert result(tmp_path / "run")["tokens"] == steps * 2 * 2 * 64
+
+
+def test_sigterm_in_the_validation_after_training_is_no_success(tmp_path, monkeypatch):
+    def terminate(self, trainer, *args, **kwargs):
+        if trainer.state.fn == "validate":
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunProgress, "on_validation_batch_end", terminate)
+        with pytest.raises(SystemExit) as stop:
+            fit.main(arguments(tmp_path / "run"))
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert fit.main(arguments(tmp_path / "run")) == 0
+
+
+@pytest.mark.parametrize(("second", "error"), [(signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "SIGTERM")])
+def test_a_second_signal_stops_at_once(second, error, tmp_path, monkeypatch):
+    monkeypatch.setattr("consistency_reg.lm.run.SAME_SECONDS", 0.0)
+
+    def signals(self, trainer, *args):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(second)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr(RunProgress, "on_train_batch_start", signals)
+    with pytest.raises(SystemExit) as stop:
+        fit.main(arguments(tmp_path / "run"))
+    assert error in repr(stop.value.__context__)
+    assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+def start(argv, **options) -> subprocess.Popen:
+    ours = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # else it would join it
+    command = [sys.executable, "-m", "consistency_reg", "fit", *argv]
+    return subprocess.Popen(command, env=ours | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL, **options)
+
+
 def test_a_killed_run_loses_at_most_what_came_after_its_last_checkpoint(tmp_path):
     """SIGKILL to a real process: its offline wandb file is readable, and the same command goes on as the same run."""
     every, steps = 5, 40
     argv = arguments(tmp_path / "run", trainer__max_steps=steps, checkpoint_every=every, data__validation_tokens=64)
-    command = [sys.executable, "-m", "consistency_reg", "fit", *argv]
-    ours = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # else it would join it
-    process = subprocess.Popen(command, env=ours | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL)
+    process = start(argv)
     try:
         while process.poll() is None and not any(len(run.history) > 5 for run in read_runs(tmp_path / "run")):
             time.sleep(0.2)

@@ -19,6 +19,7 @@ with require("lightning"):
     from jsonargparse import Namespace
     from lightning.pytorch import Trainer
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from consistency_reg.callbacks import ConsistencyRegularizer, ExpertAgreement, RouterAnchor, RoutingMonitor
 from consistency_reg.callbacks.progress import TrainingBar
@@ -36,7 +37,7 @@ from consistency_reg.lm.mistakes import explain, recipe_keys
 from consistency_reg.lm.model import count_parameters, small_moe
 from consistency_reg.lm.module import CausalMoE, check_warmup
 from consistency_reg.lm.pretrained import save_plain
-from consistency_reg.lm.run import RunProgress, StepCheckpoint
+from consistency_reg.lm.run import TERMINATED, RunProgress, StepCheckpoint
 from consistency_reg.lm.tracking import finish, log_result, run_loggers
 from consistency_reg.provenance import device_name, git_commit, package_versions
 
@@ -187,6 +188,7 @@ def main(argv: Sequence[str]) -> int:
 
     Raises:
         ValueError: the recipe cannot be trained; nothing has been trained then.
+        SystemExit: a signal ended the run; the code is 143 after SIGTERM.
     """
     cli = _parse(RecipeCLI, argv)
     run_dir = Path(cli.config.run_dir)
@@ -215,6 +217,8 @@ def main(argv: Sequence[str]) -> int:
             log_result(cli.trainer, result, run_dir.name, files)
             write_json(run_dir / "result.json", result)
         failed = False
+    except SIGTERMException as stop:  # Lightning's own have no code, and would pass for success
+        raise SystemExit(TERMINATED) from stop
     finally:
         finish(cli.trainer, failed=failed)
     return 0
