@@ -109,6 +109,7 @@ def test_shared_experts_keep_the_parameters(tmp_path):
         assert shared[kind] == pytest.approx(routed[kind], rel=0.01)
 
 
+SLEPT = 3.0  # seconds of the first session, more than reading a recipe takes
 TWO_VALIDATIONS = {
     "trainer__max_steps": 6,
     "trainer__val_check_interval": 3,
@@ -140,6 +141,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(hook, at, saved, straight, 
         original(self, trainer, *args)
         if trainer.global_step == at and not pressed:
             pressed.append(True)
+            time.sleep(SLEPT)
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
@@ -150,7 +152,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(hook, at, saved, straight, 
     assert "once more to stop at once" in told
     assert f"saved step {saved} of 6 in {tmp_path / 'stopped' / 'checkpoints' / 'last.ckpt'}" in told
     assert not (tmp_path / "stopped" / "result.json").exists()
+    began = time.monotonic()
     assert fit.main(arguments(tmp_path / "stopped", **TWO_VALIDATIONS)) == 0
+    took = time.monotonic() - began
 
     rows = [row for name in ("metrics-1", "metrics") for row in _rows(tmp_path / "stopped" / f"{name}.csv")]
     assert [int(row["step"]) for row in rows if row.get("train/ce")] == [0, 1, 2, 3, 4, 5]
@@ -159,6 +163,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(hook, at, saved, straight, 
     uninterrupted, resumed = result(straight), result(tmp_path / "stopped")
     assert resumed["metrics"] == pytest.approx(uninterrupted["metrics"], rel=1e-6)
     assert resumed["tokens"] == uninterrupted["tokens"]
+    assert resumed["wall_time_s"] > took, "that of the first session is missing"
 
 
 ACCUMULATED = {  # two epochs of three steps; the last step of each has a remainder of one micro-batch

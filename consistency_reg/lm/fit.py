@@ -4,7 +4,6 @@ import argparse
 import inspect
 import logging
 import shlex
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -195,7 +194,6 @@ def main(argv: Sequence[str]) -> int:
     if (run_dir / "result.json").exists():
         print(f"{run_dir} is finished: see {run_dir / 'result.json'}")
         return 0
-    began = time.time()
     origin = {
         "config": _recipe(cli),
         "versions": package_versions(),
@@ -212,7 +210,7 @@ def main(argv: Sequence[str]) -> int:
         if cli.trainer.is_global_zero:
             save_plain(cli.model.model, run_dir / "model")
             cli.datamodule.tokenizer.save_pretrained(run_dir / "model")
-            result = origin | _result(cli, run_dir, argv, time.time() - began) | before
+            result = origin | _result(cli, run_dir, argv) | before
             files = [write_card(result, run_dir / "model"), run_dir / "config.yaml"]
             log_result(cli.trainer, result, run_dir.name, files)
             write_json(run_dir / "result.json", result)
@@ -240,7 +238,7 @@ def _recipe(cli: RecipeCLI) -> dict[str, Any]:
     return yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
 
 
-def _result(cli: RecipeCLI, run_dir: Path, argv: Sequence[str], seconds: float) -> dict[str, Any]:
+def _result(cli: RecipeCLI, run_dir: Path, argv: Sequence[str]) -> dict[str, Any]:
     total, active = count_parameters(cli.model.model)
     return {
         "name": run_dir.name,
@@ -252,7 +250,7 @@ def _result(cli: RecipeCLI, run_dir: Path, argv: Sequence[str], seconds: float) 
         "steps": cli.trainer.global_step,
         "tokens": cli.progress.tokens,
         "tokens_per_s": cli.progress.tokens_per_second,
-        "wall_time_s": seconds,
+        "wall_time_s": cli.progress.wall_seconds,
         "wandb_dir": str(run_dir / "wandb"),
         "metrics": {
             name: float(value) for name, value in cli.trainer.callback_metrics.items() if name.startswith("val/")

@@ -43,6 +43,8 @@ class RunProgress(Callback):
         self.run_dir = run_dir
         self.interval = interval
         self.seconds = 0.0
+        self._earlier_seconds = 0.0
+        self._began = time.monotonic()
         self._tokens: Tensor | int = 0
         self._written = 0.0
         self._batch_began = 0.0
@@ -61,6 +63,11 @@ class RunProgress(Callback):
     def tokens_per_second(self) -> float:
         """Training throughput; validation and set-up do not count."""
         return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def wall_seconds(self) -> float:
+        """Of all sessions, with set-up and validation; those before this one up to their last checkpoint."""
+        return self._earlier_seconds + time.monotonic() - self._began
 
     @property
     def checkpoint(self) -> Path:
@@ -107,11 +114,12 @@ class RunProgress(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Tokens and seconds so far."""
-        return {"tokens": self.tokens, "seconds": self.seconds}
+        return {"tokens": self.tokens, "seconds": self.seconds, "wall_seconds": self.wall_seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         self._tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
+        self._earlier_seconds = state_dict.get("wall_seconds", self.seconds)  # older checkpoints have none
 
     def _heed(self, number: int, *_: Any) -> None:
         now = time.monotonic()
