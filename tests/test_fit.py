@@ -13,10 +13,12 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from wandb_file import read_run, read_runs
 
 from consistency_reg.lm import fit
 from consistency_reg.lm.run import RunProgress
+from consistency_reg.lm.tracking import run_loggers
 from consistency_reg.provenance import device_name
 
 RECIPES = sorted(Path(__file__).parents[1].joinpath("recipes").glob("*.yaml"))
@@ -412,6 +414,29 @@ def test_a_folder_that_holds_another_recipe_is_refused(tmp_path):
     fit.main(arguments(tmp_path / "run"))
     with pytest.raises(ValueError, match=r"holds a run of another recipe \(consistency.weight: "):
         fit.main(arguments(tmp_path / "run", consistency__weight=0.7))
+
+
+def test_empty_files_of_a_run_that_found_no_space_are_written_anew(tmp_path):
+    for name in ("config.yaml", "wandb-id"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / name).touch()
+    fit.main(arguments(tmp_path / "run"))
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["run_dir"] == str(tmp_path / "run")
+    assert read_run(tmp_path / "run").id == (tmp_path / "run" / "wandb-id").read_text()
+
+
+def test_only_the_first_process_writes_what_all_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    fit.claim_folder(tmp_path, "seed: 1")
+    run_loggers(tmp_path, "project")
+    assert not any(tmp_path.iterdir())
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    fit.claim_folder(tmp_path, "seed: 1")
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    fit.claim_folder(tmp_path, "seed: 1")
+    with pytest.raises(ValueError, match="another recipe"):
+        fit.claim_folder(tmp_path, "seed: 2")
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

@@ -22,7 +22,7 @@ with require("lightning"):
 
 from consistency_reg.callbacks import ConsistencyRegularizer, ExpertAgreement, RouterAnchor, RoutingMonitor
 from consistency_reg.callbacks.progress import TrainingBar
-from consistency_reg.files import write_json
+from consistency_reg.files import write_atomically, write_json
 from consistency_reg.lm.card import write_card
 from consistency_reg.lm.data import TextDataModule
 from consistency_reg.lm.finetune import (
@@ -37,7 +37,7 @@ from consistency_reg.lm.model import count_parameters, small_moe
 from consistency_reg.lm.module import CausalMoE, check_warmup
 from consistency_reg.lm.pretrained import save_plain
 from consistency_reg.lm.run import TERMINATED, RunProgress, StepCheckpoint
-from consistency_reg.lm.tracking import finish, log_result, run_loggers
+from consistency_reg.lm.tracking import finish, is_first_process, log_result, run_loggers
 from consistency_reg.provenance import device_name, git_commit, package_versions
 
 A_KEY_OF = {  # each section of a recipe
@@ -169,13 +169,16 @@ def _parse(cli: type[RecipeCLI], argv: Sequence[str]) -> RecipeCLI:
 
 
 def claim_folder(run_dir: Path, config: str) -> None:
-    """Write ``config.yaml`` into the folder of a new run; ValueError if it holds a run of another recipe."""
+    """Write ``config.yaml`` into the folder of a new run, by its first process; ValueError if it holds a run of another
+    recipe."""
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "config.yaml"
-    if not path.exists():
-        path.write_text(config)
+    there = path.read_text() if path.exists() else ""  # an empty one is what a full disk has left
+    if not there:
+        if is_first_process():
+            write_atomically(path, config)
         return
-    old, new = (_flatten(yaml.safe_load(text)) for text in (path.read_text(), config))
+    old, new = (_flatten(yaml.safe_load(text)) for text in (there, config))
     differences = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if differences:
         said = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in differences[:5])
