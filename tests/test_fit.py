@@ -330,6 +330,16 @@ def test_a_killed_run_loses_at_most_what_came_after_its_last_checkpoint(tmp_path
     assert result(tmp_path / "run")["tokens"] == steps * 2 * 64
 
 
+def test_a_run_in_the_working_folder_is_named_after_it(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    fit.main(arguments("."))
+    assert result(".")["name"] == "here"
+    run = read_run(tmp_path / "here")
+    assert run.name == "here"
+    assert "here-card" in [name for _, name, _ in run.artifacts]
+
+
 def test_a_finished_run_is_not_run_again(tmp_path, capsys):
     fit.main(arguments(tmp_path / "run"))
     before = (tmp_path / "run" / "result.json").stat().st_mtime_ns

@@ -215,7 +215,7 @@ def main(argv: Sequence[str]) -> int:
             cli.datamodule.tokenizer.save_pretrained(run_dir / "model")
             result = origin | _result(cli, run_dir, argv) | before
             files = [write_card(result, run_dir / "model"), run_dir / "config.yaml"]
-            log_result(cli.trainer, result, run_dir.name, files)
+            log_result(cli.trainer, result, result["name"], files)
             write_json(run_dir / "result.json", result)
         failed = False
     except SIGTERMException as stop:  # Lightning's own have no code, and would pass for success
@@ -244,7 +244,7 @@ def _recipe(cli: RecipeCLI) -> dict[str, Any]:
 def _result(cli: RecipeCLI, run_dir: Path, argv: Sequence[str]) -> dict[str, Any]:
     total, active = count_parameters(cli.model.model)
     return {
-        "name": run_dir.name,
+        "name": run_dir.resolve().name,  # that of "." is empty
         "seed": cli.config.seed_everything,
         "command": shlex.join(["consistency-reg", "fit", *argv]),
         "corpus": cli.datamodule.corpus_sha256,

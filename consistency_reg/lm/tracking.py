@@ -27,7 +27,7 @@ def run_loggers(run_dir: Path, wandb_project: str) -> list[Logger]:
     if not wandb_project:
         return [_csv_logger(run_dir)]
     wandb_logger = WandbLogger(
-        name=run_dir.name,
+        name=run_dir.resolve().name,
         project=wandb_project,
         id=_wandb_id(run_dir),
         save_dir=run_dir.absolute(),  # wandb's process may have begun in another folder
