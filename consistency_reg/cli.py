@@ -1,6 +1,7 @@
 """The command ``consistency-reg``; each of its parts loads only when it is used."""
 
 import argparse
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ examples:
   consistency-reg fit --config recipes/quickstart.yaml --run_dir runs/first
   consistency-reg fit --config recipes/finetune.yaml --model runs/first --run_dir runs/tuned
 """
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # as a shell has them
 MODULES = {
     "fit": "consistency_reg.lm.fit",
     "evaluate": "consistency_reg.evaluate",
@@ -58,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse and LightningCLI have said what is wrong
         if isinstance(stop.__context__, KeyboardInterrupt):  # which Lightning turns into an exit
             return _interrupted()
+        if stop.code == TERMINATED:
+            return _interrupted(TERMINATED)
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -68,9 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _interrupted() -> int:
+def _interrupted(code: int = INTERRUPTED) -> int:
     print("\ninterrupted: run the same command again to go on where it stopped", file=sys.stderr)
-    return 130
+    return code
 
 
 def _message(error: Exception) -> str:

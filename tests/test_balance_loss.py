@@ -270,6 +270,28 @@ def test_the_running_average_moves_once_for_each_optimizer_step():
     assert loss(traces[3]).item() == pytest.approx(expected_loss(average, traces[3]), rel=1e-5)
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_step_may_end_before_its_last_micro_batch(scope):
+    """A remainder of one micro-batch counts as the step of one that is told so from the start."""
+    loss, told = (LoadBalanceLoss(scope, 0.7, accumulation_steps=steps) for steps in (3, 1))
+    first, last = random_trace(seed=0), random_trace(seed=1, skew=0.5)
+    loss(first)
+    told(first)
+    loss.end_step()
+    assert loss(last).item() == told(last).item()
+
+
+def test_ending_a_step_that_has_ended_changes_nothing():
+    loss, left_alone = (LoadBalanceLoss("global", 0.7, accumulation_steps=2) for _ in range(2))
+    for n, trace in enumerate(random_trace(seed=seed, skew=seed / 2) for seed in range(5)):
+        assert loss(trace).item() == left_alone(trace).item()
+        loss.eval()(trace)
+        loss.train()
+        if n % 2:
+            loss.end_step()
+            loss.end_step()
+
+
 # --- state --------------------------------------------------------------------------------------------------------
 
 

@@ -74,6 +74,12 @@ def test_ctrl_c_says_how_to_go_on(command, capsys):
     assert "run the same command again" in capsys.readouterr().err
 
 
+def test_termination_says_how_to_go_on(command, capsys):
+    command(fail_with(SystemExit(143)))
+    assert cli.main(["report"]) == 143
+    assert "run the same command again" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("code", "expected"), [(None, 0), (0, 0), (2, 2), ("no such key", 1)])
 def test_an_exit_inside_a_command_is_its_code(command, capsys, code, expected):
     command(fail_with(SystemExit(code)))

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from reference import packed_rows
 from tiny_models import KINDS, tiny_model
+from tokenizers import normalizers
 from torch.utils.data import ConcatDataset, default_collate
 from transformers import AutoTokenizer
 
@@ -347,6 +348,30 @@ def test_tokenizer_of_somebody_else(tmp_path, cache):
     assert module.tokenizer.get_vocab() == AutoTokenizer.from_pretrained(theirs).get_vocab()
     with pytest.raises(ValueError, match=r"vocab_size must be at least 300 for tokenizer=.*got 299"):
         corpus(cache, tokenizer=theirs, vocab_size=299)
+
+
+def test_tokenizers_of_one_vocabulary_do_not_share_ids(tmp_path):
+    cache = tmp_path / "cache"
+    plain = ready(corpus(str(cache), domains=["math"]))
+    plain.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    plain.tokenizer.save_pretrained(tmp_path / "lower")
+    lower = ready(corpus(str(cache), domains=["math"], tokenizer=str(tmp_path / "lower")))
+    assert lower.tokenizer.get_vocab() == plain.tokenizer.get_vocab()
+    written, lowered = (plain.tokenizer.decode(module.texts["math"].train.ids) for module in (plain, lower))
+    assert lowered == written.lower() != written
+
+
+def test_truncation_and_padding_change_no_ids_and_stay_the_users(tmp_path):
+    cache = tmp_path / "cache"
+    plain = ready(corpus(str(cache), domains=["math"]))
+    plain.tokenizer.save_pretrained(tmp_path / "saved")
+    module = corpus(str(cache), domains=["math"], tokenizer=str(tmp_path / "saved"))
+    folders = sorted((cache / "tokens").iterdir())
+    module.tokenizer.backend_tokenizer.enable_truncation(5)
+    module.tokenizer.backend_tokenizer.enable_padding(length=5)
+    assert np.array_equal(ready(module).texts["math"].train.ids, plain.texts["math"].train.ids)
+    assert sorted((cache / "tokens").iterdir()) == folders
+    assert module.tokenizer.backend_tokenizer.truncation["max_length"] == 5
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from wandb_file import read_run, read_runs
 
 from consistency_reg.lm import fit
 from consistency_reg.lm.run import RunProgress
+from consistency_reg.lm.tracking import run_loggers
 from consistency_reg.provenance import device_name
 
 RECIPES = sorted(Path(__file__).parents[1].joinpath("recipes").glob("*.yaml"))
@@ -108,6 +111,7 @@ def test_shared_experts_keep_the_parameters(tmp_path):
         assert shared[kind] == pytest.approx(routed[kind], rel=0.01)
 
 
+SLEPT = 3.0  # seconds of the first session, more than reading a recipe takes
 TWO_VALIDATIONS = {
     "trainer__max_steps": 6,
     "trainer__val_check_interval": 3,
@@ -139,6 +143,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(hook, at, saved, straight, 
         original(self, trainer, *args)
         if trainer.global_step == at and not pressed:
             pressed.append(True)
+            time.sleep(SLEPT)
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
@@ -149,7 +154,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(hook, at, saved, straight, 
     assert "once more to stop at once" in told
     assert f"saved step {saved} of 6 in {tmp_path / 'stopped' / 'checkpoints' / 'last.ckpt'}" in told
     assert not (tmp_path / "stopped" / "result.json").exists()
+    began = time.monotonic()
     assert fit.main(arguments(tmp_path / "stopped", **TWO_VALIDATIONS)) == 0
+    took = time.monotonic() - began
 
     rows = [row for name in ("metrics-1", "metrics") for row in _rows(tmp_path / "stopped" / f"{name}.csv")]
     assert [int(row["step"]) for row in rows if row.get("train/ce")] == [0, 1, 2, 3, 4, 5]
@@ -158,15 +165,149 @@ def test_an_interrupted_run_goes_on_where_it_stopped(hook, at, saved, straight, 
     uninterrupted, resumed = result(straight), result(tmp_path / "stopped")
     assert resumed["metrics"] == pytest.approx(uninterrupted["metrics"], rel=1e-6)
     assert resumed["tokens"] == uninterrupted["tokens"]
+    assert resumed["wall_time_s"] > took, "that of the first session is missing"
+
+
+ACCUMULATED = {  # two epochs of three steps; the last step of each has a remainder of one micro-batch
+    "trainer__accumulate_grad_batches": 2,
+    "trainer__limit_train_batches": 5,
+    "trainer__max_epochs": 2,
+    "trainer__max_steps": 6,
+    "checkpoint_every": 2,
+    "model__balance__accumulation_steps": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def accumulated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("accumulated") / "run"
+    fit.main(arguments(folder, **ACCUMULATED))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("batch", "saved"),
+    [
+        pytest.param(0, 1, id="in the first micro-batch"),
+        pytest.param(2, 2, id="in the first after a checkpoint", marks=pytest.mark.slow),
+        pytest.param(4, 3, id="in the remainder of an epoch"),
+    ],
+)
+def test_ctrl_c_within_an_accumulation_waits_for_its_step(batch, saved, accumulated, tmp_path, monkeypatch, capsys):
+    original = RunProgress.on_train_batch_start
+
+    def press_control_c(self, trainer, module, data, batch_idx):
+        original(self, trainer, module, data, batch_idx)
+        if (trainer.current_epoch, batch_idx) == (0, batch):
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunProgress, "on_train_batch_start", press_control_c)
+        with pytest.raises(SystemExit):
+            fit.main(arguments(tmp_path / "stopped", **ACCUMULATED))
+    assert f"saved step {saved} of 6" in capsys.readouterr().err
+    assert fit.main(arguments(tmp_path / "stopped", **ACCUMULATED)) == 0
+    uninterrupted, resumed = result(accumulated), result(tmp_path / "stopped")
+    assert resumed["tokens"] == uninterrupted["tokens"] == 10 * 2 * 64
+    assert resumed["metrics"] == pytest.approx(uninterrupted["metrics"], rel=1e-6)
+
+
+def test_no_checkpoint_is_written_within_an_accumulation(tmp_path, monkeypatch):
+    """Also after a resume at a step that is saved at, where Lightning forgets that it has saved it."""
+    original, saved = Trainer.save_checkpoint, []
+
+    def save(self, *args, **kwargs):
+        saved.append(self.fit_loop.epoch_loop.batch_progress.current.ready)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", save)
+    changes = ACCUMULATED | {"trainer__limit_train_batches": 8, "trainer__max_epochs": 1, "trainer__max_steps": 4}
+    with monkeypatch.context() as patch:
+        patch.setattr(RunProgress, "on_train_batch_start", stop_at_step(2))
+        with pytest.raises(KeyError):
+            fit.main(arguments(tmp_path / "run", **changes))
+    fit.main(arguments(tmp_path / "run", **changes))
+    assert saved
+    assert all(batches % 2 == 0 for batches in saved), saved
+
+
+def stop_at_step(step):
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == step:
+            raise KeyError(step)
+
+    return on_train_batch_start
+
+
+def test_sigterm_ends_the_step_and_saves_it(tmp_path):
+    """To a real process and its data workers, as an ablation ends a cell; the same command goes on."""
+    steps = 20
+    changes = {"trainer__max_steps": steps, "data__validation_tokens": 64, "checkpoint_every": steps}
+    changes |= {"trainer__accumulate_grad_batches": 2, "data__num_workers": 1}
+    argv = arguments(tmp_path / "run", **changes)
+    process = start(argv, stderr=subprocess.PIPE, start_new_session=True, text=True)
+    metrics = tmp_path / "run" / "metrics.csv"
+    try:
+        while process.poll() is None and not (metrics.exists() and len(_rows(metrics)) > 2):
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGTERM)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "SIGTERM: saving after this step" in said
+    assert "run the same command again" in said
+    logged = len(_rows(metrics))
+    assert f"saved step {logged} of {steps}" in said
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+    assert fit.main(argv) == 0
+    rows = [row for name in ("metrics-1", "metrics") for row in _rows(tmp_path / "run" / f"{name}.csv")]
+    assert [int(row["step"]) for row in rows if row.get("train/ce")] == list(range(steps))
+    assert result(tmp_path / "run")["tokens"] == steps * 2 * 2 * 64
+
+
+def test_sigterm_in_the_validation_after_training_is_no_success(tmp_path, monkeypatch):
+    def terminate(self, trainer, *args, **kwargs):
+        if trainer.state.fn == "validate":
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunProgress, "on_validation_batch_end", terminate)
+        with pytest.raises(SystemExit) as stop:
+            fit.main(arguments(tmp_path / "run"))
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert fit.main(arguments(tmp_path / "run")) == 0
+
+
+@pytest.mark.parametrize(("second", "error"), [(signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "SIGTERM")])
+def test_a_second_signal_stops_at_once(second, error, tmp_path, monkeypatch):
+    monkeypatch.setattr("consistency_reg.lm.run.SAME_SECONDS", 0.0)
+
+    def signals(self, trainer, *args):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(second)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr(RunProgress, "on_train_batch_start", signals)
+    with pytest.raises(SystemExit) as stop:
+        fit.main(arguments(tmp_path / "run"))
+    assert error in repr(stop.value.__context__)
+    assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+def start(argv, **options) -> subprocess.Popen:
+    ours = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # else it would join it
+    command = [sys.executable, "-m", "consistency_reg", "fit", *argv]
+    return subprocess.Popen(command, env=ours | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL, **options)
 
 
 def test_a_killed_run_loses_at_most_what_came_after_its_last_checkpoint(tmp_path):
     """SIGKILL to a real process: its offline wandb file is readable, and the same command goes on as the same run."""
     every, steps = 5, 40
     argv = arguments(tmp_path / "run", trainer__max_steps=steps, checkpoint_every=every, data__validation_tokens=64)
-    command = [sys.executable, "-m", "consistency_reg", "fit", *argv]
-    ours = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # else it would join it
-    process = subprocess.Popen(command, env=ours | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL)
+    process = start(argv)
     try:
         while process.poll() is None and not any(len(run.history) > 5 for run in read_runs(tmp_path / "run")):
             time.sleep(0.2)
@@ -187,6 +328,16 @@ def test_a_killed_run_loses_at_most_what_came_after_its_last_checkpoint(tmp_path
     assert logged - every <= after[0] <= logged + 1
     assert killed.config["config"] == resumed.config["config"]
     assert result(tmp_path / "run")["tokens"] == steps * 2 * 64
+
+
+def test_a_run_in_the_working_folder_is_named_after_it(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    fit.main(arguments("."))
+    assert result(".")["name"] == "here"
+    run = read_run(tmp_path / "here")
+    assert run.name == "here"
+    assert "here-card" in [name for _, name, _ in run.artifacts]
 
 
 def test_a_finished_run_is_not_run_again(tmp_path, capsys):
@@ -273,6 +424,29 @@ def test_a_folder_that_holds_another_recipe_is_refused(tmp_path):
     fit.main(arguments(tmp_path / "run"))
     with pytest.raises(ValueError, match=r"holds a run of another recipe \(consistency.weight: "):
         fit.main(arguments(tmp_path / "run", consistency__weight=0.7))
+
+
+def test_empty_files_of_a_run_that_found_no_space_are_written_anew(tmp_path):
+    for name in ("config.yaml", "wandb-id"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / name).touch()
+    fit.main(arguments(tmp_path / "run"))
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["run_dir"] == str(tmp_path / "run")
+    assert read_run(tmp_path / "run").id == (tmp_path / "run" / "wandb-id").read_text()
+
+
+def test_only_the_first_process_writes_what_all_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    fit.claim_folder(tmp_path, "seed: 1")
+    run_loggers(tmp_path, "project")
+    assert not any(tmp_path.iterdir())
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    fit.claim_folder(tmp_path, "seed: 1")
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    fit.claim_folder(tmp_path, "seed: 1")
+    with pytest.raises(ValueError, match="another recipe"):
+        fit.claim_folder(tmp_path, "seed: 2")
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForCausalLM
 
@@ -83,6 +83,22 @@ def test_a_step_trains_on_cross_entropy_and_the_balance_terms():
     trace = capture.trace(data["attention_mask"], data["document_ids"])
     assert float(run.callback_metrics["train/balance"]) == pytest.approx(float(LoadBalanceLoss()(trace)), rel=1e-5)
     assert float(run.callback_metrics["train/z"]) == pytest.approx(float(RouterZLoss()(trace)), rel=1e-5)
+
+
+@pytest.mark.parametrize("running", [0.0, 0.9])
+def test_the_balance_counts_the_micro_batches_of_each_step(running):
+    """Ten batches in steps of four: Lightning ends the third step of an epoch after two."""
+    balance, pending = LoadBalanceLoss("global", running, accumulation_steps=4), []
+
+    class Steps(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            pending.append((trainer.global_step, balance.get_extra_state()["calls"]))
+
+    run = trainer(max_epochs=2, max_steps=6, accumulate_grad_batches=4, callbacks=[Steps()], val_check_interval=5)
+    run.fit(module(balance=balance, warmup_steps=1), DataLoader(Rows(10), batch_size=1), DataLoader(Rows(1)))
+    calls = [1, 2, 3, 0, 1, 2, 3, 0, 1, 0]
+    steps = [0, 0, 0, 1, 1, 1, 1, 2, 2, 3]
+    assert pending == [*zip(steps, calls, strict=True), *((3 + n, call) for n, call in zip(steps, calls, strict=True))]
 
 
 def test_perplexity_is_of_all_predicted_tokens_whatever_the_batches():

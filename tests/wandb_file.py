@@ -23,6 +23,7 @@ class OfflineRun:
 
     folder: Path
     id: str = ""
+    name: str = ""
     config: dict = field(default_factory=dict)
     history: list[dict] = field(default_factory=list)
     summary: dict = field(default_factory=dict)
@@ -69,6 +70,7 @@ def read_file(path: Path) -> OfflineRun:
     run = OfflineRun(path.parent)
     for record in records(path):
         run.id = record.run.run_id or run.id
+        run.name = record.run.display_name or run.name
         for update in (*record.config.update, *record.run.config.update):
             _set(run.config, update)
         for update in record.summary.update:

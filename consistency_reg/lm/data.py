@@ -1,5 +1,6 @@
 """Text for language models as a LightningDataModule: domains of packed rows, and what a model is to be called with."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -222,6 +223,7 @@ class TextDataModule(LightningDataModule):
         return {
             "batch_size": self.batch_size,
             "num_workers": self.num_workers,
+            "worker_init_fn": _out_of_signals,
             "pin_memory": torch.cuda.is_available(),
             "generator": torch.Generator(),  # else each pass draws from the global one, and the model's dropout with it
         }
@@ -250,6 +252,11 @@ def check_attention(model: Any) -> None:
         raise ValueError(
             f"attn_implementation must be one of {SEPARATES_DOCUMENTS} to keep documents apart, got {implementation!r}"
         )
+
+
+def _out_of_signals(worker: int) -> None:
+    """A process group of its own: a signal to that of the run would kill the worker, and its death the step at work."""
+    os.setpgid(0, 0)
 
 
 def _source(name: str, source: DataSource | dict[str, Any]) -> DataSource:

@@ -4,7 +4,6 @@ import argparse
 import inspect
 import logging
 import shlex
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +17,12 @@ with require("lightning"):
     import yaml
     from jsonargparse import Namespace
     from lightning.pytorch import Trainer
-    from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from consistency_reg.callbacks import ConsistencyRegularizer, ExpertAgreement, RouterAnchor, RoutingMonitor
 from consistency_reg.callbacks.progress import TrainingBar
-from consistency_reg.files import write_json
+from consistency_reg.files import write_atomically, write_json
 from consistency_reg.lm.card import write_card
 from consistency_reg.lm.data import TextDataModule
 from consistency_reg.lm.finetune import (
@@ -37,8 +36,8 @@ from consistency_reg.lm.mistakes import explain, recipe_keys
 from consistency_reg.lm.model import count_parameters, small_moe
 from consistency_reg.lm.module import CausalMoE, check_warmup
 from consistency_reg.lm.pretrained import save_plain
-from consistency_reg.lm.run import RunProgress
-from consistency_reg.lm.tracking import finish, log_result, run_loggers
+from consistency_reg.lm.run import TERMINATED, RunProgress, StepCheckpoint
+from consistency_reg.lm.tracking import finish, is_first_process, log_result, run_loggers
 from consistency_reg.provenance import device_name, git_commit, package_versions
 
 A_KEY_OF = {  # each section of a recipe
@@ -114,7 +113,7 @@ class RecipeCLI(LightningCLI):
         run_dir = Path(self.config.run_dir)
         claim_folder(run_dir, self.parser.dump(self.config, skip_none=False))
         self.progress = RunProgress(run_dir)
-        checkpoints = ModelCheckpoint(
+        checkpoints = StepCheckpoint(
             run_dir / "checkpoints",
             save_last=True,
             save_top_k=0,
@@ -170,13 +169,16 @@ def _parse(cli: type[RecipeCLI], argv: Sequence[str]) -> RecipeCLI:
 
 
 def claim_folder(run_dir: Path, config: str) -> None:
-    """Write ``config.yaml`` into the folder of a new run; ValueError if it holds a run of another recipe."""
+    """Write ``config.yaml`` into the folder of a new run, by its first process; ValueError if it holds a run of another
+    recipe."""
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "config.yaml"
-    if not path.exists():
-        path.write_text(config)
+    there = path.read_text() if path.exists() else ""  # an empty one is what a full disk has left
+    if not there:
+        if is_first_process():
+            write_atomically(path, config)
         return
-    old, new = (_flatten(yaml.safe_load(text)) for text in (path.read_text(), config))
+    old, new = (_flatten(yaml.safe_load(text)) for text in (there, config))
     differences = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if differences:
         said = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in differences[:5])
@@ -188,13 +190,13 @@ def main(argv: Sequence[str]) -> int:
 
     Raises:
         ValueError: the recipe cannot be trained; nothing has been trained then.
+        SystemExit: a signal ended the run; the code is 143 after SIGTERM.
     """
     cli = _parse(RecipeCLI, argv)
     run_dir = Path(cli.config.run_dir)
     if (run_dir / "result.json").exists():
         print(f"{run_dir} is finished: see {run_dir / 'result.json'}")
         return 0
-    began = time.time()
     origin = {
         "config": _recipe(cli),
         "versions": package_versions(),
@@ -211,11 +213,13 @@ def main(argv: Sequence[str]) -> int:
         if cli.trainer.is_global_zero:
             save_plain(cli.model.model, run_dir / "model")
             cli.datamodule.tokenizer.save_pretrained(run_dir / "model")
-            result = origin | _result(cli, run_dir, argv, time.time() - began) | before
+            result = origin | _result(cli, run_dir, argv) | before
             files = [write_card(result, run_dir / "model"), run_dir / "config.yaml"]
-            log_result(cli.trainer, result, run_dir.name, files)
+            log_result(cli.trainer, result, result["name"], files)
             write_json(run_dir / "result.json", result)
         failed = False
+    except SIGTERMException as stop:  # Lightning's own have no code, and would pass for success
+        raise SystemExit(TERMINATED) from stop
     finally:
         finish(cli.trainer, failed=failed)
     return 0
@@ -237,10 +241,10 @@ def _recipe(cli: RecipeCLI) -> dict[str, Any]:
     return yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
 
 
-def _result(cli: RecipeCLI, run_dir: Path, argv: Sequence[str], seconds: float) -> dict[str, Any]:
+def _result(cli: RecipeCLI, run_dir: Path, argv: Sequence[str]) -> dict[str, Any]:
     total, active = count_parameters(cli.model.model)
     return {
-        "name": run_dir.name,
+        "name": run_dir.resolve().name,  # that of "." is empty
         "seed": cli.config.seed_everything,
         "command": shlex.join(["consistency-reg", "fit", *argv]),
         "corpus": cli.datamodule.corpus_sha256,
@@ -249,7 +253,7 @@ def _result(cli: RecipeCLI, run_dir: Path, argv: Sequence[str], seconds: float) 
         "steps": cli.trainer.global_step,
         "tokens": cli.progress.tokens,
         "tokens_per_s": cli.progress.tokens_per_second,
-        "wall_time_s": seconds,
+        "wall_time_s": cli.progress.wall_seconds,
         "wandb_dir": str(run_dir / "wandb"),
         "metrics": {
             name: float(value) for name, value in cli.trainer.callback_metrics.items() if name.startswith("val/")

@@ -79,6 +79,10 @@ class CausalMoE(LightningModule):
         self.log("ce", cross_entropy.detach(), prog_bar=True, logger=False)
         return cross_entropy + self.balance_weight * balance + self.z_weight * z_loss
 
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """End the balance's step too: the last of an epoch may have fewer micro-batches than the others."""
+        self.balance.end_step()
+
     def on_validation_start(self) -> None:
         """One mean for each domain and one for all tokens."""
         if len(self.nats) == 0:

@@ -136,8 +136,10 @@ def tokenize(
             counts[split] = {"text_bytes": text_bytes, "text_tokens": text_tokens}
         (draft / "text.json").write_text(json.dumps({"sha256": digest.hexdigest(), **counts}))
 
-    vocabulary = cache_key(vocabulary=tokenizer.get_vocab(), start=start)
-    key = cache_key(text=text.key, tokenizer=vocabulary, code=Path(__file__).read_text())
+    # all that makes ids of text, not the vocabulary alone; build turns the last two off
+    pipeline = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    encoding = cache_key(pipeline=pipeline, start=start, version=tokenizers.__version__)
+    key = cache_key(text=text.key, tokenizer=encoding, code=Path(__file__).read_text())
     folder = cached(cache_root(cache_dir) / "tokens" / f"{name}-{key}", build)
     about = json.loads((folder / "text.json").read_text())
     train, validation = (_read(folder, split, dtype, **about[split]) for split in ("train", "validation"))

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from consistency_reg.callbacks.loggers import log_files, summarize, wandb_loggers
+from consistency_reg.files import write_atomically
 from consistency_reg.optional import require
 from consistency_reg.wandb_login import wandb_mode
 
@@ -25,18 +26,20 @@ def run_loggers(run_dir: Path, wandb_project: str) -> list[Logger]:
     """
     if not wandb_project:
         return [_csv_logger(run_dir)]
-    identity = run_dir / "wandb-id"
-    if not identity.exists():
-        identity.write_text(secrets.token_hex(4))
     wandb_logger = WandbLogger(
-        name=run_dir.name,
+        name=run_dir.resolve().name,
         project=wandb_project,
-        id=identity.read_text(),
+        id=_wandb_id(run_dir),
         save_dir=run_dir.absolute(),  # wandb's process may have begun in another folder
         mode=wandb_mode(),
         settings=_settings(),
     )
     return [_csv_logger(run_dir), wandb_logger]
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes; known before the trainer is built."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def log_result(trainer: Trainer, result: Mapping[str, Any], name: str, files: Sequence[Path]) -> None:
@@ -64,9 +67,18 @@ def _settings() -> Any:
     return wandb.Settings(**known)
 
 
+def _wandb_id(run_dir: Path) -> str | None:
+    """The id that the run began with; None in other processes than the first, which do not speak to wandb."""
+    if not is_first_process():
+        return None
+    path = run_dir / "wandb-id"
+    if not path.exists() or not path.stat().st_size:
+        write_atomically(path, secrets.token_hex(4))
+    return path.read_text()
+
+
 def _csv_logger(run_dir: Path) -> CSVLogger:
-    first = getattr(rank_zero_only, "rank", 0) == 0
-    if first and (metrics := run_dir / "metrics.csv").exists():
+    if is_first_process() and (metrics := run_dir / "metrics.csv").exists():
         metrics.rename(run_dir / f"metrics-{len(list(run_dir.glob('metrics-*.csv'))) + 1}.csv")
     logger = CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=1)  # a killed run has written all it saw
     with warnings.catch_warnings():

@@ -30,7 +30,7 @@ class LoadBalanceLoss(RoutingLoss):
             one, which leaves room for local consistency. 0 uses the present step only. Training calls move the
             average, evaluation uses the present batch; the average is in the state dict.
         accumulation_steps: training-mode calls (micro-batches) that make one optimizer step; the average moves after
-            the last of them.
+            the last of them, or where :meth:`end_step` ends the step before it.
 
     Source: arXiv 2101.03961 (the form), 2501.11873 (global scope).
 
@@ -70,7 +70,7 @@ class LoadBalanceLoss(RoutingLoss):
         if self.training:
             self._calls += 1
             if self._calls == self.accumulation_steps:
-                self._end_step()
+                self.end_step()
         return losses_L
 
     def _losses(self, layers: Sequence["_Counts"], tokens_B: Tensor) -> Tensor:
@@ -118,7 +118,11 @@ class LoadBalanceLoss(RoutingLoss):
         return torch.where(step[..., -1:] > 0, self.running * past + (1 - self.running) * step, past)
 
     @torch.no_grad()
-    def _end_step(self) -> None:
+    def end_step(self) -> None:
+        """End the optimizer step before its last micro-batch, as a trainer does at the end of an epoch.
+
+        Between two steps it does nothing, so it may be called at the end of every step.
+        """
         pending = self._pending if self.running else {}
         for _, alike in groupby(pending, key=lambda name: (len(pending[name]), pending[name].device)):
             names = list(alike)
