@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from consistency_reg.lm.corpus import DOMAINS
 from consistency_reg.lm.data import TextDataModule, check_attention, model_inputs
 from consistency_reg.lm.packing import MixedRows, PackedRows, ResumableLoader
+from consistency_reg.lm.sources import DataSource
 from consistency_reg.lm.tokens import Tokens
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -404,6 +405,13 @@ def test_wrong_column_is_named(tmp_path, cache):
     own = {"path": "json", "data_files": write_lines(tmp_path / "a.jsonl", ["x"] * 9, "body")}
     with pytest.raises(ValueError, match=r"text_column of 'json' must be .*\['body'\], got 'text'"):
         corpus(cache, data={"own": own}).prepare_data()
+
+
+@pytest.mark.parametrize("kind", ["json", "text"])
+def test_an_empty_file_is_named(tmp_path, kind):
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match=rf"no documents could be read from '{kind}' of .*empty.txt: is it empty"):
+        DataSource(kind, data_files=str(tmp_path / "empty.txt")).load()
 
 
 @pytest.mark.parametrize("empty", ["train", "validation"])

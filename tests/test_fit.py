@@ -426,6 +426,19 @@ def test_a_folder_that_holds_another_recipe_is_refused(tmp_path):
         fit.main(arguments(tmp_path / "run", consistency__weight=0.7))
 
 
+def test_the_folder_of_a_run_may_be_called_by_any_of_its_names(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fit.main(arguments("run", wandb_project=""))
+    assert result("run")["wandb_dir"] == ""
+    progress = json.loads(Path("run/progress.json").read_text())
+    assert (progress["step"], progress["remaining_s"]) == (2, 0)
+    with pytest.raises(ValueError, match="run_dir must be the folder of the run, got ''"):
+        fit.main(arguments(""))
+    for name in ("run/", "./run", tmp_path / "run"):
+        assert fit.main(arguments(name, wandb_project="")) == 0
+        assert "is finished" in capsys.readouterr().out
+
+
 def test_empty_files_of_a_run_that_found_no_space_are_written_anew(tmp_path):
     for name in ("config.yaml", "wandb-id"):
         (tmp_path / "run").mkdir(exist_ok=True)

@@ -78,6 +78,8 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse what could only fail later, and a folder that holds another run."""
         config = self.config
+        if not config.run_dir.strip():
+            raise ValueError(f"run_dir must be the folder of the run, got {config.run_dir!r}")
         for section, key in A_KEY_OF.items():
             if not isinstance(given := config[section], Namespace) or key not in given:
                 got = "a value" if isinstance(given, Namespace) else repr(given)  # which the linked seed has joined
@@ -169,8 +171,11 @@ def _parse(cli: type[RecipeCLI], argv: Sequence[str]) -> RecipeCLI:
 
 
 def claim_folder(run_dir: Path, config: str) -> None:
-    """Write ``config.yaml`` into the folder of a new run, by its first process; ValueError if it holds a run of another
-    recipe."""
+    """Write ``config.yaml`` into the folder of a new run, by its first process.
+
+    Raises:
+        ValueError: it holds a run of another recipe.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "config.yaml"
     there = path.read_text() if path.exists() else ""  # an empty one is what a full disk has left
@@ -179,7 +184,8 @@ def claim_folder(run_dir: Path, config: str) -> None:
             write_atomically(path, config)
         return
     old, new = (_flatten(yaml.safe_load(text)) for text in (there, config))
-    differences = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    keys = sorted((old.keys() | new.keys()) - {"run_dir"})  # it is this folder, whatever it is called from here
+    differences = [key for key in keys if old.get(key) != new.get(key)]
     if differences:
         said = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in differences[:5])
         raise ValueError(f"run_dir {str(run_dir)!r} holds a run of another recipe ({said}): choose another folder")
@@ -254,7 +260,7 @@ def _result(cli: RecipeCLI, run_dir: Path, argv: Sequence[str]) -> dict[str, Any
         "tokens": cli.progress.tokens,
         "tokens_per_s": cli.progress.tokens_per_second,
         "wall_time_s": cli.progress.wall_seconds,
-        "wandb_dir": str(run_dir / "wandb"),
+        "wandb_dir": str(run_dir / "wandb") if (run_dir / "wandb").exists() else "",
         "metrics": {
             name: float(value) for name, value in cli.trainer.callback_metrics.items() if name.startswith("val/")
         },

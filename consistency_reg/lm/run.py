@@ -80,8 +80,9 @@ class RunProgress(Callback):
             self._handlers = {number: signal.signal(number, self._heed) for number in SIGNALS}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, and give the signals back."""
+        """Save, say that training has ended, and give the signals back."""
         trainer.save_checkpoint(self.checkpoint)
+        self._write(trainer, "train", at_once=True)
         if self._stops(trainer):
             self._interrupt(trainer)
         self._give_back()
@@ -144,9 +145,9 @@ class RunProgress(Callback):
             signal.signal(number, handler)
         self._handlers = {}
 
-    def _write(self, trainer: Trainer, phase: str) -> None:
+    def _write(self, trainer: Trainer, phase: str, *, at_once: bool = False) -> None:
         now = time.monotonic()
-        if not trainer.is_global_zero or now - self._written < self.interval:
+        if not trainer.is_global_zero or (now - self._written < self.interval and not at_once):
             return
         self._written = now
         step, total = trainer.global_step, total_steps(trainer)

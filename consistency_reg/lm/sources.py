@@ -10,6 +10,7 @@ from consistency_reg.optional import require
 
 with require("transformers"):
     import datasets
+    from datasets.exceptions import DatasetGenerationError
 
 VALIDATION_SHARE = 0.1
 SPLIT_SEED = 0
@@ -54,7 +55,8 @@ class DataSource:
         """Read both splits.
 
         Raises:
-            ValueError: ``text_column`` is not a column of strings, or there are too few documents to split.
+            ValueError: nothing can be read; ``text_column`` is not a column of strings; there are too few documents to
+                split.
         """
         train = self._read(self.split)
         if self.validation_split is not None:
@@ -71,7 +73,11 @@ class DataSource:
         return Text(train, validation, key)
 
     def _read(self, split: str) -> datasets.Dataset:
-        data = datasets.load_dataset(self.path, self.name, data_files=self.data_files, split=split)
+        try:
+            data = datasets.load_dataset(self.path, self.name, data_files=self.data_files, split=split)
+        except (DatasetGenerationError, StopIteration, RuntimeError) as error:  # all of which an empty file raises
+            files = f" of {self.data_files}" if self.data_files else ""
+            raise ValueError(f"no documents could be read from {self.path!r}{files}: is it empty? ({error})") from error
         strings = [name for name, feature in data.features.items() if getattr(feature, "dtype", "").endswith("string")]
         if self.text_column not in strings:
             raise ValueError(

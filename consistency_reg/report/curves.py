@@ -7,7 +7,7 @@ from consistency_reg.optional import require
 
 with require("plots"):
     import numpy as np
-import pandas as pd
+    import pandas as pd
 
 PERPLEXITY, MISSES_FROM = "val/ppl", "val/cache/lru_25pct"
 TOKENS = "tokens"
