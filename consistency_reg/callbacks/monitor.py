@@ -30,7 +30,8 @@ class RoutingMonitor(Callback):
     ``overlap``, ``cache/lru_k``, ``cache/lru_2k``, ``cache/lru_25pct`` (hit rates), ``balance/cv``, ``balance/sd``,
     ``balance/max_mean``, ``balance/min_share``, ``balance/local_cv/m16``. Of each domain, if there are several: the
     same with the domain's name behind. Of each layer: SRP, caches, global balance and overlap with ``/layer_00``
-    behind. What they mean: :mod:`consistency_reg.metrics`. The sanity check of a trainer is not measured.
+    behind. What they mean: :mod:`consistency_reg.metrics`. The sanity check of a trainer is not measured, and
+    nothing is logged of an m that every document is shorter than.
 
     Under ``train/``, at the steps that the trainer logs: SRP, static SRP, local gain and cache hits of that step's
     batch. ``trainer/tokens`` counts the tokens seen. ``tradeoff/`` holds the point of every validation: quality,

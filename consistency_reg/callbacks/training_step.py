@@ -63,20 +63,6 @@ class TrainingStepTerm(Callback):
         pl_module.training_step = _StepWithTerm(self, trainer, pl_module)  # type: ignore[method-assign]
         return capture
 
-    def _step(
-        self, trainer: Trainer, pl_module: LightningModule, step: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """What ``step`` returns, with the term in its loss."""
-        capture = self._capture
-        assert capture is not None
-        with capture.recording():
-            output = step(*args, **kwargs)
-        if output is None:
-            return None
-        trace = capture.trace(*self.masks(args[0] if args else None))
-        capture.clear()
-        return self._add(trainer, pl_module, output, trace)
-
     def _add(self, trainer: Trainer, pl_module: LightningModule, output: Any, trace: RoutingTrace) -> Any:
         if isinstance(output, Mapping):
             if not isinstance(output.get("loss"), Tensor):
