@@ -5,9 +5,19 @@ import netrc
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
+
+from consistency_reg.optional import require
 
 Mode = Literal["online", "offline", "disabled", "shared"]
+
+
+def open_run(project: str, folder: Path, **options: Any) -> Any:
+    """A run of wandb with its files in ``folder``; ``options``: more of ``wandb.init``'s."""
+    with require("wandb"):
+        import wandb
+    whole = folder.absolute()  # wandb's process may have begun in another folder
+    return wandb.init(project=project, dir=whole, mode=wandb_mode(), **options)
 
 
 def wandb_mode() -> Mode | None:

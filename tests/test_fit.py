@@ -120,6 +120,15 @@ TWO_VALIDATIONS = {
 }
 
 
+def stop(monkeypatch, hook, replacement, argv, error=SystemExit):
+    """What ends a run in which ``replacement`` stands for a hook of its progress."""
+    with monkeypatch.context() as patch:
+        patch.setattr(RunProgress, hook, replacement)
+        with pytest.raises(error) as stopped:
+            fit.main(argv)
+    return stopped.value
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight") / "run"
@@ -146,10 +155,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(hook, at, saved, straight, 
             time.sleep(SLEPT)
             signal.raise_signal(signal.SIGINT)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(RunProgress, hook, press_control_c)
-        with pytest.raises(SystemExit):
-            fit.main(arguments(tmp_path / "stopped", **TWO_VALIDATIONS))
+    stop(monkeypatch, hook, press_control_c, arguments(tmp_path / "stopped", **TWO_VALIDATIONS))
     told = capsys.readouterr().err
     assert "once more to stop at once" in told
     assert f"saved step {saved} of 6 in {tmp_path / 'stopped' / 'checkpoints' / 'last.ckpt'}" in told
@@ -201,10 +207,7 @@ def test_ctrl_c_within_an_accumulation_waits_for_its_step(batch, saved, accumula
         if (trainer.current_epoch, batch_idx) == (0, batch):
             signal.raise_signal(signal.SIGINT)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(RunProgress, "on_train_batch_start", press_control_c)
-        with pytest.raises(SystemExit):
-            fit.main(arguments(tmp_path / "stopped", **ACCUMULATED))
+    stop(monkeypatch, "on_train_batch_start", press_control_c, arguments(tmp_path / "stopped", **ACCUMULATED))
     assert f"saved step {saved} of 6" in capsys.readouterr().err
     assert fit.main(arguments(tmp_path / "stopped", **ACCUMULATED)) == 0
     uninterrupted, resumed = result(accumulated), result(tmp_path / "stopped")
@@ -222,10 +225,7 @@ def test_no_checkpoint_is_written_within_an_accumulation(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "save_checkpoint", save)
     changes = ACCUMULATED | {"trainer__limit_train_batches": 8, "trainer__max_epochs": 1, "trainer__max_steps": 4}
-    with monkeypatch.context() as patch:
-        patch.setattr(RunProgress, "on_train_batch_start", stop_at_step(2))
-        with pytest.raises(KeyError):
-            fit.main(arguments(tmp_path / "run", **changes))
+    stop(monkeypatch, "on_train_batch_start", stop_at_step(2), arguments(tmp_path / "run", **changes), error=KeyError)
     fit.main(arguments(tmp_path / "run", **changes))
     assert saved
     assert all(batches % 2 == 0 for batches in saved), saved
@@ -272,11 +272,8 @@ def test_sigterm_in_the_validation_after_training_is_no_success(tmp_path, monkey
         if trainer.state.fn == "validate":
             signal.raise_signal(signal.SIGTERM)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(RunProgress, "on_validation_batch_end", terminate)
-        with pytest.raises(SystemExit) as stop:
-            fit.main(arguments(tmp_path / "run"))
-    assert stop.value.code == 128 + signal.SIGTERM
+    stopped = stop(monkeypatch, "on_validation_batch_end", terminate, arguments(tmp_path / "run"))
+    assert stopped.code == 128 + signal.SIGTERM
     assert not (tmp_path / "run" / "result.json").exists()
     assert fit.main(arguments(tmp_path / "run")) == 0
 
@@ -290,10 +287,8 @@ def test_a_second_signal_stops_at_once(second, error, tmp_path, monkeypatch):
         signal.raise_signal(second)
         raise AssertionError("went on")
 
-    monkeypatch.setattr(RunProgress, "on_train_batch_start", signals)
-    with pytest.raises(SystemExit) as stop:
-        fit.main(arguments(tmp_path / "run"))
-    assert error in repr(stop.value.__context__)
+    stopped = stop(monkeypatch, "on_train_batch_start", signals, arguments(tmp_path / "run"))
+    assert error in repr(stopped.__context__)
     assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
 
 

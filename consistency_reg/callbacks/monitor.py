@@ -95,7 +95,7 @@ class RoutingMonitor(Callback):
         self._fitting = False
         self._recording = ExitStack()
         self._records_training = False
-        self._skipped = False  # a batch of a validation, without a forward
+        self._unheard = False  # a batch of a validation, without a forward
         self._measures = self._new_measures()
         self._measured: Measured | None = None
         self._pictures: Any = None  # where a logger shows them
@@ -159,7 +159,7 @@ class RoutingMonitor(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the routers, outside of fit."""
-        self._skipped = False
+        self._unheard = False
         if self._capture is None and not trainer.sanity_checking:
             self._capture = RouterCapture(pl_module, self.adapters).attach()
 
@@ -181,9 +181,8 @@ class RoutingMonitor(Callback):
         if self._capture is None:
             return
         self._recording.close()
-        if not trainer.sanity_checking and not self._capture.heard:
-            self._skipped = True  # by validation_step
-        elif not trainer.sanity_checking:
+        self._unheard |= not self._capture.heard
+        if self._capture.heard and not trainer.sanity_checking:
             trace = self._capture.trace(*self.masks(batch))
             self._measures.add(trace, dataloader_idx)
             if self._pictures is not None and batch_idx == 0:
@@ -196,7 +195,7 @@ class RoutingMonitor(Callback):
             return
         self._measured = self._measures.results(domain_names(trainer), pl_module.device)
         if self._measured is None:
-            if self._skipped:
+            if self._unheard:
                 self._capture.trace()  # says why no batch at all was heard
             return
         self.current = self._measures.headline(self._measured.model)

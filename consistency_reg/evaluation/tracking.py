@@ -7,19 +7,18 @@ from consistency_reg.evaluation.measure import Evaluation
 from consistency_reg.optional import require
 from consistency_reg.provenance import git_commit, package_versions
 from consistency_reg.tracking.measures import ratio_name
-from consistency_reg.wandb_login import wandb_mode
+from consistency_reg.wandb_login import open_run
 
 
 def log_to_wandb(project: str, evaluations: Sequence[Evaluation], pictures: Mapping[str, Path], folder: Path) -> None:
     """Log the numbers and pictures of each model; offline, into ``folder``, where there is no login."""
     with require("wandb"):
         import wandb
-    whole = folder.absolute()  # wandb's process may have begun in another folder
     origin = {"versions": package_versions(), "git_commit": git_commit()}
     for one in evaluations:
         config = {"model": one.recording.model, **origin, **one.recording.about}  # a trace has an origin of its own
         name = one.recording.model
-        run = wandb.init(project=project, name=name, job_type="evaluate", config=config, dir=whole, mode=wandb_mode())
+        run = open_run(project, folder, name=name, job_type="evaluate", config=config)
         try:
             shown = {f"val/{name}": value for name, value in scalars(one).items()}
             run.log(shown | {f"evaluation/{name}": wandb.Image(str(path)) for name, path in pictures.items()})

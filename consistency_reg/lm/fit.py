@@ -22,6 +22,7 @@ with require("lightning"):
 
 from consistency_reg.callbacks import ConsistencyRegularizer, ExpertAgreement, RouterAnchor, RoutingMonitor
 from consistency_reg.callbacks.progress import TrainingBar
+from consistency_reg.cli import TERMINATED
 from consistency_reg.files import write_atomically, write_json
 from consistency_reg.lm.card import write_card
 from consistency_reg.lm.data import TextDataModule
@@ -36,7 +37,7 @@ from consistency_reg.lm.mistakes import explain, recipe_keys
 from consistency_reg.lm.model import count_parameters, small_moe
 from consistency_reg.lm.module import CausalMoE, check_warmup
 from consistency_reg.lm.pretrained import save_plain
-from consistency_reg.lm.run import TERMINATED, RunProgress, StepCheckpoint
+from consistency_reg.lm.run import RunProgress, StepCheckpoint
 from consistency_reg.lm.tracking import finish, is_first_process, log_result, run_loggers
 from consistency_reg.provenance import device_name, git_commit, package_versions
 

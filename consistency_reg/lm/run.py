@@ -15,12 +15,12 @@ from torch import Tensor
 
 from consistency_reg.callbacks.batches import count_tokens
 from consistency_reg.callbacks.progress import current_routing, total_steps
+from consistency_reg.cli import TERMINATED
 from consistency_reg.files import write_json
 from consistency_reg.masks import batch_masks
 
 SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 SAME_SECONDS = 2.0  # a scheduler's SIGTERM to all processes comes once more through torchrun
-TERMINATED = 128 + signal.SIGTERM  # the exit code, as a shell has it
 
 
 class RunProgress(Callback):

@@ -66,7 +66,8 @@ class LoadBalanceLoss(RoutingLoss):
         """[L] the loss of every layer; a training-mode call counts as one micro-batch."""
         counts = [_Counts.of(layer, trace) for layer in trace]
         alike = groupby(counts, key=lambda one: (one.num_experts, one.top_k, one.probabilities.dtype, one.uses.device))
-        losses_L = torch.cat([self._losses(list(layers), trace.valid_mask.sum(dim=1)) for _, layers in alike])
+        tokens_B = trace.valid_mask.sum(dim=1)
+        losses_L = torch.cat([self._losses(list(layers), tokens_B) for _, layers in alike])
         if self.training:
             self._calls += 1
             if self._calls == self.accumulation_steps:

@@ -18,7 +18,7 @@ from consistency_reg.report.tables import MARKS, Table
 from consistency_reg.report.wandb_runs import PREFIX, read_wandb
 from consistency_reg.tracking.artifacts import log_artifact
 from consistency_reg.usage import CommandParser
-from consistency_reg.wandb_login import wandb_mode
+from consistency_reg.wandb_login import open_run
 
 with require("plots"):
     from rich import box
@@ -126,8 +126,7 @@ def log_to_wandb(project: str, folder: Path, tables: Sequence[Table], drawn: Seq
     with require("wandb"):
         import wandb
     name = f"report {folder.parent.name}"
-    whole = folder.absolute()  # wandb's process may have begun in another folder
-    with wandb.init(project=project, job_type="report", name=name, dir=whole, mode=wandb_mode()) as run:
+    with open_run(project, folder, job_type="report", name=name) as run:
         for table in tables:
             run.log(
                 {f"report/{table.title}": wandb.Table(columns=list(table.header), data=[list(r) for r in table.rows])}

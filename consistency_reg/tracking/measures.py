@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from consistency_reg.losses.distributed import world_size
 from consistency_reg.metrics import CacheHitRate, RoutingBalance, SegmentRoutingPerformance
 from consistency_reg.metrics.base import RoutingMetric
 from consistency_reg.metrics.hit_rates import ModelHitRates
@@ -136,7 +137,7 @@ class RoutingMeasures:
         lru = CacheHitRate.from_trace(trace, "lru", **options)
         for metric in (srp, lru):
             metric.update(trace)
-        values = _of_whole_segments({log_name(key): value for key, value in srp.compute().items()}, srp)
+        values = self._of_whole_segments({log_name(key): value for key, value in srp.compute().items()})
         values |= cache_values(lru.results(), self.cache_ratios, self.cache_shares)
         kept = ("srp/", "static_srp", "local_gain/", "cache/")
         return {name: value for name, value in values.items() if name.startswith(kept) and "/layer_" not in name}
@@ -165,26 +166,25 @@ class RoutingMeasures:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(those of the model, those of its layers)."""
         values = {log_name(key): value for name in ("srp", "balance") for key, value in metrics[name].compute().items()}
-        values = _of_whole_segments(values, metrics["srp"])
+        values = self._of_whole_segments(values)
         values |= cache_values(rates, self.cache_ratios, self.cache_shares)
         of_layer = {name for name in values if "/layer_" in name}
         return {n: values[n] for n in values if n not in of_layer}, {n: values[n] for n in values if n in of_layer}
+
+    def _of_whole_segments(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Without the measures of an m that every document was too short for: there, and nowhere else, SRP is 0."""
+        absent = {f"m{m}" for m in self.segment_lengths if not values[f"srp/m{m}"]}
+        return {name: value for name, value in values.items() if not absent & set(name.split("/"))}
 
 
 def _of_all_processes(domains: Mapping[int, Mapping[str, RoutingMetric]]) -> tuple[set[int], Sequence[int]]:
     """The domains that some process has seen, and E of each layer: metrics are synchronized one after the other."""
     num_experts = next((metrics["srp"].num_experts for metrics in domains.values()), ())
     found = [(set(domains), num_experts)]
-    if dist.is_available() and dist.is_initialized():
-        found *= dist.get_world_size()
+    if (processes := world_size()) > 1:
+        found *= processes
         dist.all_gather_object(found, (set(domains), num_experts))
     return set().union(*(seen for seen, _ in found)), max(experts for _, experts in found)
-
-
-def _of_whole_segments(values: Mapping[str, Tensor], srp: RoutingMetric) -> dict[str, Tensor]:
-    """Without the measures of segments that every document was too short for: there is nothing to measure."""
-    absent = {f"m{m}" for m, result in srp.results().items() if not result.histogram.any()}
-    return {name: value for name, value in values.items() if not absent & set(name.split("/"))}
 
 
 def cache_values(
