@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-from consistency_reg import functional
+from consistency_reg import functional, moved
 from consistency_reg.capture import RouterAdapter, RouterCapture
 from consistency_reg.losses import (
     CacheConsistencyLoss,
@@ -20,6 +20,7 @@ from consistency_reg.losses import (
 from consistency_reg.routing import RoutingTrace
 
 __version__ = version("consistency-reg")
+moved.install()
 
 _ON_FIRST_USE = {
     "CacheHitRate": "consistency_reg.metrics",

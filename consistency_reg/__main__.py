@@ -2,7 +2,7 @@
 
 import sys
 
-from consistency_reg.cli import main
+from consistency_reg.lab.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

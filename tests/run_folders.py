@@ -35,7 +35,7 @@ def result(name, /, *, seed=0, shared=0, weight=0.0, loss="LocalConsistencyLoss"
         "run_dir": f"runs/{name}",
         "model": {
             "model": {
-                "class_path": "consistency_reg.lm.model.small_moe",
+                "class_path": "consistency_reg.lab.model.small_moe",
                 "init_args": {"num_experts": 32, "top_k": 4, "shared_experts": shared, "seed": seed},
             },
             "balance_weight": changes.pop("balance_weight", 0.05),

@@ -6,10 +6,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-from consistency_reg.cli import MODULES
+from consistency_reg.lab.cli import MODULES
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Pages about other trainers have tests of their own, with the models and data that they need.
 RUN_HERE = ("README.md", "choosing.md", "glossary.md", "index.md", "tracking.md", "what_you_log.md")

@@ -4,12 +4,10 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import ROOT
 from wandb_file import read_run
-
-ROOT = Path(__file__).parents[1]
 
 OWN_MODULE = """
 import sys

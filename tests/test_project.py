@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from places import ROOT
 
-ROOT = Path(__file__).parents[1]
 TOP_LEVEL = {
     *("pyproject.toml", "consistency_reg", "recipes", "tests", "notebooks", "README.md"),
     *("Makefile", "constraints.txt", "docs", "LICENSE"),
@@ -100,9 +100,9 @@ def test_the_package_alone_measures_and_regularizes(bare):
     [
         ("import consistency_reg; consistency_reg.ConsistencyRegularizer", "lightning"),
         ("import consistency_reg; consistency_reg.RoutingMonitor", "lightning"),
-        ("from consistency_reg.cli import main; sys.exit(main(['fit', '--config', 'x.yaml']))", "lightning"),
-        ("from consistency_reg.cli import main; sys.exit(main(['ablate', 'x.yaml']))", "lightning"),
-        ("from consistency_reg.cli import main; sys.exit(main(['report', 'x']))", "plots"),
+        ("from consistency_reg.lab.cli import main; sys.exit(main(['fit', '--config', 'x.yaml']))", "lightning"),
+        ("from consistency_reg.lab.cli import main; sys.exit(main(['ablate', 'x.yaml']))", "lightning"),
+        ("from consistency_reg.lab.cli import main; sys.exit(main(['report', 'x']))", "plots"),
     ],
 )
 def test_what_needs_an_extra_names_it(bare, code, extra):

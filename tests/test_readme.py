@@ -1,9 +1,8 @@
 """README names nothing that is not there. Its blocks, commands and links: test_docs.py."""
 
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from places import ROOT
 
 
 def test_files_that_readme_names_exist():

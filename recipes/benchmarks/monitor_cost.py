@@ -17,8 +17,8 @@ from rows import append, quantiles
 from torch.utils.data import DataLoader
 
 from consistency_reg import LoadBalanceLoss, RoutingMonitor
-from consistency_reg.lm.model import small_moe
-from consistency_reg.lm.module import CausalMoE
+from consistency_reg.lab.model import small_moe
+from consistency_reg.lab.module import CausalMoE
 
 VOCABULARY, T, ROWS, DOMAINS, STEPS, VALIDATIONS = 2048, 256, 8, 8, 300, 4
 VALIDATION_ROWS = 16384 // T  # of each domain

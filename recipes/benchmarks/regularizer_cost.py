@@ -11,7 +11,7 @@ from rows import append, quantiles
 from torch import nn
 
 from consistency_reg import LoadBalanceLoss, LocalConsistencyLoss, RouterCapture, RouterZLoss
-from consistency_reg.lm.model import count_parameters, small_moe
+from consistency_reg.lab.model import count_parameters, small_moe
 
 ROWS, TOKENS, VOCABULARY = 8, 256, 2048
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from consistency_reg.provenance import device_name, git_commit, package_versions
+from consistency_reg.lab.provenance import device_name, git_commit, package_versions
 
 RESULTS = Path(__file__).parents[1] / "results"
 

@@ -1,9 +1,0 @@
-"""``consistency-reg ablate``: a resumable grid of runs over any keys of a recipe, each in its own process."""
-
-from consistency_reg.ablation.command import main
-from consistency_reg.ablation.grid import Cell, Grid
-from consistency_reg.ablation.launchers import LocalLauncher
-from consistency_reg.ablation.scheduler import Outcome, run_cells
-from consistency_reg.ablation.schema import load_grid
-
-__all__ = ["Cell", "Grid", "LocalLauncher", "Outcome", "load_grid", "main", "run_cells"]

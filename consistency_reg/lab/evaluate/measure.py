@@ -1,0 +1,177 @@
+"""From a recording to all that is measured of it."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from consistency_reg.functional.srp import ModelSRP
+from consistency_reg.lab.evaluate.advice import CacheChoice, choose, knee_ratio
+from consistency_reg.lab.evaluate.traces import Recording
+from consistency_reg.metrics import (
+    CacheHitRate,
+    ExpertSpecialization,
+    RoutingBalance,
+    SegmentCacheHitRate,
+    SegmentRoutingPerformance,
+)
+from consistency_reg.metrics.balance import ModelBalance
+from consistency_reg.metrics.hit_rates import ModelHitRates
+from consistency_reg.metrics.specialization import ModelSpecialization, Specialization
+from consistency_reg.optional import require
+
+with require("transformers"):
+    from tqdm import tqdm
+
+POLICIES = ("lru", "lfu", "belady", "fixed")
+ADVISED_POLICY = "lru"  # what a device can have without knowing the future
+FAVOURITES = 10  # token ids of an expert
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that is measured of one model.
+
+    Attributes:
+        recording: what it is measured on.
+        srp: by segment length.
+        domain_srp: SRP of each domain by segment length; without those that no document of it is as long as.
+        sch: hit rates of SCH by segment length.
+        policies: hit rates of real caches by policy.
+        balance: global and local.
+        specialization: in domains, where there are several, and in token ids, where they are known; None for neither.
+        cache_ratios: sizes to show.
+    """
+
+    recording: Recording
+    srp: dict[int, ModelSRP]
+    domain_srp: dict[str, dict[int, ModelSRP]]
+    sch: dict[int, ModelHitRates]
+    policies: dict[str, ModelHitRates]
+    balance: ModelBalance
+    specialization: ModelSpecialization | None
+    cache_ratios: tuple[float, ...]
+
+    @property
+    def segment_length(self) -> int:
+        """The m to name where there is room for one."""
+        return one_length(self.srp)
+
+    @property
+    def min_share(self) -> float:
+        """Usage of the least used expert of all layers, as a share of the fair share."""
+        return min(float(layer.min_share) for layer in self.balance.layers)
+
+    @property
+    def kinds(self) -> dict[str, Specialization]:
+        """What the experts' specialization is measured in: "domain", "vocabulary", none or one of them."""
+        return {} if self.specialization is None else self.specialization.kinds
+
+    @cached_property
+    def advice(self) -> dict[str, CacheChoice]:
+        """The cache at the "knee" of LRU's hit rates, if there is one, and at "2K" slots."""
+        rates, sizes = self.policies[ADVISED_POLICY], self.recording.expert_bytes
+        bend = knee_ratio(rates)
+        at = {"knee": bend, "2K": 2.0}
+        return {name: choose(rates, ratio, sizes) for name, ratio in at.items() if ratio is not None}
+
+
+def measure(
+    recording: Recording,
+    *,
+    segment_lengths: Sequence[int] = (4, 16, 64),
+    cache_ratios: Sequence[float] = (1, 2, 3, 4),
+    replicates: int = 200,
+    shared_cache: bool = True,
+    device: torch.device | str = "cpu",
+) -> Evaluation:
+    """Measure a recording.
+
+    Args:
+        recording: routing of one model.
+        segment_lengths: m of SRP, SCH and local balance; those longer than every document are left out.
+        cache_ratios: cache sizes to have intervals for, in units of K.
+        replicates: of the bootstrap; 0 for no intervals.
+        shared_cache: simulate one cache for the experts of all layers too, if there are several layers. It costs about
+            as many times what the layers' caches cost as there are layers.
+        device: where to count.
+
+    Raises:
+        ValueError: no document is as long as a segment.
+    """
+    longest = recording.longest_document
+    lengths = [m for m in segment_lengths if m <= longest]
+    if not lengths:
+        raise ValueError(
+            f"{recording.model}: segment_lengths must not all exceed the longest document, {longest} tokens, "
+            f"got {list(segment_lengths)}"
+        )
+    experts, D = tuple(recording.num_experts), len(recording.domains)
+    resampled = {"replicates": replicates, "check_values": False}  # a recording is checked when it is made or read
+    srp = SegmentRoutingPerformance(experts, lengths, **resampled).to(device)
+    caches = {"cache_ratios": cache_ratios, "shared": shared_cache and len(experts) > 1, **resampled}
+    sch = SegmentCacheHitRate(experts, lengths, **caches).to(device)
+    policies = {name: CacheHitRate(experts, name, **caches).to(device) for name in POLICIES}
+    balance = RoutingBalance(experts, lengths, check_values=False).to(device)
+    by_domain = [SegmentRoutingPerformance(experts, lengths, check_values=False).to(device) for _ in range(D)]
+    words, token_ids = _words(recording)
+    specialization = None
+    if D > 1 or words:
+        specialization = ExpertSpecialization(
+            experts,
+            D if D > 1 else None,
+            words,
+            segment_length=one_length(lengths),
+            favourites=FAVOURITES,
+            check_values=False,
+        ).to(device)
+    progress = tqdm(
+        total=recording.tokens, desc=f"measuring {recording.model}", unit="token", disable=None, leave=False
+    )
+    for domain, of_domain in enumerate(by_domain):
+        for trace, index in recording.chunks((recording.domain_ids == domain).nonzero()[:, 0], device):
+            for metric in (srp, sch, *policies.values()):
+                metric.update(trace, index)
+            balance.update(trace)
+            of_domain.update(trace)
+            if specialization is not None:
+                specialization.update(
+                    trace,
+                    domain_ids=torch.full_like(index, domain) if D > 1 else None,
+                    token_ids=None if token_ids is None else token_ids[index.cpu()].to(device),
+                )
+            progress.update(int(trace.valid_mask.sum()))
+    progress.close()
+    return Evaluation(
+        recording=recording,
+        srp=srp.results(),
+        domain_srp=dict(zip(recording.domains, map(_of_windows, by_domain), strict=True)),
+        sch=sch.results(),
+        policies={name: metric.results() for name, metric in policies.items()},
+        balance=balance.results(),
+        specialization=None if specialization is None else specialization.results(),
+        cache_ratios=tuple(cache_ratios),
+    )
+
+
+def one_length(segment_lengths: Iterable[int]) -> int:
+    """The m to name where there is room for one: 16 if it is among them, else the first."""
+    lengths = list(segment_lengths)
+    return 16 if 16 in lengths else lengths[0]
+
+
+def _of_windows(metric: SegmentRoutingPerformance) -> dict[int, ModelSRP]:
+    """The results that are of any segment at all: without one SRP is unknown, not 0."""
+    return {m: result for m, result in metric.results().items() if result.histogram.any()}
+
+
+def _words(recording: Recording) -> tuple[int | None, torch.Tensor | None]:
+    """How many different token ids the text has, and the text with each as its number among them: [N, T].
+
+    An expert's favourites do not depend on how token ids are numbered, and a vocabulary is far larger than a text's.
+    """
+    if recording.token_ids is None:
+        return None, None
+    words, number_NT = recording.token_ids.unique(return_inverse=True)
+    return len(words), number_NT

@@ -1,0 +1,150 @@
+"""Models to judge: from a folder, a finished run or the hub, with the model's own tokenizer."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from consistency_reg.lab.evaluate.text import Rows
+from consistency_reg.optional import require
+
+with require("transformers"):
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoTokenizer,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
+
+    import consistency_reg.lab.model  # noqa: F401  makes its models known to the Auto classes
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to judge.
+
+    Attributes:
+        name: what tables call it.
+        model: in evaluation mode, on its device.
+        tokenizer: the model's own.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether there are two stacks."""
+        return bool(self.model.config.is_encoder_decoder)
+
+    @property
+    def body(self) -> nn.Module:
+        """The part that routes: without the head, whose logits nobody reads."""
+        return self.model if self.is_encoder_decoder else self.model.base_model
+
+    def text_of(self, token: int) -> str:
+        """One token as text."""
+        return str(self.tokenizer.decode([token]))
+
+    @property
+    def context(self) -> int | None:
+        """The longest row that the model can read; None where there is no limit."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def encode(self, texts: list[str]) -> Rows:
+        """Token ids of texts. A causal model's documents begin with its start token, else its end token, if it has one.
+
+        Raises:
+            ValueError: ids that the model has no embedding for.
+        """
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        start = self.tokenizer.bos_token_id
+        start = self.tokenizer.eos_token_id if start is None else start
+        leading = [] if start is None or self.is_encoder_decoder else [start]
+        known = len(self.model.get_input_embeddings().get_parameter("weight"))
+        highest = max((max(ids) for ids in encoded if ids), default=0)
+        if highest >= known:
+            raise ValueError(f"{self.name}: the tokenizer gives id {highest}, but the model has {known} embeddings")
+        return [leading + ids for ids in encoded]
+
+
+def load(place: str, *, device: torch.device, dtype: str = "auto", trust_remote_code: bool = False) -> Candidate:
+    """Load a model and its tokenizer.
+
+    Args:
+        place: a folder of ``save_pretrained``, the folder of a finished run of ``consistency-reg fit``, or a hub id.
+        device: where the model goes.
+        dtype: one of :data:`DTYPES`; "auto" is that of the saved weights.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ValueError: a run folder without a model, code that is not trusted, a model that is neither causal nor an
+            encoder-decoder, weights that are missing.
+        OSError: no such model or tokenizer.
+    """
+    path = str(model_folder(Path(place)) or place)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(f"{place} runs code of its own: read it, then allow it with --trust-remote-code") from error
+    except OSError as error:
+        raise OSError(f"no model can be read from {place!r}: {error}") from error
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    loaded: Any = kind.from_pretrained(path, **options)
+    model, read = loaded
+    _check_complete(place, model, read["missing_keys"])
+    nn.Module.to(model, device)
+    folder = Path(path).resolve()  # "." and "model" are good names where one stands in the run
+    name = place if not folder.is_dir() else folder.parent.name if folder.name == "model" else folder.name
+    return Candidate(name, model.eval(), tokenizer)
+
+
+def _check_complete(place: str, model: PreTrainedModel, missing: Collection[str]) -> None:
+    """Raise where weights that route would be random; the head's do not matter."""
+    head = model.get_output_embeddings()
+    heads = tuple(f"{name}." for name, module in model.named_modules() if module is head)
+    if lacking := sorted(name for name in missing if not name.startswith(heads)):
+        raise ValueError(
+            f"{place} lacks {len(lacking)} of the model's weights, such as {lacking[0]}: they would be random"
+        )
+
+
+def expert_bytes(model: nn.Module, routers: Sequence[str], num_experts: Sequence[int]) -> list[int] | None:
+    """Parameter bytes of one routed expert of each layer: those of the experts beside the router, divided by E.
+
+    The experts are the module ``experts`` of the block that the router stands in. None where a block has none.
+    """
+    sizes = []
+    for name, E in zip(routers, num_experts, strict=True):
+        block = model.get_submodule(name.rpartition(".")[0])
+        experts = getattr(block, "experts", None)
+        total = 0 if experts is None else sum(p.numel() * p.element_size() for p in experts.parameters())
+        if total == 0 or total % E:
+            return None
+        sizes.append(total // E)
+    return sizes
+
+
+def model_folder(path: Path) -> Path | None:
+    """Where the weights of a local model are; None for a path that is no folder."""
+    if not path.is_dir():
+        return None
+    if (path / "config.json").exists():
+        return path
+    if (path / "model" / "config.json").exists():
+        return path / "model"
+    if (path / "config.yaml").exists():
+        raise ValueError(f"{path} is a run without a saved model: it is not finished, run the same command again")
+    raise ValueError(f"{path} must hold a model (config.json) or a finished run (model/config.json), and has neither")

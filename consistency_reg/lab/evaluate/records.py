@@ -1,0 +1,152 @@
+"""What was measured as JSON, in full, and as CSV, a row for each number."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from consistency_reg.functional.srp import ModelSRP, SRPResult
+from consistency_reg.lab.evaluate.measure import FAVOURITES, Evaluation
+from consistency_reg.metrics.hit_rates import ModelHitRates
+from consistency_reg.metrics.specialization import Specialization
+
+COLUMNS = ("model", "domain", "layer", "measure", "m", "cache_ratio", "value", "low", "high")
+ALL = "all"
+SHARED = "shared by all"  # in the place of a layer: one cache for all of them
+OF_SRP = ("srp", "size_ratio", "threshold", "static_srp", "local_gain")
+OF_BALANCE = ("sd", "cv", "max_over_mean", "min_share")
+
+
+def to_csv(evaluations: Sequence[Evaluation]) -> str:
+    """A row for each number; ``low`` and ``high`` are its 95% interval where there is one."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for evaluation in evaluations:
+        for row in _rows(evaluation):
+            writer.writerow({"model": evaluation.recording.model, "domain": ALL, "layer": ALL} | row)
+    return text.getvalue()
+
+
+def to_json(evaluations: Sequence[Evaluation], about: dict[str, Any]) -> str:
+    """All that was measured, down to the hit rate of every layer's cache at every size."""
+    return json.dumps(_without_nan({**about, "models": [_model(one) for one in evaluations]}), indent=1) + "\n"
+
+
+def _rows(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+    names = evaluation.recording.layer_names
+    for m, result in evaluation.srp.items():
+        yield from _srp_rows(result, m)
+        for name, layer in zip(names, result.layers, strict=True):
+            yield from ({"layer": name} | row for row in _srp_rows(layer, m))
+    for domain, by_length in evaluation.domain_srp.items():
+        for m, result in by_length.items():
+            yield from ({"domain": domain} | row for row in _srp_rows(result, m))
+    simulations = [("sch", m, rates) for m, rates in evaluation.sch.items()]
+    for measure, length, rates in [*simulations, *((name, None, rates) for name, rates in evaluation.policies.items())]:
+        for ratio in evaluation.cache_ratios:
+            where = {"measure": f"hit_rate_{measure}", "m": length, "cache_ratio": ratio}
+            yield where | {"value": float(rates.at(ratio))} | _interval(rates.intervals.get(ratio))
+            for name, cache in zip(names, rates.layers, strict=True):
+                yield where | {"layer": name, "value": float(cache.at(ratio))} | _interval(cache.interval_at(ratio))
+            if rates.shared is not None:
+                shared = {"value": float(rates.shared.at(ratio))} | _interval(rates.shared.interval_at(ratio))
+                yield where | {"layer": SHARED} | shared
+    for kind, found in evaluation.kinds.items():
+        for measure, value in _summary(found).items():
+            yield {"measure": f"{kind}_specialization_{measure}", "m": evaluation.segment_length, "value": value}
+    for i, name in enumerate(names):
+        balance = evaluation.balance
+        for measure in OF_BALANCE:
+            yield {"layer": name, "measure": f"balance_{measure}", "value": float(getattr(balance.layers[i], measure))}
+        for segment, cv in balance.local_cv.items():
+            yield {"layer": name, "measure": "local_cv", "m": segment, "value": float(cv[i])}
+        yield {"layer": name, "measure": "overlap", "value": float(balance.overlap[i])}
+
+
+def _srp_rows(result: ModelSRP | SRPResult, m: int) -> Iterator[dict[str, Any]]:
+    for measure in OF_SRP:
+        interval = _interval(result.interval) if measure == "srp" else {}
+        yield {"measure": measure, "m": m, "value": _number(getattr(result, measure))} | interval
+
+
+def _model(evaluation: Evaluation) -> dict[str, Any]:
+    recording, balance = evaluation.recording, evaluation.balance
+    return {
+        "model": recording.model,
+        "about": recording.about,
+        "tokens": recording.tokens,
+        "rows": len(recording.valid),
+        "layer_names": list(recording.layer_names),
+        "num_experts": list(recording.num_experts),
+        "top_k": [ids.shape[-1] for ids in recording.expert_ids],
+        "expert_bytes": None if recording.expert_bytes is None else list(recording.expert_bytes),
+        "srp": {m: _srp(result) | {"layers": list(map(_srp, result.layers))} for m, result in evaluation.srp.items()},
+        "srp_by_domain": {
+            domain: {m: _srp(result) for m, result in by_length.items()}
+            for domain, by_length in evaluation.domain_srp.items()
+        },
+        "sch": {m: _hit_rates(rates, evaluation.cache_ratios) for m, rates in evaluation.sch.items()},
+        "caches": {name: _hit_rates(rates, evaluation.cache_ratios) for name, rates in evaluation.policies.items()},
+        "balance": {
+            "layers": [{name: float(getattr(layer, name)) for name in OF_BALANCE} for layer in balance.layers],
+            "usage": [usage.tolist() for usage in balance.usage],
+            "local_cv": {m or "document": cv.tolist() for m, cv in balance.local_cv.items()},
+            "overlap": balance.overlap.tolist(),
+        },
+        "specialization": _specialization(evaluation),
+        "advice": {name: asdict(choice) for name, choice in evaluation.advice.items()},
+    }
+
+
+def _srp(result: ModelSRP | SRPResult) -> dict[str, Any]:
+    return {name: _number(getattr(result, name)) for name in OF_SRP} | _interval(result.interval)
+
+
+def _hit_rates(rates: ModelHitRates, cache_ratios: Sequence[float]) -> dict[str, Any]:
+    at = {ratio: {"hit_rate": float(rates.at(ratio))} | _interval(rates.intervals.get(ratio)) for ratio in cache_ratios}
+    found = {"at_ratio": at, "layers_by_slots": [layer.hit_rate.tolist() for layer in rates.layers]}
+    if rates.shared is None:
+        return found
+    shared = {
+        ratio: {"hit_rate": float(rates.shared.at(ratio))} | _interval(rates.shared.interval_at(ratio))
+        for ratio in cache_ratios
+    }
+    return found | {"shared": {"at_ratio": shared, "by_slots": rates.shared.hit_rate.tolist()}}
+
+
+def _specialization(evaluation: Evaluation) -> dict[str, Any] | None:
+    """By kind the mean, the correlations with the experts' own SRP, and the value of every expert."""
+    found = evaluation.specialization
+    if found is None:
+        return None
+    of_experts = {
+        kind: _summary(one) | {"layers": [layer.tolist() for layer in one.layers]}
+        for kind, one in evaluation.kinds.items()
+    }
+    about = {"m": evaluation.segment_length, "favourites": FAVOURITES}
+    return {**about, "srp": [layer.tolist() for layer in found.srp], **of_experts}
+
+
+def _summary(kind: Specialization) -> dict[str, float]:
+    return {name: float(getattr(kind, name)) for name in ("mean", "pearson", "spearman")}
+
+
+def _interval(interval: Tensor | None) -> dict[str, float]:
+    return {} if interval is None else dict(zip(("low", "high"), interval.tolist(), strict=True))
+
+
+def _number(value: Tensor) -> float:
+    return value.item()
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and content != content else content

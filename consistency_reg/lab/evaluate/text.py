@@ -1,0 +1,100 @@
+"""Which text a model is judged on: rows of token ids, each a piece of one document."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+from consistency_reg.lab.corpus.sources import DataSource
+from consistency_reg.lab.corpus.text import load_domain
+from consistency_reg.optional import require
+
+with require("transformers"):
+    import datasets
+
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+ENCODED_AT_ONCE = 64  # documents
+
+Rows = list[list[int]]
+Documents = Iterable[Mapping[str, str]]  # {"text": ...}
+
+
+def corpus_documents(domains: Sequence[str], corpus_bytes: int) -> dict[str, datasets.Dataset]:
+    """The validation documents of domains of the default corpus, those whose packages are installed.
+
+    Raises:
+        ValueError: an unknown domain, or none of them can be read.
+    """
+    texts = {name: load_domain(name, corpus_bytes) for name in domains}
+    found = {name: text.validation for name, text in texts.items() if text is not None}
+    if domains and not found:
+        raise ValueError(f"none of the domains {list(domains)} can be read: see the warnings above")
+    return found
+
+
+def dataset_documents(path: str, config: str | None, split: str, text_column: str) -> datasets.Dataset:
+    """The documents of a data set of the hub, a folder, or a file (JSON, CSV, Parquet, text).
+
+    Raises:
+        ValueError: ``text_column`` is no column of strings; no such split.
+        OSError: no such data set.
+    """
+    file = Path(path)
+    if file.suffix in FORMATS and not file.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    kind = FORMATS.get(file.suffix) if file.is_file() else None
+    place = {"path": path} if kind is None else {"path": kind, "data_files": path}
+    return DataSource(**place, name=config, split=split, validation_split=split, text_column=text_column).load().train
+
+
+def cut(
+    domains: Mapping[str, Documents],
+    encode: Callable[[list[str]], Rows],
+    length: int,
+    max_tokens: int,
+) -> dict[str, Rows]:
+    """Cut documents into rows of at most ``length`` tokens, ``max_tokens`` in all, the domains' shares equal.
+
+    Of each document its first row is taken; where this is not enough text, the rest of the documents too. A row of a
+    single token is left out: nothing follows it.
+
+    Args:
+        domains: the documents of each domain.
+        encode: from texts to token ids.
+        length: T.
+        max_tokens: of all domains together; a domain with less text does not leave its share to others.
+
+    Raises:
+        ValueError: a domain without text.
+    """
+    share = max_tokens // len(domains)
+    rows = {name: _rows(_encoded(documents, encode), length, share) for name, documents in domains.items()}
+    if empty := [name for name, found in rows.items() if not found]:
+        raise ValueError(f"the data must hold at least one document of two tokens, got none in {', '.join(empty)}")
+    return rows
+
+
+def _encoded(documents: Documents, encode: Callable[[list[str]], Rows]) -> Iterator[list[int]]:
+    texts = (document["text"] for document in documents)
+    present = (text for text in texts if text and not text.isspace())
+    while batch := list(islice(present, ENCODED_AT_ONCE)):
+        yield from encode(batch)
+
+
+def _rows(documents: Iterable[list[int]], length: int, max_tokens: int) -> Rows:
+    first: Rows = []
+    rest: Rows = []
+    left = max_tokens
+    for ids in documents:
+        pieces = [ids[start : start + length] for start in range(0, len(ids), length) if start + 1 < len(ids)]
+        first += pieces[:1]
+        rest += pieces[1:]
+        left -= len(pieces[0]) if pieces else 0
+        if left <= 0:
+            break
+    rows, left = [], max_tokens
+    for row in (*first, *rest):
+        if left < 2:
+            break
+        rows.append(row[:left])
+        left -= len(rows[-1])
+    return rows

@@ -1,0 +1,7 @@
+"""``consistency-reg report``: runs beside each other, in tables, a figure and one page."""
+
+from consistency_reg.lab.report.command import main
+from consistency_reg.lab.report.pairs import Pair, pair_runs
+from consistency_reg.lab.report.runs import Run, read_folder, read_run
+
+__all__ = ["Pair", "Run", "main", "pair_runs", "read_folder", "read_run"]

@@ -1,0 +1,49 @@
+"""The figures of a report, a module each."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from consistency_reg.lab.report.figures import balance, cost, effects, frontier, hit_rates, layers, published, tradeoff
+from consistency_reg.lab.report.findings import Findings
+from consistency_reg.lab.report.plots import Looks, png
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as PNG.
+
+    Attributes:
+        name: of its file, without the ending.
+        caption: what it shows, and how to read it.
+        png: the bytes.
+    """
+
+    name: str
+    caption: str
+    png: bytes
+
+
+DRAWN = {
+    "frontier": frontier,
+    "tradeoff": tradeoff,
+    "balance": balance,
+    "layers": layers,
+    "hit_rates": hit_rates,
+    "cost": cost,
+    "effects": effects,
+    "published": published,
+}
+
+
+def pictures(findings: Findings, source: str = "") -> Iterator[Picture]:
+    """Every figure that the runs have something for.
+
+    Args:
+        findings: of the report.
+        source: what the runs were read from, kept in each PNG's metadata.
+    """
+    looks = Looks.of(findings.runs, findings.pairs)
+    for name, module in DRAWN.items():
+        figure = module.draw(findings, looks)
+        if figure is not None:
+            yield Picture(name, module.CAPTION, png(figure, source))

@@ -1,0 +1,54 @@
+"""SRP of every layer."""
+
+import re
+
+from consistency_reg.lab.report.findings import Findings
+from consistency_reg.lab.report.plots import Looks, panels
+from consistency_reg.lab.report.runs import SRP
+from consistency_reg.optional import require
+
+with require("plots"):
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+CAPTION = "SRP (segments of 16 tokens) of each MoE layer, means over the seeds, in percent."
+LAYER = re.compile(rf"{SRP}/layer_(\d+)")
+MOST_NUMBERS = 16  # layers for which the numbers have room
+
+
+def draw(findings: Findings, looks: Looks) -> Figure | None:
+    """A row for each cell, a column for each layer; None where layers were not measured."""
+    rows = [
+        {"cell": run.cell, "layer": int(match[1]), "srp": 100 * value}
+        for run in findings.runs
+        for name, value in run.metrics.items()
+        if (match := LAYER.fullmatch(name))
+    ]
+    if not rows:
+        return None
+    cells = list(dict.fromkeys(str(row["cell"]) for row in rows))
+    table = pd.DataFrame(rows).pivot_table(index="cell", columns="layer", values="srp").loc[cells]
+    height = 1.6 + 0.3 * len(cells)
+    figure, (axes,) = panels(1, 1, min(11, 4.5 + 0.7 * len(table.columns)), height)
+    image = axes.imshow(table, aspect="auto", cmap="cividis")
+    axes.set_xticks(range(len(table.columns)), [str(layer) for layer in table.columns])
+    axes.set_yticks(range(len(cells)), cells, parse_math=False)
+    axes.set_xlabel("MoE layer, from the first")
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    if len(table.columns) <= MOST_NUMBERS:
+        _numbers(axes, table)
+    figure.colorbar(image, label="SRP, segments of 16 tokens (%)")
+    return figure
+
+
+def _numbers(axes: Axes, table: pd.DataFrame) -> None:
+    scaled = Normalize(table.min(axis=None), table.max(axis=None))(table.to_numpy())
+    for row, values in enumerate(table.to_numpy()):
+        for column, value in enumerate(values):
+            if value == value:
+                colour = "black" if scaled[row, column] > 0.5 else "white"
+                axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=9, color=colour)

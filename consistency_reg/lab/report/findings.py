@@ -1,0 +1,84 @@
+"""All that a report says of its runs, worked out once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from consistency_reg.lab.report import comparison
+from consistency_reg.lab.report.cells import cell_frame, chosen
+from consistency_reg.lab.report.cost import cost_frame
+from consistency_reg.lab.report.effects import effect_frame
+from consistency_reg.lab.report.finetuning import fine_tuning_tables
+from consistency_reg.lab.report.hypervolume import loss_frame
+from consistency_reg.lab.report.pairs import Pair, pair_frame
+from consistency_reg.lab.report.published import agreement, beside_published
+from consistency_reg.lab.report.runs import Run
+from consistency_reg.lab.report.tables import Table, overview_table, pair_table, run_tables
+from consistency_reg.optional import require
+
+with require("plots"):
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Runs, what they are compared with, and what follows from that.
+
+    Attributes:
+        runs: validated on the same data.
+        pairs: of :func:`~consistency_reg.lab.report.pairs.pair_runs`.
+        baseline: the name that the pairs' baseline was asked by.
+    """
+
+    runs: Sequence[Run]
+    pairs: Sequence[Pair]
+    baseline: str | None = None
+
+    @cached_property
+    def pair_frame(self) -> pd.DataFrame:
+        """A row for each pair."""
+        return pair_frame(self.pairs)
+
+    @cached_property
+    def cells(self) -> pd.DataFrame:
+        """A row for each cell that has a baseline."""
+        return cell_frame(self.pair_frame)
+
+    @cached_property
+    def shown(self) -> list[str]:
+        """Cells for figures that cannot hold all: those without a baseline, and the best of each loss."""
+        compared = {pair.run.cell for pair in self.pairs}
+        best = set(chosen(self.cells)["cell"]) if self.pairs else set()
+        cells = dict.fromkeys(run.cell for run in self.runs)
+        return [cell for cell in cells if cell not in compared or cell in best]
+
+    @cached_property
+    def effects(self) -> pd.DataFrame:
+        """A row for each design choice."""
+        return effect_frame(self.runs, self.baseline)
+
+    @cached_property
+    def published(self) -> pd.DataFrame:
+        """A row for each design that was published; empty where these are not."""
+        return beside_published(self.runs)
+
+    @cached_property
+    def costs(self) -> pd.DataFrame:
+        """A row for each validation of each pair; empty where runs were validated once."""
+        return cost_frame(self.pairs)
+
+    def tables(self) -> list[Table]:
+        """All tables, what a reader asks first in front."""
+        tables = [overview_table(self.runs)]
+        if self.pairs:
+            losses = loss_frame(self.pair_frame, self.cells)
+            tables += [comparison.gate_table(self.cells), comparison.loss_table(losses)]
+            tables += [comparison.cell_table(self.cells)]
+        if not self.costs.empty:
+            tables.append(comparison.cost_table(self.costs))
+        if not self.effects.empty:
+            tables.append(comparison.effect_table(self.effects))
+        if not self.published.empty:
+            tables += comparison.published_tables(self.published, agreement(self.published))
+        tables += fine_tuning_tables(self.runs)
+        return [*tables, *([pair_table(self.pairs)] if self.pairs else []), *run_tables(self.runs)]

@@ -1,0 +1,247 @@
+"""Finished runs as one flat record each, read from run folders, ablations and committed CSV files."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from consistency_reg.lab.report.curves import MISSES_FROM, PERPLEXITY, Curve, read_curve
+from consistency_reg.lab.report.recipe import (
+    DATA_SETTINGS,
+    architecture,
+    consistency_term,
+    pair_digest,
+    term_options,
+    validation_limits,
+)
+
+HASH_DIGITS = 16  # of a corpus' SHA-256: enough to tell two apart
+COLLAPSED_BELOW = 0.1  # smallest usage of an expert, as a share of its fair share
+
+SRP, LOCAL_GAIN = "val/srp/m16", "val/local_gain/m16"
+GLOBAL_CV, LOCAL_CV = "val/balance/cv", "val/balance/local_cv/m16"
+BALANCE_SD, MIN_SHARE, MAX_MEAN = "val/balance/sd", "val/balance/min_share", "val/balance/max_mean"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        name: of the run's folder.
+        architecture: experts/active of the router and the shared experts, such as "31/3 + 1 shared".
+        loss: the consistency term, "none" where there is none or its weight is 0.
+        weight: of that term.
+        pair: equal in runs that differ in the consistency term alone.
+        data: what must agree for two perplexities to be comparable: the corpus' hashes and how it is read.
+        metrics: flat names, such as "val/srp/m16", of the final validation.
+        options: of the consistency term, besides its weight.
+        labels: axis -> label of the value that the run takes in its ablation; empty for a run of none.
+        device: the GPU or processor that it was trained on; empty where it is not known.
+        curve: "tokens", "val/ppl" and "val/cache/lru_25pct" of each validation.
+        folder: None where it is not known.
+    """
+
+    name: str
+    seed: int
+    architecture: str
+    loss: str
+    weight: float
+    pair: str
+    data: dict[str, Any]
+    total_parameters: int
+    active_parameters: int
+    tokens: int
+    steps: int
+    tokens_per_s: float
+    wall_time_s: float
+    command: str
+    git_commit: str
+    versions: dict[str, str]
+    metrics: dict[str, float]
+    options: dict[str, Any] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    curve: Curve = field(default_factory=dict)
+    device: str = ""
+    folder: Path | None = None
+    wandb_dir: str = ""
+
+    @property
+    def cell(self) -> str:
+        """The name without its seed: what runs of different seeds have in common."""
+        return self.name.removesuffix(f"-seed{self.seed}")
+
+    @property
+    def domains(self) -> list[str]:
+        """The domains of the validation, each with a perplexity of its own."""
+        names = (name.removeprefix(f"{PERPLEXITY}/") for name in self.metrics if name.startswith(f"{PERPLEXITY}/"))
+        return [name for name in names if "/" not in name]
+
+    @property
+    def misses(self) -> float:
+        """LRU misses at cache = 25% of the experts, as a share of all accesses; NaN where they were not measured."""
+        return 1 - self.get(MISSES_FROM)
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether an expert is used less than a tenth of its fair share."""
+        return self.metrics.get(MIN_SHARE, 1.0) < COLLAPSED_BELOW
+
+    def get(self, metric: str) -> float:
+        """A metric; NaN where it was not measured."""
+        return self.metrics.get(metric, math.nan)
+
+
+def read_run(folder: Path) -> Run:
+    """The run in a folder.
+
+    Raises:
+        ValueError: the folder holds no run, or one that is not finished or not whole.
+    """
+    path = folder / "result.json"
+    if not path.exists():
+        if (folder / "config.yaml").exists() or (folder / "cell.json").exists():
+            raise ValueError(f"{folder} holds a run that is not finished: the command that began it goes on with it")
+        raise ValueError(f"{folder} is no run: it has no result.json")
+    try:
+        result = json.loads(path.read_text())
+        labels = _labels(folder / "cell.json")
+        curve = read_curve(folder, int(result["steps"]), int(result["tokens"]))
+        return run_from_result(result, folder=folder, labels=labels, curve=curve)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is no result of a run: {reason}") from error
+
+
+def read_folder(folder: Path) -> tuple[list[Run], list[str]]:
+    """The finished runs of a run folder or of a folder of run folders, and the names of those not finished.
+
+    Raises:
+        ValueError: there is no finished run.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} does not exist")
+    if (folder / "result.json").exists() or not any(_is_run_folder(inner) for inner in folder.iterdir()):
+        return [read_run(folder)], []
+    inner = [inner for inner in sorted(folder.iterdir()) if _is_run_folder(inner)]
+    finished = [run for run in inner if (run / "result.json").exists()]
+    unfinished = [run.name for run in inner if run not in finished]
+    if not finished:
+        raise ValueError(f"{folder} has no finished run; not finished: {', '.join(unfinished)}")
+    return [read_run(run) for run in finished], unfinished
+
+
+def distinct_names(runs: Iterable[Run]) -> list[Run]:
+    """The runs, those that share a name told apart by their parent folder's.
+
+    Raises:
+        ValueError: the same run is given twice.
+    """
+    runs = list(runs)
+    names = [run.name for run in runs]
+    told_apart = [
+        replace(run, name=f"{run.folder.resolve().parent.name}/{run.name}")
+        if names.count(run.name) > 1 and run.folder is not None
+        else run
+        for run in runs
+    ]
+    names = [run.name for run in told_apart]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"runs must have different names, got more than one {', '.join(twice)}")
+    return told_apart
+
+
+def loss_labels(runs: Sequence[Run]) -> dict[str, str]:
+    """What to call the term of each run, by the run's name: its loss, and the options that differ among its runs.
+
+    Example:
+        >>> loss_labels([])
+        {}
+    """
+    labels = {}
+    for run in runs:
+        alike = [other.options for other in runs if other.loss == run.loss]
+        differing = [key for key in run.options if any(other.get(key) != run.options[key] for other in alike)]
+        missing = sorted({key for other in alike for key in other if key not in run.options})
+        said = [f"{key}={run.options[key]}" for key in differing] + [f"no {key}" for key in missing]
+        labels[run.name] = f"{run.loss} ({', '.join(said)})" if said else run.loss
+    return labels
+
+
+def refuse_different_data(runs: Sequence[Run]) -> None:
+    """Raise ValueError if two runs were not validated on the same data, saying what differs."""
+    first = runs[0]
+    for run in runs[1:]:
+        here, there = _flat(first.data), _flat(run.data)
+        known = {*here, *there} - ({"vocabulary"} - (here.keys() & there.keys()))  # earlier runs did not record it
+        differing = [key for key in sorted(known) if here.get(key) != there.get(key)]
+        if differing:
+            what = "; ".join(f"{key} {_short(here.get(key))} and {_short(there.get(key))}" for key in differing)
+            raise ValueError(f"{first.name} and {run.name} are of different data and do not compare: {what}")
+
+
+def _is_run_folder(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("result.json", "cell.json", "config.yaml"))
+
+
+def run_from_result(result: Mapping[str, Any], **more: Any) -> Run:
+    """The run that result.json describes; ``more``: fields that it does not hold.
+
+    Raises:
+        KeyError, TypeError, ValueError: something is missing or is not what it should be.
+    """
+    config = result["config"]
+    metrics = {name: float(value) for name, value in result["metrics"].items() if value is not None}
+    metrics = {name: value if math.isfinite(value) else math.nan for name, value in metrics.items()}  # diverged
+    if PERPLEXITY not in metrics:
+        raise KeyError(PERPLEXITY)
+    metrics |= {f"val/before/{name.removeprefix('val/')}": value for name, value in result.get("before", {}).items()}
+    loss, weight = consistency_term(config)
+    data_config = config.get("data") or {}
+    return Run(
+        name=str(result["name"]),
+        seed=int(result["seed"]),
+        architecture=architecture(config),
+        loss=loss,
+        weight=weight,
+        pair=pair_digest(config),
+        data={
+            "corpus": {domain: str(sha256)[:HASH_DIGITS] for domain, sha256 in result["corpus"].items()},
+            **{key: data_config[key] for key in DATA_SETTINGS if data_config.get(key) is not None},
+            **validation_limits(config),
+            **({"vocabulary": str(result["vocabulary"])[:HASH_DIGITS]} if result.get("vocabulary") else {}),
+            **({"tokenizer": result["vocabulary"]} if data_config.get("tokenizer") and "vocabulary" in result else {}),
+        },
+        total_parameters=int(result["parameters"]["total"]),
+        active_parameters=int(result["parameters"]["active"]),
+        tokens=int(result["tokens"]),
+        steps=int(result["steps"]),
+        tokens_per_s=float(result["tokens_per_s"]),
+        wall_time_s=float(result["wall_time_s"]),
+        command=str(result["command"]),
+        git_commit=str(result.get("git_commit") or ""),
+        versions=dict(result["versions"]),
+        metrics=metrics,
+        options=term_options(config) if loss != "none" else {},
+        device=str(result.get("device") or ""),
+        wandb_dir=str(result.get("wandb_dir") or ""),
+        **more,
+    )
+
+
+def _labels(path: Path) -> dict[str, str]:
+    """Of an ablation's cell; the names alone tell the cells of a list apart."""
+    labels = json.loads(path.read_text()).get("labels", {}) if path.exists() else {}
+    return {str(axis): str(label) for axis, label in labels.items()}
+
+
+def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
+    corpus = {f"corpus of {domain}": sha256 for domain, sha256 in data.get("corpus", {}).items()}
+    return {**corpus, **{key: value for key, value in data.items() if key != "corpus"}}
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 16 else f"{text[:12]}..."

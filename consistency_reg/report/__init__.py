@@ -1,7 +1,0 @@
-"""``consistency-reg report``: runs beside each other, in tables, a figure and one page."""
-
-from consistency_reg.report.command import main
-from consistency_reg.report.pairs import Pair, pair_runs
-from consistency_reg.report.runs import Run, read_folder, read_run
-
-__all__ = ["Pair", "Run", "main", "pair_runs", "read_folder", "read_run"]

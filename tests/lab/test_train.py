@@ -1,0 +1,473 @@
+"""`consistency-reg fit` as a user runs it: recipes, run folders, interruption, wandb, and what it refuses."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from places import ROOT
+from wandb_file import read_run, read_runs
+
+from consistency_reg.lab import train as fit
+from consistency_reg.lab.provenance import device_name
+from consistency_reg.lab.run_loggers import run_loggers
+from consistency_reg.lab.run_progress import RunProgress
+
+RECIPES = sorted(ROOT.joinpath("recipes").glob("*.yaml"))
+RECIPES = [path for path in RECIPES if path.stem != "finetune"]  # which begins with a checkpoint: test_finetune.py
+SMALL = {  # the smallest run that has everything: two domains, documents shorter than rows, a validation
+    "data.domains": "[math, cpp]",
+    "data.corpus_bytes": 60_000,
+    "data.vocab_size": 300,
+    "data.sequence_length": 64,
+    "data.batch_size": 2,
+    "data.validation_tokens": 256,
+    "data.num_workers": 0,
+    "model.model.init_args.hidden_size": 32,
+    "model.model.init_args.num_layers": 2,
+    "model.model.init_args.num_heads": 2,
+    "model.model.init_args.expert_size": 8,
+    "model.warmup_steps": 1,
+    "consistency.start_step": 0,
+    "trainer.max_steps": 2,
+    "trainer.accelerator": "cpu",
+    "trainer.precision": 32,
+    "trainer.log_every_n_steps": 1,
+    "trainer.enable_progress_bar": False,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
+        patch.setenv("CONSISTENCY_REG_CACHE", str(tmp_path_factory.mktemp("corpus")))
+        yield
+
+
+def arguments(run_dir, recipe="quickstart", **changes) -> list[str]:
+    path = ROOT / "recipes" / f"{recipe}.yaml"
+    options = SMALL | {"run_dir": run_dir} | {key.replace("__", "."): value for key, value in changes.items()}
+    return ["--config", str(path)] + [f"--{key}={value}" for key, value in options.items()]
+
+
+def result(run_dir) -> dict:
+    return json.loads(Path(run_dir, "result.json").read_text())
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+@pytest.mark.parametrize("recipe", [path.stem for path in RECIPES])
+def test_every_recipe_is_accepted_as_it_is_and_runs_two_steps_when_made_small(recipe, tmp_path):
+    fit.check_config(["--config", str(ROOT / "recipes" / f"{recipe}.yaml")])
+    assert fit.main(arguments(tmp_path / "run", recipe)) == 0
+    run = result(tmp_path / "run")
+    assert run["steps"] == 2
+    assert run["tokens"] == 2 * run["config"]["trainer"]["accumulate_grad_batches"] * 2 * 64
+    assert set(run["corpus"]) == {"math", "cpp"}
+    metrics = run["metrics"]
+    for name in (
+        "ppl",
+        "ppl/math",
+        "srp/m4",
+        "srp/m16/cpp",
+        "srp/m64/layer_01",
+        "rho_hat/m16",
+        "static_srp",
+        "overlap",
+    ):
+        assert metrics[f"val/{name}"] > 0, name
+    for name in ("cache/lru_k", "cache/lru_2k", "cache/lru_25pct", "balance/min_share", "balance/local_cv/m16"):
+        assert metrics[f"val/{name}"] >= 0, name
+    assert metrics["val/local_gain/m16"] == pytest.approx(metrics["val/srp/m16"] - metrics["val/static_srp"], abs=1e-6)
+    assert (tmp_path / "run" / "model" / "config.json").exists()
+
+
+def test_runs_of_one_seed_are_pairs(tmp_path):
+    """Same weights, same data, same steps: without weight the regularizer's run is the baseline's."""
+    for name, weight in (("a", 0.0), ("b", 0.0), ("c", 5.0)):
+        fit.main(arguments(tmp_path / name, consistency__weight=weight, consistency__warmup_steps=0))
+    same, other = result(tmp_path / "a")["metrics"], result(tmp_path / "c")["metrics"]
+    assert result(tmp_path / "b")["metrics"] == same
+    assert other["val/ce"] != same["val/ce"]
+
+
+def test_shared_experts_keep_the_parameters(tmp_path):
+    fit.main(arguments(tmp_path / "routed", "baseline"))
+    fit.main(arguments(tmp_path / "shared", "shared"))
+    routed, shared = (result(tmp_path / name)["parameters"] for name in ("routed", "shared"))
+    for kind in ("total", "active"):
+        assert shared[kind] == pytest.approx(routed[kind], rel=0.01)
+
+
+SLEPT = 3.0  # seconds of the first session, more than reading a recipe takes
+TWO_VALIDATIONS = {
+    "trainer__max_steps": 6,
+    "trainer__val_check_interval": 3,
+    "checkpoint_every": 2,
+    "consistency__weight": 1.0,
+}
+
+
+def stop(monkeypatch, hook, replacement, argv, error=SystemExit):
+    """What ends a run in which ``replacement`` stands for a hook of its progress."""
+    with monkeypatch.context() as patch:
+        patch.setattr(RunProgress, hook, replacement)
+        with pytest.raises(error) as stopped:
+            fit.main(argv)
+    return stopped.value
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    fit.main(arguments(folder, **TWO_VALIDATIONS))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("hook", "at", "saved"),
+    [
+        pytest.param("on_train_batch_start", 0, 1, id="before the first checkpoint"),
+        pytest.param("on_train_batch_start", 2, 3, id="in a step", marks=pytest.mark.slow),
+        pytest.param("on_validation_batch_end", 3, 4, id="in a validation", marks=pytest.mark.slow),
+        pytest.param("on_validation_batch_end", 6, 6, id="in the last validation of fit"),
+    ],
+)
+def test_an_interrupted_run_goes_on_where_it_stopped(hook, at, saved, straight, tmp_path, monkeypatch, capsys):
+    original, pressed = getattr(RunProgress, hook), []
+
+    def press_control_c(self, trainer, *args):
+        original(self, trainer, *args)
+        if trainer.global_step == at and not pressed:
+            pressed.append(True)
+            time.sleep(SLEPT)
+            signal.raise_signal(signal.SIGINT)
+
+    stop(monkeypatch, hook, press_control_c, arguments(tmp_path / "stopped", **TWO_VALIDATIONS))
+    told = capsys.readouterr().err
+    assert "once more to stop at once" in told
+    assert f"saved step {saved} of 6 in {tmp_path / 'stopped' / 'checkpoints' / 'last.ckpt'}" in told
+    assert not (tmp_path / "stopped" / "result.json").exists()
+    began = time.monotonic()
+    assert fit.main(arguments(tmp_path / "stopped", **TWO_VALIDATIONS)) == 0
+    took = time.monotonic() - began
+
+    rows = [row for name in ("metrics-1", "metrics") for row in _rows(tmp_path / "stopped" / f"{name}.csv")]
+    assert [int(row["step"]) for row in rows if row.get("train/ce")] == [0, 1, 2, 3, 4, 5]
+    validated = [int(row["step"]) for row in rows if row.get("val/ce")]
+    assert validated == [int(row["step"]) for row in _rows(straight / "metrics.csv") if row.get("val/ce")]
+    uninterrupted, resumed = result(straight), result(tmp_path / "stopped")
+    assert resumed["metrics"] == pytest.approx(uninterrupted["metrics"], rel=1e-6)
+    assert resumed["tokens"] == uninterrupted["tokens"]
+    assert resumed["wall_time_s"] > took, "that of the first session is missing"
+
+
+ACCUMULATED = {  # two epochs of three steps; the last step of each has a remainder of one micro-batch
+    "trainer__accumulate_grad_batches": 2,
+    "trainer__limit_train_batches": 5,
+    "trainer__max_epochs": 2,
+    "trainer__max_steps": 6,
+    "checkpoint_every": 2,
+    "model__balance__accumulation_steps": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def accumulated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("accumulated") / "run"
+    fit.main(arguments(folder, **ACCUMULATED))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("batch", "saved"),
+    [
+        pytest.param(0, 1, id="in the first micro-batch"),
+        pytest.param(2, 2, id="in the first after a checkpoint", marks=pytest.mark.slow),
+        pytest.param(4, 3, id="in the remainder of an epoch"),
+    ],
+)
+def test_ctrl_c_within_an_accumulation_waits_for_its_step(batch, saved, accumulated, tmp_path, monkeypatch, capsys):
+    original = RunProgress.on_train_batch_start
+
+    def press_control_c(self, trainer, module, data, batch_idx):
+        original(self, trainer, module, data, batch_idx)
+        if (trainer.current_epoch, batch_idx) == (0, batch):
+            signal.raise_signal(signal.SIGINT)
+
+    stop(monkeypatch, "on_train_batch_start", press_control_c, arguments(tmp_path / "stopped", **ACCUMULATED))
+    assert f"saved step {saved} of 6" in capsys.readouterr().err
+    assert fit.main(arguments(tmp_path / "stopped", **ACCUMULATED)) == 0
+    uninterrupted, resumed = result(accumulated), result(tmp_path / "stopped")
+    assert resumed["tokens"] == uninterrupted["tokens"] == 10 * 2 * 64
+    assert resumed["metrics"] == pytest.approx(uninterrupted["metrics"], rel=1e-6)
+
+
+def test_no_checkpoint_is_written_within_an_accumulation(tmp_path, monkeypatch):
+    """Also after a resume at a step that is saved at, where Lightning forgets that it has saved it."""
+    original, saved = Trainer.save_checkpoint, []
+
+    def save(self, *args, **kwargs):
+        saved.append(self.fit_loop.epoch_loop.batch_progress.current.ready)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", save)
+    changes = ACCUMULATED | {"trainer__limit_train_batches": 8, "trainer__max_epochs": 1, "trainer__max_steps": 4}
+    stop(monkeypatch, "on_train_batch_start", stop_at_step(2), arguments(tmp_path / "run", **changes), error=KeyError)
+    fit.main(arguments(tmp_path / "run", **changes))
+    assert saved
+    assert all(batches % 2 == 0 for batches in saved), saved
+
+
+def stop_at_step(step):
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == step:
+            raise KeyError(step)
+
+    return on_train_batch_start
+
+
+def test_sigterm_ends_the_step_and_saves_it(tmp_path):
+    """To a real process and its data workers, as an ablation ends a cell; the same command goes on."""
+    steps = 20
+    changes = {"trainer__max_steps": steps, "data__validation_tokens": 64, "checkpoint_every": steps}
+    changes |= {"trainer__accumulate_grad_batches": 2, "data__num_workers": 1}
+    argv = arguments(tmp_path / "run", **changes)
+    process = start(argv, stderr=subprocess.PIPE, start_new_session=True, text=True)
+    metrics = tmp_path / "run" / "metrics.csv"
+    try:
+        while process.poll() is None and not (metrics.exists() and len(_rows(metrics)) > 2):
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGTERM)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "SIGTERM: saving after this step" in said
+    assert "run the same command again" in said
+    logged = len(_rows(metrics))
+    assert f"saved step {logged} of {steps}" in said
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+    assert fit.main(argv) == 0
+    rows = [row for name in ("metrics-1", "metrics") for row in _rows(tmp_path / "run" / f"{name}.csv")]
+    assert [int(row["step"]) for row in rows if row.get("train/ce")] == list(range(steps))
+    assert result(tmp_path / "run")["tokens"] == steps * 2 * 2 * 64
+
+
+def test_sigterm_in_the_validation_after_training_is_no_success(tmp_path, monkeypatch):
+    def terminate(self, trainer, *args, **kwargs):
+        if trainer.state.fn == "validate":
+            signal.raise_signal(signal.SIGTERM)
+
+    stopped = stop(monkeypatch, "on_validation_batch_end", terminate, arguments(tmp_path / "run"))
+    assert stopped.code == 128 + signal.SIGTERM
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert fit.main(arguments(tmp_path / "run")) == 0
+
+
+@pytest.mark.parametrize(("second", "error"), [(signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "SIGTERM")])
+def test_a_second_signal_stops_at_once(second, error, tmp_path, monkeypatch):
+    monkeypatch.setattr("consistency_reg.lab.run_progress.SAME_SECONDS", 0.0)
+
+    def signals(self, trainer, *args):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(second)
+        raise AssertionError("went on")
+
+    stopped = stop(monkeypatch, "on_train_batch_start", signals, arguments(tmp_path / "run"))
+    assert error in repr(stopped.__context__)
+    assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+def start(argv, **options) -> subprocess.Popen:
+    ours = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # else it would join it
+    command = [sys.executable, "-m", "consistency_reg", "fit", *argv]
+    return subprocess.Popen(command, env=ours | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL, **options)
+
+
+def test_a_killed_run_loses_at_most_what_came_after_its_last_checkpoint(tmp_path):
+    """SIGKILL to a real process: its offline wandb file is readable, and the same command goes on as the same run."""
+    every, steps = 5, 40
+    argv = arguments(tmp_path / "run", trainer__max_steps=steps, checkpoint_every=every, data__validation_tokens=64)
+    process = start(argv)
+    try:
+        while process.poll() is None and not any(len(run.history) > 5 for run in read_runs(tmp_path / "run")):
+            time.sleep(0.2)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    logged = len(_rows(tmp_path / "run" / "metrics.csv"))
+    assert fit.main(argv) == 0
+
+    killed, resumed = read_runs(tmp_path / "run")
+    assert killed.id == resumed.id == (tmp_path / "run" / "wandb-id").read_text()
+    before = [row["trainer/global_step"] for row in killed.history if "train/ce" in row]
+    after = [row["trainer/global_step"] for row in resumed.history if "train/ce" in row]
+    assert before == list(range(len(before)))
+    assert 4 < len(before) <= logged
+    assert after == list(range(after[0], steps))
+    assert logged - every <= after[0] <= logged + 1
+    assert killed.config["config"] == resumed.config["config"]
+    assert result(tmp_path / "run")["tokens"] == steps * 2 * 64
+
+
+def test_a_run_in_the_working_folder_is_named_after_it(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    fit.main(arguments("."))
+    assert result(".")["name"] == "here"
+    run = read_run(tmp_path / "here")
+    assert run.name == "here"
+    assert "here-card" in [name for _, name, _ in run.artifacts]
+
+
+def test_a_finished_run_is_not_run_again(tmp_path, capsys):
+    fit.main(arguments(tmp_path / "run"))
+    before = (tmp_path / "run" / "result.json").stat().st_mtime_ns
+    assert fit.main(arguments(tmp_path / "run")) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert (tmp_path / "run" / "result.json").stat().st_mtime_ns == before
+
+
+def test_wandb_holds_configuration_metrics_summary_and_the_model_card(tmp_path):
+    fit.main(arguments(tmp_path / "run"))
+    run, written = read_run(tmp_path / "run"), result(tmp_path / "run")
+    assert run.config["config"] == written["config"]
+    assert run.config["corpus_sha256"] == written["corpus"]
+    assert run.config["versions"]["torch"] == torch.__version__
+    assert run.config["git_commit"] == written["git_commit"]
+    assert run.config["device"] == written["device"] == device_name()
+    training = [row for row in run.history if "train/consistency/loss" in row]
+    assert [row["trainer/tokens"] for row in training] == [2 * 64, 2 * 2 * 64]
+    assert all(row["train/consistency/weighted"] >= 0 for row in training)
+    validation = [row for row in run.history if "val/srp/m16" in row]
+    assert validation[-1]["val/ppl"] == pytest.approx(written["metrics"]["val/ppl"])
+    for name, value in written["metrics"].items():
+        assert run.summary[name] == pytest.approx(value), name
+    assert run.summary["result"]["tokens"] == written["tokens"]
+    assert run.summary["best/val/ppl"] == pytest.approx(min(row["val/ppl"] for row in validation))
+    assert len(run.images("val/routing/math")) == len(run.images("val/routing/cpp")) == len(validation)
+    assert {row[4] for row in run.table("val/experts")["data"]} <= {"math", "cpp", None}
+    assert ("model-card", "run-card", ["README.md", "config.yaml"]) in run.artifacts
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert f"| perplexity | {written['metrics']['val/ppl']:.4g} |" in card
+    assert written["command"] in card
+
+
+def test_wandb_is_off_without_a_project_or_when_disabled_and_offline_without_a_login(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("NETRC", "WANDB_API_KEY", "WANDB_CONFIG_DIR", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)  # where wandb's process of this module's other runs is not
+    fit.main(arguments(Path("offline")))
+    assert read_run(tmp_path / "offline").history
+    fit.main(arguments(tmp_path / "none", wandb_project=""))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    fit.main(arguments(tmp_path / "disabled"))
+    for name in ("none", "disabled"):
+        assert not list((tmp_path / name).rglob("*.wandb"))
+        assert result(tmp_path / name)["metrics"] == result(tmp_path / "offline")["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"consistency__weight": -0.5}, "weight must be a finite number >= 0"),
+        ({"consistency__weight": "nan"}, "consistency.weight"),
+        ({"consistency__wieght": 0.5}, "consistency.wieght"),
+        (
+            {"consistency__loss__segment_lengths": "[1, 4]"},
+            "segment_lengths must be a list of distinct integers of at least 2",
+        ),
+        ({"consistency__loss__segment_lengths": "[4, 65]"}, "must not exceed the context"),
+        ({"monitor__segment_lengths": "[4, 65]"}, "must not exceed the context"),
+        ({"data__domains": "[math, opera]"}, "domains must be among"),
+        ({"model__model__init_args__shared_experts": 4}, "at least one active expert"),
+        ({"model__model__init_args__vocab_size": 77}, "follows from data.vocab_size"),
+    ],
+)
+def test_bad_recipes_are_refused_before_anything_is_written(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+        fit.check_config(arguments(tmp_path / "run", **changes))
+    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+        fit.main(arguments(tmp_path / "run", **changes))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_misspelt_key_in_a_recipe_file_is_refused(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"consistency": {"wait": 1.0}}))
+    with pytest.raises(ValueError, match=r"wait"):
+        fit.check_config(["--config", str(recipe)])
+
+
+def test_a_folder_that_holds_another_recipe_is_refused(tmp_path):
+    fit.main(arguments(tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"holds a run of another recipe \(consistency.weight: "):
+        fit.main(arguments(tmp_path / "run", consistency__weight=0.7))
+
+
+def test_the_folder_of_a_run_may_be_called_by_any_of_its_names(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fit.main(arguments("run", wandb_project=""))
+    assert result("run")["wandb_dir"] == ""
+    progress = json.loads(Path("run/progress.json").read_text())
+    assert (progress["step"], progress["remaining_s"]) == (2, 0)
+    with pytest.raises(ValueError, match="run_dir must be the folder of the run, got ''"):
+        fit.main(arguments(""))
+    for name in ("run/", "./run", tmp_path / "run"):
+        assert fit.main(arguments(name, wandb_project="")) == 0
+        assert "is finished" in capsys.readouterr().out
+
+
+def test_empty_files_of_a_run_that_found_no_space_are_written_anew(tmp_path):
+    for name in ("config.yaml", "wandb-id"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / name).touch()
+    fit.main(arguments(tmp_path / "run"))
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["run_dir"] == str(tmp_path / "run")
+    assert read_run(tmp_path / "run").id == (tmp_path / "run" / "wandb-id").read_text()
+
+
+def test_only_the_first_process_writes_what_all_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    fit.claim_folder(tmp_path, "seed: 1")
+    run_loggers(tmp_path, "project")
+    assert not any(tmp_path.iterdir())
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    fit.claim_folder(tmp_path, "seed: 1")
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    fit.claim_folder(tmp_path, "seed: 1")
+    with pytest.raises(ValueError, match="another recipe"):
+        fit.claim_folder(tmp_path, "seed: 2")
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    fit.main(arguments(tmp_path / "run"))
+    other = tmp_path / "other" / "checkpoints"
+    other.mkdir(parents=True)
+    other.joinpath("last.ckpt").write_bytes((tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes())
+    with pytest.raises(ValueError, match="checkpoint of another model"):
+        fit.main(arguments(tmp_path / "other", model__model__init_args__hidden_size=64))
+
+
+def test_a_folder_that_cannot_be_written_is_one_message(tmp_path):
+    tmp_path.joinpath("file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        fit.main(arguments(tmp_path / "file" / "run"))
