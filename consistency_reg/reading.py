@@ -5,7 +5,7 @@ The rows are in :mod:`consistency_reg.measures`.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -249,4 +249,4 @@ def _cache_label(cache: str) -> str:
     return f"{CACHE_LABELS.get(policy, policy.upper())} {_segment_label(segment)}" if segment else CACHE_LABELS[policy]
 
 
-PART_LABELS = {"segment": _segment_label, "size": _size_label, "cache": _cache_label, "kind": str}
+PART_LABELS: dict[str, Callable[[str], str]] = {"segment": _segment_label, "size": _size_label, "cache": _cache_label, "kind": str}
