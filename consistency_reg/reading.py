@@ -249,4 +249,9 @@ def _cache_label(cache: str) -> str:
     return f"{CACHE_LABELS.get(policy, policy.upper())} {_segment_label(segment)}" if segment else CACHE_LABELS[policy]
 
 
-PART_LABELS: dict[str, Callable[[str], str]] = {"segment": _segment_label, "size": _size_label, "cache": _cache_label, "kind": str}
+PART_LABELS: dict[str, Callable[[str], str]] = {
+    "segment": _segment_label,
+    "size": _size_label,
+    "cache": _cache_label,
+    "kind": str,
+}
