@@ -6,6 +6,7 @@ does them all, see :mod:`consistency_reg.kernels`.
 R rows of all layers together, T tokens, E experts, K chosen per token, C slots.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,7 +55,7 @@ def scan(
         ids_TRK.copy_(own_ids.reshape(R, T, K).transpose(0, 1))
     residents_TRE = torch.empty(T, R, E, dtype=torch.bool, device=base.device)
     last_use_RE = last_use.reshape(R, E).clone()
-    _step_along(*by_token, last_use_RE, min(slots, E), ids_TRK, residents_TRE, choose=own_ids is None)
+    _step_along(by_token, last_use_RE, min(slots, E), ids_TRK, residents_TRE, choose=own_ids is None)
     ids, residents = (values.transpose(0, 1) for values in (ids_TRK, residents_TRE))
     shape = base.shape[:-1]
     return Scanned(ids.reshape(*shape, K), residents.reshape(*shape, E), last_use_RE.view(last_use.shape))
@@ -62,10 +63,7 @@ def scan(
 
 @torch.inference_mode()  # half the cost of a small operation
 def _step_along(
-    base_TRE: Tensor,
-    preferred_TRE: Tensor,
-    key_TRE: Tensor,
-    oldest_TR1: Tensor,
+    by_token: Sequence[Tensor],
     last_use_RE: Tensor,
     slots: int,
     ids_TRK: Tensor,
@@ -73,13 +71,17 @@ def _step_along(
     *,
     choose: bool,
 ) -> None:
-    """Write ids, residents and last use, all of which come from outside the inference mode."""
+    """Write ids, residents and last use, all of which come from outside the inference mode.
+
+    ``by_token`` are the preferences outside and inside the cache, the keys and the oldest last use: [T, R, ...] each.
+    """
     R, K = ids_TRK.shape[1:]
+    base_TRE, _, key_TRE, _ = by_token
     value_RE, value_RK, used_RK = torch.empty_like(base_TRE[0]), base_TRE.new_empty(R, K), key_TRE.new_empty(R, K)
     recent_RC, place_RC, lowest_R1 = (key_TRE.new_empty(R, size) for size in (slots, slots, 1))
     least_recent_R1 = recent_RC[:, -1:]
     topk, maximum, ge, where, gather = torch.topk, torch.maximum, torch.ge, torch.where, torch.gather
-    rows = (x.unbind(0) for x in (base_TRE, preferred_TRE, key_TRE, oldest_TR1, ids_TRK, residents_TRE))
+    rows = (values.unbind(0) for values in (*by_token, ids_TRK, residents_TRE))
     for base, preferred, key, oldest, ids, residents in zip(*rows, strict=True):
         topk(last_use_RE, slots, out=(recent_RC, place_RC))
         maximum(least_recent_R1, oldest, out=lowest_R1)
