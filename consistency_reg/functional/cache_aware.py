@@ -197,7 +197,7 @@ def cache_aware_choice(
         return CacheAwareChoice(own_ids, scores.new_zeros(scores.shape, dtype=torch.bool), state)
 
     z = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
-    if method == "prior" and strength > 0 and document_ids is None and T == 1 and (valid is None or bool(valid.all())):
+    if method == "prior" and strength > 0 and T == 1 and document_ids is None and _is_all_real(valid):
         return _choose_next(z, top_k, slots, strength, guaranteed, state)
     if valid is not None:
         z = z.masked_fill(~valid[:, :, None], 0)
@@ -276,6 +276,11 @@ def _check_scores(scores: Tensor, valid: Tensor | None, document_ids: Tensor | N
         raise ValueError(f"scores must have shape [..., B, T, E], got {list(scores.shape)}")
     B, T = scores.shape[-3:-1]
     check_masks((B, T), valid, document_ids)
+
+
+def _is_all_real(valid: Tensor | None) -> bool:
+    """Return whether there is surely no padding; a GPU is not asked, as the host would wait for its answer."""
+    return valid is None or (valid.device.type == "cpu" and bool(valid.all()))
 
 
 @dataclass(frozen=True)

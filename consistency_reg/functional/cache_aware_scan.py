@@ -1,7 +1,7 @@
 """The scan of :mod:`consistency_reg.functional.cache_aware` along the tokens of a row.
 
 Each token is a few operations on all rows at once: a choice, and the last uses that follow from it. On a GPU one kernel
-does them all, see :mod:`consistency_reg.kernels`.
+does them all, see :mod:`consistency_reg.kernels.cache_aware`.
 
 R rows of all layers together, T tokens, E experts, K chosen per token, C slots.
 """
@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from consistency_reg import kernels
 
 
 class Scanned(NamedTuple):
@@ -47,6 +49,10 @@ def scan(
         >>> found.expert_ids.tolist(), found.residents.tolist()
         ([[[0], [0]]], [[[False, False], [True, False]]])
     """
+    if kernels.takes(base):
+        from consistency_reg.kernels import cache_aware
+
+        return Scanned(*cache_aware.scan(base, preferred, key, start, last_use, top_k, slots, own_ids))
     T, E = base.shape[-2:]
     R, K = last_use[..., 0].numel(), top_k
     by_token = [values.reshape(R, T, -1).transpose(0, 1).contiguous() for values in (base, preferred, key, start + 1)]
