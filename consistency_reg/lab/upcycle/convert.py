@@ -107,7 +107,8 @@ def upcycle(dense: PreTrainedModel, plan: Plan, inputs: Mapping[int, Tensor]) ->
         mlp = {name: state.pop(f"{prefix}{name}_proj.weight").float() for name in ("gate", "up", "down")}
         built = _layer(mlp, plan, inputs[index].float(), size, shared, ACT2FN[config.hidden_act], plan.seed + index)
         state |= {prefix + name: weights.to(dense.dtype) for name, weights in built.items()}
-    model = Qwen2MoeForCausalLM(config).to(dense.dtype)
+    model = Qwen2MoeForCausalLM(config)
+    nn.Module.to(model, dense.dtype)
     model.load_state_dict(state)
     model.tie_weights()
     model.generation_config = dense.generation_config
