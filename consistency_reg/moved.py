@@ -36,6 +36,7 @@ MOVED = {  # former path below consistency_reg -> present path; a package takes 
     "report.page": "lab.render.page",
     "report.plots": "lab.report.looks",
     "report": "lab.report",
+    "tracking.measures": "tracking.accumulate",
     "tracking.workspace": "lab.workspace",
     "usage": "lab.usage",
     "wandb_login": "lab.wandb_login",
