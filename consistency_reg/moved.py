@@ -33,6 +33,7 @@ MOVED = {  # former path below consistency_reg -> present path; a package takes 
     "lm.tracking": "lab.run_loggers",
     "provenance": "lab.provenance",
     "report": "lab.report",
+    "tracking.measures": "tracking.accumulate",
     "tracking.workspace": "lab.workspace",
     "usage": "lab.usage",
     "wandb_login": "lab.wandb_login",

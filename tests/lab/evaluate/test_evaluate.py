@@ -33,7 +33,7 @@ from consistency_reg.lab.evaluate.tables import in_bytes, tables
 from consistency_reg.lab.evaluate.text import cut
 from consistency_reg.lab.evaluate.traces import load_trace, save_trace
 from consistency_reg.metrics.hit_rates import CacheHitRates, ModelHitRates
-from consistency_reg.tracking.measures import RoutingMeasures
+from consistency_reg.tracking.accumulate import RoutingMeasures
 
 PNG = b"\x89PNG"
 WORDS = [f"w{i}" for i in range(3, COMMON["vocab_size"])]

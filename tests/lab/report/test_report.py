@@ -413,7 +413,9 @@ def test_without_a_login_wandb_is_not_asked(folder, api, monkeypatch):
     assert api.asked == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/ablations.md", "docs/choosing.md", "docs/finetuning.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/ablations.md", "docs/choosing.md", "docs/finetuning.md", "docs/results.md"]
+)
 def test_tables_in_the_docs_are_those_of_the_committed_rows(tmp_path, page):
     text = (ROOT / page).read_text()
     sources = dict.fromkeys(match["source"] for match in MARKED.finditer(text))
