@@ -14,6 +14,7 @@ from consistency_reg.offload.kernel import compute
 from consistency_reg.offload.layers import experts_per_token
 from consistency_reg.offload.origin import FromFolder, FromModel, Origin
 from consistency_reg.offload.plan import Need, plan_slots
+from consistency_reg.offload.reading import READS
 from consistency_reg.offload.slots import Slots, Visit
 from consistency_reg.offload.statistics import Counts, OffloadStatistics, Recorder
 from consistency_reg.offload.stores import OntoGPU, Store
@@ -93,7 +94,7 @@ class OffloadedExperts:
         record: bool = False,
     ) -> None:
         self.device = _device(device)
-        _check_options(store, read_ahead, threads)
+        _check_options(store, reads, read_ahead, threads)
         new_cache(policy, 1)
         self._policy, self._kind, self._reads, self._spread = policy, store, reads, spread
         self._threads, self._read_ahead, self._record = threads, read_ahead, record
@@ -304,12 +305,13 @@ def offloaded_experts(module: Any, hidden_NH: Tensor, ids_NK: Tensor, weights_NK
     return layer(module, hidden_NH, ids_NK, weights_NK)
 
 
-def _check_options(store: str, read_ahead: int, threads: int) -> None:
-    if store not in STORES:
-        raise ValueError(f"store must be one of {', '.join(STORES)}, got {store!r}")
-    for name, value in (("read_ahead", read_ahead), ("threads", threads)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+def _check_options(store: str, reads: str, read_ahead: int, threads: int) -> None:
+    for name, value, known in (("store", store, STORES), ("reads", reads, READS)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    for name, number in (("read_ahead", read_ahead), ("threads", threads)):
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} must be a positive integer, got {number!r}")
 
 
 def _device(device: str | torch.device) -> torch.device:
