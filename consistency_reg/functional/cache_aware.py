@@ -13,7 +13,7 @@ Always the ``guaranteed`` best experts by z are chosen. Strength 0 is the router
 
 Source: arXiv 2412.00099 ("Cache-Prior", "Max-Rank" and "Cumulative Sum Threshold").
 
-B rows, T tokens, E experts, K chosen per token, C slots, R rows of all layers together. ``...`` stands for layers of
+B rows, T tokens, E experts, K chosen per token, C slots, ``...`` stands for layers of
 one shape, which are worked on together, each by itself; or for nothing.
 """
 
@@ -23,6 +23,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from consistency_reg.functional.cache_aware_scan import scan
 from consistency_reg.functional.segments import document_positions
 from consistency_reg.routing import check_masks
 
@@ -196,6 +197,8 @@ def cache_aware_choice(
         return CacheAwareChoice(own_ids, scores.new_zeros(scores.shape, dtype=torch.bool), state)
 
     z = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
+    if method == "prior" and strength > 0 and T == 1 and document_ids is None and _is_all_real(valid):
+        return _choose_next(z, top_k, slots, strength, guaranteed, state)
     if valid is not None:
         z = z.masked_fill(~valid[:, :, None], 0)
     clocks = _Clocks.of(state, T, valid, document_ids)
@@ -203,15 +206,14 @@ def cache_aware_choice(
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(E, device=z.device).expand_as(order))
     key = (clocks.clock[..., None] + 1) * E - rank  # the later, then the better: the higher
     range_so_far = _range_so_far(z, clocks, state)
+    caches = key, clocks.start * E, state.last_use, top_k, slots
     if strength == 0:
-        chosen, residents, last_use = _scan(z, z, key, clocks.start * E, state.last_use, top_k, slots, own_ids)
+        chosen, residents, last_use = scan(z, z, *caches, own_ids)
     else:
         delta = range_so_far / (clocks.position + 1).clamp_min(1)
-        base, preferred = _preferences(z, order, rank, delta, strength, method, probabilities)
-        if guaranteed:
-            base = base.masked_fill(rank < guaranteed, torch.inf)
-            preferred = preferred.masked_fill(rank < guaranteed, torch.inf)
-        chosen, residents, last_use = _scan(base, preferred, key, clocks.start * E, state.last_use, top_k, slots, None)
+        preferences = _preferences(z, order, rank, delta, strength, method, probabilities)
+        base, preferred = (values.masked_fill(rank < guaranteed, torch.inf) for values in preferences)
+        chosen, residents, last_use = scan(base, preferred, *caches)
         chosen = order.gather(-1, rank.gather(-1, chosen).sort(dim=-1).values)
         if valid is not None:
             chosen = chosen.where(valid[:, :, None], own_ids)
@@ -224,6 +226,23 @@ def cache_aware_choice(
         document_ids=last.long(),
     )
     return CacheAwareChoice(chosen, residents, after)
+
+
+def _choose_next(
+    z: Tensor, top_k: int, slots: int, strength: float, guaranteed: int, state: CacheAwareState
+) -> CacheAwareChoice:
+    """Return the choice of "prior" for one token that goes on with each row's document: what decoding waits for."""
+    E, tokens = z.shape[-1], state.tokens + 1
+    residents = state.residents(slots)[..., None, :]
+    score_range = state.score_range + _score_range(z)[..., 0]
+    bonus = (strength * (score_range / tokens)).to(z.dtype)[..., None, None]
+    order = z.argsort(dim=-1, descending=True, stable=True)
+    value = torch.where(residents, z + bonus, z).scatter_(-1, order[..., :guaranteed], torch.inf)
+    rank = order.argsort(dim=-1).gather(-1, value.topk(top_k, dim=-1, sorted=False).indices).sort(dim=-1).values
+    chosen = order.gather(-1, rank)
+    key = (tokens * E)[..., None] - rank[..., 0, :]
+    last_use = state.last_use.scatter(-1, chosen[..., 0, :], key)
+    return CacheAwareChoice(chosen, residents, CacheAwareState(last_use, score_range, tokens, state.document_ids))
 
 
 def check_cache_aware(
@@ -259,6 +278,11 @@ def _check_scores(scores: Tensor, valid: Tensor | None, document_ids: Tensor | N
     check_masks((B, T), valid, document_ids)
 
 
+def _is_all_real(valid: Tensor | None) -> bool:
+    """Return whether there is surely no padding; a GPU is not asked, as the host would wait for its answer."""
+    return valid is None or (valid.device.type == "cpu" and bool(valid.all()))
+
+
 @dataclass(frozen=True)
 class _Clocks:
     """Where the tokens stand: all [..., B, T] int64.
@@ -288,14 +312,8 @@ class _Clocks:
 
 
 def _range_so_far(z: Tensor, clocks: _Clocks, state: CacheAwareState) -> Tensor:
-    """Return the sum of ``max(z) - min(z)`` over each token's document up to it: [..., B, T] float64.
-
-    Scores of minus infinity, with which routers rule experts out, are not counted.
-    """
-    finite = z.isfinite()
-    highest = z.masked_fill(~finite, -torch.inf).amax(dim=-1)
-    lowest = z.masked_fill(~finite, torch.inf).amin(dim=-1)
-    ranges = torch.where(finite.any(dim=-1), highest - lowest, 0).double()
+    """Return the sum of ``max(z) - min(z)`` over each token's document up to it: [..., B, T] float64."""
+    ranges = _score_range(z)
     running = ranges.cumsum(dim=-1)
     T = z.shape[-2]
     index_T = torch.arange(T, device=z.device)
@@ -303,6 +321,15 @@ def _range_so_far(z: Tensor, clocks: _Clocks, state: CacheAwareState) -> Tensor:
     before = running.gather(-1, first) - ranges.gather(-1, first)
     carried = torch.where(clocks.position > index_T, state.score_range[..., None], 0)
     return running - before + carried
+
+
+def _score_range(z: Tensor) -> Tensor:
+    """Return ``max(z) - min(z)`` of each token, [..., B, T] float64.
+
+    Scores of minus infinity, with which routers rule experts out, are not counted.
+    """
+    lowest = torch.where(z == -torch.inf, torch.inf, z).amin(dim=-1)
+    return (z.amax(dim=-1) - lowest).clamp_min(0).double()
 
 
 def _preferences(
@@ -321,53 +348,3 @@ def _preferences(
     E = z.shape[-1]
     base = -rank.to(z.dtype)
     return base, base + E * is_promoted
-
-
-def _scan(
-    base: Tensor,
-    preferred: Tensor,
-    key: Tensor,
-    start: Tensor,
-    last_use: Tensor,
-    top_k: int,
-    slots: int,
-    own_ids: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose token by token: the K highest of ``preferred`` for experts in the cache and of ``base`` for the others.
-
-    Args:
-        base, preferred: [..., B, T, E].
-        key: [..., B, T, E] int64, the last use of each expert if it is chosen now; grows along a row.
-        start: [..., B, T] int64, experts of the token's document have a last use above it.
-        last_use: [..., B, E] int64 before the first token.
-        top_k, slots: K and C.
-        own_ids: [..., B, T, K], a choice that is already made; no choice is made here then.
-
-    Returns:
-        The choice [..., B, T, K] int64 in any order, the experts in the cache before each token [..., B, T, E] bool,
-        and the last uses after the last token.
-    """
-    T, E = base.shape[-2:]
-    R, C = last_use[..., 0].numel(), min(slots, E)
-    rows = [values.reshape(R, T, -1).transpose(0, 1).contiguous() for values in (base, preferred, key, start + 1)]
-    base_T, preferred_T, key_T, oldest_T = (values.unbind(0) for values in rows)
-    if own_ids is None:
-        ids_TRK = torch.empty(T, R, top_k, dtype=torch.int64, device=base.device)
-    else:
-        ids_TRK = own_ids.reshape(R, T, top_k).transpose(0, 1).contiguous()
-    residents_TRE = torch.empty(T, R, E, dtype=torch.bool, device=base.device)
-    last_use_RE = last_use.reshape(R, E).clone()
-    value_RE, value_RK, used_RK = base.new_empty(R, E), base.new_empty(R, top_k), key.new_empty(R, top_k)
-    recent_RC, place_RC, lowest_R1 = key.new_empty(R, C), key.new_empty(R, C), key.new_empty(R, 1)
-    for t, (ids_RK, residents_RE) in enumerate(zip(ids_TRK.unbind(0), residents_TRE.unbind(0), strict=True)):
-        torch.topk(last_use_RE, C, dim=-1, out=(recent_RC, place_RC))
-        torch.maximum(recent_RC[:, -1:], oldest_T[t], out=lowest_R1)
-        torch.ge(last_use_RE, lowest_R1, out=residents_RE)
-        if own_ids is None:
-            torch.where(residents_RE, preferred_T[t], base_T[t], out=value_RE)
-            torch.topk(value_RE, top_k, dim=-1, out=(value_RK, ids_RK))
-        torch.gather(key_T[t], -1, ids_RK, out=used_RK)
-        last_use_RE.scatter_(-1, ids_RK, used_RK)
-    ids, residents = (values.transpose(0, 1) for values in (ids_TRK, residents_TRE))
-    shape = base.shape[:-1]
-    return ids.reshape(*shape, top_k), residents.reshape(*shape, E), last_use_RE.view(last_use.shape)

@@ -88,6 +88,20 @@ def test_a_row_in_parts_gives_the_same_as_in_one_call(case, one, other):
     assert torch.allclose(state.score_range, whole.state.score_range, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("method", METHODS)
+def test_token_by_token_without_masks_gives_the_same_as_in_one_call(method, dtype):
+    scores = torch.randn(2, 3, 40, 16, generator=torch.Generator().manual_seed(5)).to(dtype)  # bfloat16 has ties
+    options = {"top_k": 4, "slots": 6, "strength": {"prior": 0.2, "max_rank": 8, "cumulative": 0.5}[method]}
+    whole, state = cache_aware_choice(scores, **options, method=method), None
+    for t in range(scores.shape[-2]):
+        found = cache_aware_choice(scores[..., t : t + 1, :], **options, method=method, state=state)
+        state = found.state
+        assert torch.equal(found.expert_ids, whole.expert_ids[..., t : t + 1, :])
+        assert torch.equal(found.residents, whole.residents[..., t : t + 1, :])
+    assert torch.equal(state.last_use, whole.state.last_use)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_strength_zero_is_the_routers_own_choice_bit_for_bit_ties_included(dtype, method):
