@@ -14,7 +14,7 @@ from torch import Tensor
 from consistency_reg.losses.distributed import world_size
 from consistency_reg.metrics import CacheHitRate, RoutingBalance, SegmentRoutingPerformance
 from consistency_reg.metrics.base import RoutingMetric
-from consistency_reg.metrics.hit_rates import ModelHitRates
+from consistency_reg.metrics.simulated_caches import ModelHitRates
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.tracking.experts import Expert, expert_rows
 

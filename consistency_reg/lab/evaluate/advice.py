@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import mul
 
-from consistency_reg.metrics.hit_rates import ModelHitRates
+from consistency_reg.metrics.simulated_caches import ModelHitRates
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from statistics import fmean
 
 from torch import Tensor
 
+from consistency_reg.cache_policies import POLICY_LABELS
 from consistency_reg.lab.evaluate.measure import ADVISED_POLICY, FAVOURITES, Evaluation
 from consistency_reg.lab.report.runs import COLLAPSED_BELOW
 from consistency_reg.lab.report.tables import Table, number, percent
-from consistency_reg.metrics.hit_rates import ModelHitRates
+from consistency_reg.metrics.simulated_caches import ModelHitRates
 
-POLICY_NAMES = {"lru": "LRU", "lfu": "LFU", "belady": "Belady", "fixed": "fixed set"}
 KINDS = {
     "domain": ("domains", "CV of the usage share"),
     "vocabulary": ("token ids", f"share of the {FAVOURITES} favourites"),
@@ -108,7 +108,7 @@ def _hit_rates(
     table = Table(title, ["model", "cache", *(f"{ratio:g}K slots" for ratio in ratios)], note=note)
     for one in evaluations:
         caches = {f"SCH m={m}": rates for m, rates in one.sch.items()}
-        caches |= {POLICY_NAMES[name]: rates for name, rates in one.policies.items()}
+        caches |= {POLICY_LABELS[name]: rates for name, rates in one.policies.items()}
         for place, (name, rates) in enumerate(caches.items()):
             table.rows.append(["" if place else _name(one), name, *(cell(rates, ratio) for ratio in ratios)])
     return table
@@ -168,7 +168,7 @@ def specialization(evaluations: Sequence[Evaluation]) -> Table:
 def advice(evaluations: Sequence[Evaluation]) -> Table:
     """Cache sizes to choose from."""
     header = ["model", "cache", "slots a layer", "hits (%)", "fast memory", "misses a token", "loads a token"]
-    table = Table(f"Advice: an {POLICY_NAMES[ADVISED_POLICY]} cache for each layer", header)
+    table = Table(f"Advice: an {POLICY_LABELS[ADVISED_POLICY]} cache for each layer", header)
     for one in evaluations:
         if "knee" not in one.advice:
             table.rows.append([_name(one), "no knee", *[""] * (len(header) - 2)])

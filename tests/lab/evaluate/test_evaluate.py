@@ -32,7 +32,7 @@ from consistency_reg.lab.evaluate.run import in_batches, record
 from consistency_reg.lab.evaluate.tables import in_bytes, tables
 from consistency_reg.lab.evaluate.text import cut
 from consistency_reg.lab.evaluate.traces import load_trace, save_trace
-from consistency_reg.metrics.hit_rates import CacheHitRates, ModelHitRates
+from consistency_reg.metrics.simulated_caches import CacheHitRates, ModelHitRates
 from consistency_reg.tracking.measures import RoutingMeasures
 
 PNG = b"\x89PNG"

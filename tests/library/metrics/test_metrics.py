@@ -19,9 +19,10 @@ from reference import (
 )
 from strategies import joined_documents, models, models_with_one_cache, on_cases, trace_of
 
+from consistency_reg.cache_policies import POLICIES
 from consistency_reg.functional.balance import local_cv, overlap_rate, usage_balance, usage_counts
 from consistency_reg.functional.bootstrap import poisson_weights
-from consistency_reg.functional.cache import POLICIES, cache_hit_rate
+from consistency_reg.functional.cache_hits import cache_hit_rate
 from consistency_reg.functional.sch import sch
 from consistency_reg.functional.specialization import (
     domain_specialization,
