@@ -17,7 +17,7 @@ from consistency_reg.functional.segments import check_segment_lengths
 from consistency_reg.masks import Masks, batch_masks
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
-from consistency_reg.tracking.measures import Measured, RoutingMeasures
+from consistency_reg.tracking.accumulate import Measured, RoutingMeasures
 
 with require("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -9,8 +9,8 @@ from consistency_reg.callbacks.batches import domain_names, token_ids
 from consistency_reg.callbacks.loggers import Table, log_pictures
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
+from consistency_reg.tracking.accumulate import Measured, RoutingMeasures
 from consistency_reg.tracking.experts import COLUMNS
-from consistency_reg.tracking.measures import Measured, RoutingMeasures
 
 with require("lightning"):
     from lightning.pytorch import Trainer

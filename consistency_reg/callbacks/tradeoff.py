@@ -7,7 +7,7 @@ from torch import Tensor
 
 from consistency_reg.callbacks.loggers import STEP, TOKENS, log_scalars, logged_step, summarize
 from consistency_reg.optional import require
-from consistency_reg.tracking.measures import RoutingMeasures
+from consistency_reg.tracking.accumulate import RoutingMeasures
 
 with require("lightning"):
     from lightning.pytorch import Trainer
@@ -43,7 +43,7 @@ class TradeOff:
         if quality is None:
             return
         value = float(logged[quality])
-        names = {"SRP": f"srp_m{measures.usual_length}", "misses": f"misses_{measures.usual_cache}"}
+        names = measures.trade_off_names
         point = {names[name]: number for name, number in measures.headline(model).items()}
         point[quality.removeprefix("val/")] = value
         log_scalars(trainer, {f"tradeoff/{name}": number for name, number in point.items()})

@@ -13,7 +13,7 @@ import torch
 
 from consistency_reg.functional.segments import check_segment_lengths
 from consistency_reg.lab.corpus.text import DOMAINS
-from consistency_reg.lab.evaluate.figures import figures
+from consistency_reg.lab.evaluate.figures import NAMES, figures
 from consistency_reg.lab.evaluate.measure import Evaluation, measure
 from consistency_reg.lab.evaluate.models import DTYPES, Candidate, load
 from consistency_reg.lab.evaluate.records import to_csv, to_json
@@ -24,12 +24,9 @@ from consistency_reg.lab.evaluate.traces import Recording, load_trace, save_trac
 from consistency_reg.lab.evaluate.tracking import log_to_wandb
 from consistency_reg.lab.files import write_atomically
 from consistency_reg.lab.provenance import git_commit, package_versions
-from consistency_reg.lab.report.command import NARROWEST, print_table
+from consistency_reg.lab.render.outputs import check_writable, write_pictures
+from consistency_reg.lab.render.terminal import print_tables
 from consistency_reg.lab.usage import CommandParser
-from consistency_reg.optional import require
-
-with require("plots"):
-    from rich.console import Console
 
 SEQUENCE_LENGTH = 512
 EXAMPLE = """\
@@ -47,11 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     recordings = [load_trace(path) for path in options.trace]
     recordings += record_models(options, about) if options.models else []
     evaluations = evaluate(recordings, options)
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, NARROWEST)
-    for table in tables(evaluations):
-        print_table(table, console)
+    print_tables(tables(evaluations))
     command = shlex.join(["consistency-reg", "evaluate", *(argv or ())])
     pictures = write(options.out, evaluations, {"command": command, **about})
     print(f"{options.out}: evaluation.json, evaluation.csv, {', '.join(path.name for path in pictures.values())}")
@@ -108,10 +101,7 @@ def write(folder: Path, evaluations: Sequence[Evaluation], about: dict[str, Any]
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         write_atomically(folder / name, text)
-    pictures = {name: folder / f"{name}.png" for name in drawn}
-    for name, path in pictures.items():
-        write_atomically(path, drawn[name])
-    return pictures
+    return write_pictures(folder, drawn, NAMES)
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -135,6 +125,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError(f"--cache-ratios must be positive numbers, got {options.cache_ratios}")
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out must be a folder, got the file {options.out}")
+    check_writable("--out", options.out)
+    if options.save_trace is not None:
+        check_writable("the folder of --save-trace", options.save_trace.parent)
     if options.save_trace is not None and options.save_trace.is_dir():
         raise ValueError(f"--save-trace must be a file, got the folder {options.save_trace}")
     return options

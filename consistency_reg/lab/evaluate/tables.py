@@ -8,8 +8,8 @@ from torch import Tensor
 
 from consistency_reg.cache_policies import POLICY_LABELS
 from consistency_reg.lab.evaluate.measure import ADVISED_POLICY, FAVOURITES, Evaluation
-from consistency_reg.lab.report.runs import COLLAPSED_BELOW
-from consistency_reg.lab.report.tables import Table, number, percent
+from consistency_reg.lab.render.table import Table, in_bytes, number, percent
+from consistency_reg.lab.render.verdict import COLLAPSED_BELOW
 from consistency_reg.metrics.simulated_caches import ModelHitRates
 
 KINDS = {
@@ -187,21 +187,6 @@ def advice(evaluations: Sequence[Evaluation]) -> Table:
                 ]
             )
     return table
-
-
-def in_bytes(count: float | None) -> str:
-    """A number of bytes with a unit; "unknown" for None.
-
-    Example:
-        >>> in_bytes(1_234_000), in_bytes(12), in_bytes(None)
-        ('1.23 MB', '12 B', 'unknown')
-    """
-    if count is None:
-        return "unknown"
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.3g} B"
 
 
 def _name(one: Evaluation) -> str:

@@ -22,18 +22,20 @@ from wandb_file import read_run
 from consistency_reg import functional
 from consistency_reg.capture import RouterCapture
 from consistency_reg.functional.specialization import grouped_usage
-from consistency_reg.lab.evaluate.advice import choose, knee, knee_ratio
+from consistency_reg.lab.evaluate.advice import choose, knee_ratio
 from consistency_reg.lab.evaluate.command import main
 from consistency_reg.lab.evaluate.figures import figures
 from consistency_reg.lab.evaluate.measure import measure
 from consistency_reg.lab.evaluate.models import Candidate, expert_bytes, load
 from consistency_reg.lab.evaluate.records import to_csv, to_json
 from consistency_reg.lab.evaluate.run import in_batches, record
-from consistency_reg.lab.evaluate.tables import in_bytes, tables
+from consistency_reg.lab.evaluate.tables import tables
 from consistency_reg.lab.evaluate.text import cut
 from consistency_reg.lab.evaluate.traces import load_trace, save_trace
+from consistency_reg.lab.knee import knee
+from consistency_reg.lab.render.table import in_bytes
 from consistency_reg.metrics.simulated_caches import CacheHitRates, ModelHitRates
-from consistency_reg.tracking.measures import RoutingMeasures
+from consistency_reg.tracking.accumulate import RoutingMeasures
 
 PNG = b"\x89PNG"
 WORDS = [f"w{i}" for i in range(3, COMMON["vocab_size"])]

@@ -180,10 +180,10 @@ class NoKernel:
 @every_metric
 def test_update_never_waits_for_the_device(make, monkeypatch):
     pytest.importorskip("triton")
-    from consistency_reg.kernels import cache, srp
+    from consistency_reg.kernels import cache_hits, srp
 
     monkeypatch.setattr("consistency_reg.kernels.takes", lambda tensor: True)
-    for module, kernel in ((cache, "_simulate"), (cache, "_find_next_uses"), (srp, "_count_windows")):
+    for module, kernel in ((cache_hits, "_simulate"), (srp, "_count_windows")):
         monkeypatch.setattr(module, kernel, NoKernel())
     update_without_values(make)
 
