@@ -14,10 +14,10 @@ from places import ROOT
 from run_folders import DOMAINS, result, write_demo, write_losses, write_run
 from wandb_file import read_run as read_wandb_run
 
+from consistency_reg.lab.render.markdown import MARKED, update
 from consistency_reg.lab.report import command, main, pair_runs, read_folder, read_run
 from consistency_reg.lab.report.command import gather
 from consistency_reg.lab.report.findings import Findings
-from consistency_reg.lab.report.markdown import MARKED, update
 from consistency_reg.lab.report.recipe import architecture, consistency_term, pair_digest
 from consistency_reg.lab.report.records import fingerprint, read_csv, to_frame
 from consistency_reg.lab.report.runs import loss_labels

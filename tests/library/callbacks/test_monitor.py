@@ -7,7 +7,7 @@ from processes import on_processes
 from toy_lightning import Domains, Validated, layer_ids, loader, regularizer, tokens, toy, validated
 
 from consistency_reg import RoutingMonitor, RoutingTrace, functional
-from consistency_reg.tracking.measures import RoutingMeasures
+from consistency_reg.tracking.accumulate import RoutingMeasures
 
 
 def trainer(callbacks, **options):
