@@ -24,6 +24,7 @@ __version__ = version("consistency-reg")
 moved.install()
 
 _ON_FIRST_USE = {
+    "CacheAwareTraining": "consistency_reg.callbacks",
     "CacheHitRate": "consistency_reg.metrics",
     "ConsistencyRegularizer": "consistency_reg.callbacks",
     "ExpertSpecialization": "consistency_reg.metrics",
@@ -37,6 +38,7 @@ _ON_FIRST_USE = {
 
 __all__ = [
     "CacheAwareRouting",
+    "CacheAwareTraining",
     "CacheConsistencyLoss",
     "CacheHitRate",
     "ConsistencyRegularizer",

@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from consistency_reg.lab.files import write_atomically
-from consistency_reg.measures import shown_in
+from consistency_reg.measures import parse, shown_in
 from consistency_reg.optional import require
 from consistency_reg.reading import VALIDATION, Reading
 
 with require("transformers"):
     from huggingface_hub import ModelCardData
+
+
+DEPLOYED = ("ppl", "cache/lru_k", "cache/lru_2k", "cache/lru_25pct", "srp/m16", "balance/cv", "balance/min_share")
 
 
 def write_card(result: Mapping[str, Any], folder: Path) -> Path:
@@ -32,6 +35,8 @@ def card(result: Mapping[str, Any]) -> str:
     weight = term["weight"]
     loss = ((term.get("loss") or {}).get("class_path") or "LocalConsistencyLoss").rpartition(".")[2]
     trained = f"with {loss} at weight {weight:g}" if weight else "without a consistency term"
+    if strength := (result["config"].get("routing") or {}).get("strength"):
+        trained += f", and cache-aware routing of strength {strength:g} in its forward pass"
     shown = [reading.within(VALIDATION) for reading in shown_in("card")]
     rows = "\n".join(_row(reading, metrics[reading.name]) for reading in shown if reading.name in metrics)
     corpus = "\n".join(f"| {domain} | `{sha256}` |" for domain, sha256 in result["corpus"].items())
@@ -52,7 +57,7 @@ A mixture-of-experts language model of {sizes["total"]:,} parameters, {sizes["ac
 Perplexity compares only between models of one tokenizer and text. High SRP with low local gain, or a smallest usage
 near 0, is a collapsed router, not a consistent one.
 
-## How it was made
+{_deployment(result)}## How it was made
 
 ```
 {result["command"]}
@@ -63,6 +68,37 @@ Commit `{result["git_commit"] or "unknown"}`, seed {result["seed"]}; {versions};
 | domain | SHA-256 of its text |
 |---|---|
 {corpus}
+"""
+
+
+def _deployment(result: Mapping[str, Any]) -> str:
+    """Return the section about deployment, its cost and what it saves; empty for a model that is deployed as it is."""
+    settings = result.get("deployment")
+    if not settings:
+        return ""
+    arguments = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    metrics = result["metrics"]
+    shown = [(name, metrics.get(f"val/{name}"), metrics.get(f"val/deployed/{name}")) for name in DEPLOYED]
+    rows = "\n".join(
+        f"| {reading.label} | {own:.4g} | {deployed:.4g} |"
+        for name, own, deployed in shown
+        if own is not None and deployed is not None and (reading := parse(f"val/{name}")) is not None
+    )
+    return f"""## How to deploy it
+
+Its routers are to prefer the experts that are in the cache, as `config.json` says under `cache_aware_routing`:
+
+```python
+from consistency_reg import CacheAwareRouting
+
+with CacheAwareRouting.from_config(model):  # CacheAwareRouting(model, {arguments})
+    model.generate(...)
+```
+
+| of the validation | as it is | deployed so |
+|---|---|---|
+{rows}
+
 """
 
 

@@ -20,7 +20,13 @@ with require("lightning"):
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from consistency_reg.callbacks import ConsistencyRegularizer, ExpertAgreement, RouterAnchor, RoutingMonitor
+from consistency_reg.callbacks import (
+    CacheAwareTraining,
+    ConsistencyRegularizer,
+    ExpertAgreement,
+    RouterAnchor,
+    RoutingMonitor,
+)
 from consistency_reg.callbacks.progress import TrainingBar
 from consistency_reg.lab.card import write_card
 from consistency_reg.lab.cli import TERMINATED
@@ -47,6 +53,7 @@ A_KEY_OF = {  # each section of a recipe
     "trainer": "max_steps",
     "consistency": "weight",
     "anchor": "weight",
+    "routing": "strength",
     "monitor": "segment_lengths",
 }
 DEFAULTS = Path(__file__).with_name("defaults.yaml")
@@ -54,7 +61,7 @@ DEFAULTS = Path(__file__).with_name("defaults.yaml")
 
 class RecipeCLI(LightningCLI):
     """A recipe: ``model``, ``data``, ``trainer``, ``consistency`` (the regularizer), ``anchor`` (to earlier routers),
-    ``monitor``, ``run_dir``.
+    ``routing`` (that knows the cache), ``monitor``, ``run_dir``.
 
     The seed decides initial weights and data order, so that runs with one seed are pairs.
     """
@@ -63,11 +70,13 @@ class RecipeCLI(LightningCLI):
         """The callbacks as keys of their own, and values that follow from others."""
         parser.add_lightning_class_args(ConsistencyRegularizer, "consistency")
         parser.add_lightning_class_args(RouterAnchor, "anchor")
+        parser.add_lightning_class_args(CacheAwareTraining, "routing")
         parser.add_lightning_class_args(RoutingMonitor, "monitor")
         parser.add_argument("--run_dir", type=str, default="runs/run", help="folder of the run")
         parser.add_argument("--wandb_project", type=str, default="consistency-reg", help="empty for no wandb")
         parser.add_argument("--checkpoint_every", type=int, default=50, help="optimizer steps between two checkpoints")
         parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments("seed_everything", "routing.seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """As LightningCLI does, but errors say what to do."""
@@ -142,9 +151,7 @@ class CheckOnly(RecipeCLI):
     def instantiate_classes(self) -> None:
         """All but the trainer."""
         with torch.device("meta"):
-            self.parser.instantiate_classes(
-                {key: self.config[key] for key in ("model", "data", "consistency", "anchor", "monitor")}
-            )
+            self.parser.instantiate_classes({key: self.config[key] for key in A_KEY_OF if key != "trainer"})
 
 
 def check_config(argv: Sequence[str]) -> None:
@@ -184,7 +191,10 @@ def claim_folder(run_dir: Path, config: str) -> None:
         if is_first_process():
             write_atomically(path, config)
         return
-    old, new = (_flatten(yaml.safe_load(text)) for text in (there, config))
+    recipes = [yaml.safe_load(text) for text in (there, config)]
+    if "routing" not in recipes[0] and not recipes[1]["routing"]["strength"]:
+        del recipes[1]["routing"]  # off, and of an earlier version that did not know it
+    old, new = map(_flatten, recipes)
     keys = sorted((old.keys() | new.keys()) - {"run_dir"})  # it is this folder, whatever it is called from here
     differences = [key for key in keys if old.get(key) != new.get(key)]
     if differences:
@@ -218,9 +228,12 @@ def main(argv: Sequence[str]) -> int:
         _train(cli, run_dir / "checkpoints" / "last.ckpt")
         cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
         if cli.trainer.is_global_zero:
+            deployment = _deployment(cli)
+            if deployment:
+                cli.model.model.config.cache_aware_routing = deployment
             save_plain(cli.model.model, run_dir / "model")
             cli.datamodule.tokenizer.save_pretrained(run_dir / "model")
-            result = origin | _result(cli, run_dir, argv) | before
+            result = origin | _result(cli, run_dir, argv) | before | ({"deployment": deployment} if deployment else {})
             files = [write_card(result, run_dir / "model"), run_dir / "config.yaml"]
             log_result(cli.trainer, result, result["name"], files)
             write_json(run_dir / "result.json", result)
@@ -241,6 +254,13 @@ def _train(cli: RecipeCLI, last: Path) -> None:
                 f"{last} is a checkpoint of another model: choose another run_dir, or remove it"
             ) from error
         raise
+
+
+def _deployment(cli: RecipeCLI) -> dict[str, Any]:
+    """Return the routing that the model is to be deployed with, as arguments of CacheAwareRouting; empty for none."""
+    callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    routing = next(one for one in callbacks if isinstance(one, CacheAwareTraining))
+    return routing.deployed.settings() if routing.deployed.strength else {}
 
 
 def _recipe(cli: RecipeCLI) -> dict[str, Any]:
