@@ -7,10 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from consistency_reg.lab.ablate.folder import (
-    LOG,
     fit_arguments,
-    is_finished,
-    log_tail,
     refuse_other_settings,
     write_config,
 )
@@ -58,7 +55,7 @@ def main(
     refuse_other_settings(grid, cells)
     if options.dry_run:
         for cell in cells:
-            print(f"{cell.name}: {'finished' if is_finished(cell) else 'to run'}")
+            print(f"{cell.name}: {'finished' if cell.run.is_finished else 'to run'}")
         return 0
     launcher = _launcher(options, command)
     with LiveDisplay(launcher.slots()) as display:
@@ -107,10 +104,8 @@ def report_outcomes(grid: Grid, outcomes: Sequence[Outcome]) -> int:
     """Say how the cells ended, of the failed ones the end of their logs; 1 if one failed."""
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     for outcome in failed:
-        print(
-            f"\n{outcome.cell.name} failed: {outcome.error}; the end of {outcome.cell.folder / LOG}:", file=sys.stderr
-        )
-        for line in log_tail(outcome.cell):
+        print(f"\n{outcome.cell.name} failed: {outcome.error}; the end of {outcome.cell.run.log}:", file=sys.stderr)
+        for line in outcome.cell.run.log_tail():
             print(f"    {line}", file=sys.stderr)
     ran = sum(outcome.ran and outcome.error is None for outcome in outcomes)
     before = sum(not outcome.ran for outcome in outcomes)

@@ -1,18 +1,17 @@
 """The YAML file of an ablation, and all that can be wrong with it."""
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from consistency_reg.lab.ablate.grid import Axes, Grid, Overrides, nest
+from consistency_reg.lab.files import check_name
 from consistency_reg.optional import require
 
 with require("lightning"):
     import yaml
 
-SAFE_NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]*")
 OURS = ("seed_everything", "run_dir")
 
 
@@ -142,12 +141,10 @@ def _listed(path: Path, cells: Any) -> dict[str, Overrides]:
 def _label(path: Path, where: str, label: Any) -> str:
     if isinstance(label, bool):
         raise ValueError(f"{path}: {where}: YAML reads on, off, yes and no as true and false: put the label in quotes")
-    if not SAFE_NAME.fullmatch(str(label)):
-        raise ValueError(
-            f"{path}: {where}: a label is part of a folder's name, of letters, digits and . _ + -, got {label!r}: "
-            "write `values: {LABEL: value}`"
-        )
-    return str(label)
+    try:
+        return check_name("a value, which is part of a folder's name,", label)
+    except ValueError as error:
+        raise ValueError(f"{path}: {where}: {error}: write `values: {{LABEL: value}}`") from error
 
 
 def _overrides(path: Path, where: str, overrides: Any) -> Overrides:
