@@ -15,6 +15,8 @@ from typing import Any
 
 MOVED = {  # former path below consistency_reg -> present path; a package takes its modules along
     "ablation": "lab.ablate",
+    "callbacks.pictures": "tracking.pictures",
+    "callbacks.tradeoff": "tracking.tradeoff",
     "cli": "lab.cli",
     "evaluate": "lab.evaluate.command",
     "evaluation": "lab.evaluate",
@@ -32,7 +34,11 @@ MOVED = {  # former path below consistency_reg -> present path; a package takes 
     "lm.tokens": "lab.corpus.tokens",
     "lm.tracking": "lab.run_loggers",
     "provenance": "lab.provenance",
+    "report.markdown": "lab.render.markdown",
+    "report.page": "lab.render.page",
+    "report.plots": "lab.report.looks",
     "report": "lab.report",
+    "tracking.measures": "tracking.accumulate",
     "tracking.workspace": "lab.workspace",
     "usage": "lab.usage",
     "wandb_login": "lab.wandb_login",

@@ -162,6 +162,39 @@ def fixed_set_hits_oracle(corpus, num_experts):
     ]
 
 
+# --- Routing that knows the cache ---------------------------------------------------------------------------------
+
+
+def cache_aware_oracle(scores, top_k, slots, strength, guaranteed, valid, document_ids, method):
+    """(ids, hits) by (row, token) of a router [N, T, E] that prefers cached experts, its LRU cache really simulated."""
+    ids, hits = {}, {}
+    for n, first, end in documents(valid, document_ids):
+        cache, ranges = [], []  # least recently used first
+        for t in range(first, end):
+            z = scores[n, t]
+            by_z = sorted(range(len(z)), key=lambda e: -z[e])
+            ranges.append(max(z) - min(z))
+            if method == "prior":
+                bonus = strength * sum(ranges) / len(ranges)
+                order = sorted(by_z, key=lambda e: -(z[e] + (bonus if e in cache else 0)))
+            else:
+                reach = int(strength) if method == "max_rank" else 0
+                p = np.exp(z - max(z)) / np.exp(z - max(z)).sum()
+                while method == "cumulative" and sum(p[e] for e in by_z[:reach]) < strength and reach < len(z):
+                    reach += 1
+                order = sorted(by_z, key=lambda e: not (e in by_z[:reach] and e in cache))
+            best = by_z[:guaranteed]
+            chosen = (best + [e for e in order if e not in best])[:top_k]
+            ids[n, t] = sorted(chosen, key=lambda e: -z[e])
+            hits[n, t] = [e in cache for e in ids[n, t]]
+            for e in reversed(ids[n, t]):  # the best becomes the most recent
+                if e in cache:
+                    cache.remove(e)
+                cache.append(e)
+            del cache[: max(0, len(cache) - slots)]
+    return ids, hits
+
+
 # --- balance ------------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,8 @@ from places import ROOT
 
 TOP_LEVEL = {
     *("pyproject.toml", "consistency_reg", "recipes", "tests", "notebooks", "README.md"),
-    *("Makefile", "constraints.txt", "docs", "LICENSE"),
+    *("Makefile", "constraints.txt", "docs", "mkdocs.yml", "LICENSE"),
+    *("CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"),
 }
 
 

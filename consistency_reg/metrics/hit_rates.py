@@ -10,8 +10,10 @@ from torch import Tensor
 
 from consistency_reg.functional.bootstrap import percentile_interval
 from consistency_reg.functional.cache import RowHitRates
+from consistency_reg.metrics.base import Value
 from consistency_reg.metrics.plots import axes_of
 from consistency_reg.metrics.resampled import ResampledMetric
+from consistency_reg.reading import Reading
 from consistency_reg.routing import RoutingTrace
 
 CHUNK_RATES = 2**22  # hit rates of rows that are in memory at a time
@@ -65,6 +67,19 @@ class ModelHitRates:
     def at(self, ratio: float) -> Tensor:
         """The mean over layers of the hit rate of a cache of ``ratio`` times K slots for each layer."""
         return torch.stack([layer.at(ratio) for layer in self.layers]).mean()
+
+    def at_share(self, share: float) -> Tensor:
+        """Return the mean over layers of the hit rate with ``share`` of a layer's experts in its cache."""
+        return torch.stack([layer.at_share(share) for layer in self.layers]).mean()
+
+    def value(self, reading: Reading) -> Value:
+        """Return the hit rate at the cache size that a reading of the table of measures names."""
+        if reading.share is not None:
+            return Value(
+                reading, self.at_share(reading.share), [layer.at_share(reading.share) for layer in self.layers]
+            )
+        assert reading.ratio is not None
+        return Value(reading, self.at(reading.ratio), [layer.at(reading.ratio) for layer in self.layers])
 
 
 class HitRateMetric(ResampledMetric):

@@ -7,7 +7,7 @@ from consistency_reg.lab.evaluate.measure import Evaluation
 from consistency_reg.lab.provenance import git_commit, package_versions
 from consistency_reg.lab.wandb_login import open_run
 from consistency_reg.optional import require
-from consistency_reg.tracking.measures import ratio_name
+from consistency_reg.reading import size_name
 
 
 def log_to_wandb(project: str, evaluations: Sequence[Evaluation], pictures: Mapping[str, Path], folder: Path) -> None:
@@ -35,10 +35,12 @@ def scalars(one: Evaluation) -> dict[str, float]:
         values[f"local_gain/m{m}"] = float(result.local_gain)
     for cache, rates in ({f"sch_m{m}": rates for m, rates in one.sch.items()} | one.policies).items():
         for ratio in one.cache_ratios:
-            name = f"cache/{cache}_{ratio_name(ratio)}"
+            name = f"cache/{cache}_{size_name(ratio)}"
             values[name] = float(rates.at(ratio))
             if rates.shared is not None:
                 values[f"{name}_shared"] = float(rates.shared.at(ratio))
+    if (perplexity := one.recording.perplexity()) is not None:
+        values["ppl"] = perplexity
     for kind, found in one.kinds.items():
         values[f"specialization/{kind}"] = float(found.mean)
         values[f"specialization/{kind}_srp_spearman"] = float(found.spearman)

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Callable, Sequence
 
+from consistency_reg.lab.render.table import Table, number, percent
 from consistency_reg.lab.report.runs import Run
-from consistency_reg.lab.report.tables import Table, number, percent, run_name
+from consistency_reg.lab.report.tables import run_name
 
 BEFORE = "val/before/"
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from consistency_reg.lab.render.verdict import COLLAPSED_BELOW
 from consistency_reg.lab.report.curves import MISSES_FROM, PERPLEXITY, Curve, read_curve
 from consistency_reg.lab.report.recipe import (
     DATA_SETTINGS,
@@ -19,7 +20,6 @@ from consistency_reg.lab.report.recipe import (
 from consistency_reg.lab.run_folder import RunFolder
 
 HASH_DIGITS = 16  # of a corpus' SHA-256: enough to tell two apart
-COLLAPSED_BELOW = 0.1  # smallest usage of an expert, as a share of its fair share
 
 SRP, LOCAL_GAIN = "val/srp/m16", "val/local_gain/m16"
 GLOBAL_CV, LOCAL_CV = "val/balance/cv", "val/balance/local_cv/m16"

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from statistics import fmean
 
+from consistency_reg.lab.render.table import Table, change, millions, multiple, number, percent, points
+from consistency_reg.lab.render.verdict import COLLAPSED_BELOW
 from consistency_reg.lab.report.pairs import Pair
 from consistency_reg.lab.report.runs import (
-    COLLAPSED_BELOW,
     GLOBAL_CV,
     LOCAL_CV,
     LOCAL_GAIN,
@@ -19,59 +19,7 @@ from consistency_reg.lab.report.runs import (
     Run,
 )
 
-MARKS = ("(collapsed)", "(left out)")  # at the end of a row's first cell
 Column = tuple[str, Callable[[Run], float], Callable[[float], str]]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A title, a header, and a row of text for each run; ``note`` says what the marks mean."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]] = field(default_factory=list)
-    note: str = ""
-
-
-def percent(value: float) -> str:
-    """A share in percent: 0.4567 -> 45.7."""
-    return "" if math.isnan(value) else f"{100 * value:.1f}"
-
-
-def change(value: float) -> str:
-    """A change in percent with its sign: -0.305 -> -30.5%."""
-    return "" if math.isnan(value) else f"{100 * value:+.1f}%"
-
-
-def points(value: float) -> str:
-    """A difference of two shares in percentage points: 0.041 -> +4.1."""
-    return "" if math.isnan(value) else f"{100 * value:+.1f}"
-
-
-def number(digits: int) -> Callable[[float], str]:
-    """Fixed digits: number(2)(1.234) -> 1.23."""
-    return lambda value: "" if math.isnan(value) else f"{value:.{digits}f}"
-
-
-def multiple(value: float) -> str:
-    """A ratio: 1.064 -> 1.06x."""
-    return "" if math.isnan(value) else f"{value:.2f}x"
-
-
-def millions(value: float) -> str:
-    """Parameters: 12345678 -> 12.35M."""
-    return f"{value / 1e6:.2f}M"
-
-
-def spread(show: Callable[[float], str], mean: float, low: float, high: float) -> str:
-    """A mean over seeds with the lowest and the highest; the mean alone where they are one.
-
-    Example:
-        >>> spread(change, -0.3, -0.4, -0.2)
-        '-30.0% (-40.0 to -20.0)'
-    """
-    lowest, highest = show(low).rstrip("%"), show(high).rstrip("%")
-    return show(mean) if lowest == highest else f"{show(mean)} ({lowest} to {highest})"
 
 
 def metric(name: str) -> Callable[[Run], float]:
@@ -104,9 +52,8 @@ def overview_table(runs: Sequence[Run]) -> Table:
         for cell, group in cells.items()
     ]
     note = "means over the seeds; smallest share: the least used expert of any seed, over its fair share"
-    return Table(
-        "Overview", ["cell", "experts/active", "term", "seeds", *(column[0] for column in columns)], rows, note
-    )
+    header = ["cell", "experts/active", "term", "seeds", *(column[0] for column in columns)]
+    return Table("Overview", header, rows, note, gives_way=("local CV m=16", "experts/active", "seeds", "term"))
 
 
 def run_tables(runs: Sequence[Run]) -> list[Table]:
@@ -125,6 +72,7 @@ def run_tables(runs: Sequence[Run]) -> list[Table]:
                 ("seconds", lambda run: run.wall_time_s, number(0)),
             ],
             leading=[("experts", lambda run: run.architecture), ("term", term), ("seed", lambda run: str(run.seed))],
+            gives_way=("seconds", "experts", "tokens", "parameters"),
         ),
         _table("Perplexity by domain", runs, [(name, metric(f"val/ppl/{name}"), number(2)) for name in domains]),
         _table(
@@ -166,6 +114,7 @@ def pair_table(pairs: Sequence[Pair]) -> Table:
         [*header, "max/mean", "global CV"],
         note="changes against the baseline of the same seed; SRP and gain in percentage points, max/mean and CV as "
         "multiples",
+        gives_way=("max/mean", "local gain", "against"),
     )
     for pair in pairs:
         table.rows.append(
@@ -182,6 +131,25 @@ def pair_table(pairs: Sequence[Pair]) -> Table:
             ]
         )
     return table
+
+
+def origin_tables(runs: Sequence[Run]) -> list[Table]:
+    """How each run was made, and the hashes of the text."""
+    made = [
+        [
+            run.name,
+            run.command,
+            run.git_commit,
+            ", ".join(f"{name} {version}" for name, version in run.versions.items()),
+            run.device,
+        ]
+        for run in runs
+    ]
+    text = [[domain, str(sha256)] for domain, sha256 in runs[0].data.get("corpus", {}).items()]
+    return [
+        Table("How the runs were made", ["run", "command", "commit", "versions", "device"], made),
+        Table("Text", ["domain", "SHA-256, its first digits"], text),
+    ]
 
 
 def run_name(run: Run) -> str:
@@ -204,6 +172,7 @@ def _table(
     *,
     leading: Sequence[tuple[str, Callable[[Run], str]]] = (),
     note: str = "",
+    gives_way: tuple[str, ...] = (),
 ) -> Table:
     """A table without the columns that no run has."""
     kept = [column for column in columns if not all(math.isnan(column[1](run)) for run in runs)]
@@ -212,4 +181,4 @@ def _table(
         [run_name(run), *(read(run) for _, read in leading), *(show(read(run)) for _, read, show in kept)]
         for run in runs
     ]
-    return Table(title, header, rows, note)
+    return Table(title, header, rows, note, gives_way)

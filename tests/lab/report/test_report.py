@@ -14,10 +14,10 @@ from places import ROOT
 from run_folders import DOMAINS, result, write_demo, write_losses, write_run
 from wandb_file import read_run as read_wandb_run
 
+from consistency_reg.lab.render.markdown import MARKED, update
 from consistency_reg.lab.report import command, main, pair_runs, read_folder, read_run
 from consistency_reg.lab.report.command import gather
 from consistency_reg.lab.report.findings import Findings
-from consistency_reg.lab.report.markdown import MARKED, update
 from consistency_reg.lab.report.recipe import architecture, consistency_term, pair_digest
 from consistency_reg.lab.report.records import fingerprint, read_csv, to_frame
 from consistency_reg.lab.report.runs import loss_labels
@@ -413,7 +413,9 @@ def test_without_a_login_wandb_is_not_asked(folder, api, monkeypatch):
     assert api.asked == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/ablations.md", "docs/choosing.md", "docs/finetuning.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/ablations.md", "docs/choosing.md", "docs/finetuning.md", "docs/results.md"]
+)
 def test_tables_in_the_docs_are_those_of_the_committed_rows(tmp_path, page):
     text = (ROOT / page).read_text()
     sources = dict.fromkeys(match["source"] for match in MARKED.finditer(text))

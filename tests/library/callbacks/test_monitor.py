@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from consistency_reg import RouterCapture, RoutingMonitor, RoutingTrace, functional
-from consistency_reg.tracking.measures import RoutingMeasures
+from consistency_reg.tracking.accumulate import RoutingMeasures
 
 
 class Validated(ToyMoE):

@@ -16,6 +16,7 @@ from strategies import routings
 
 from consistency_reg import kernels
 from consistency_reg.functional.cache import cache_hit_counts, row_hit_rates
+from consistency_reg.functional.cache_aware import cache_aware_choice
 from consistency_reg.functional.segments import document_positions
 from consistency_reg.functional.srp import srp_counts
 from consistency_reg.routing import RoutingTrace
@@ -106,6 +107,62 @@ def test_srp_kernel_equals_the_functional_version(tokens, routing, m):
         assert_windows_equal(routing.expert_ids, routing.num_experts, [m], routing.masks)
 
 
+@in_kernels
+@settings(max_examples=40 if ON_GPU else 6, deadline=None)
+@given(
+    routing=small,
+    K=st.integers(1, 3),
+    extra=st.integers(0, 3),
+    strength=st.sampled_from([0.0, 0.2, 1.0]),
+    guaranteed=st.integers(0, 1),
+    seed=st.integers(0, 99),
+)
+def test_cache_aware_kernel_equals_the_functional_version(routing, K, extra, strength, guaranteed, seed):
+    from consistency_reg.kernels import cache_aware
+
+    E, masks = max(routing.num_experts, K), routing.masks
+    scores = torch.randn(2, *routing.valid.shape, E, generator=torch.Generator().manual_seed(seed))
+    options = {"top_k": K, "slots": K + extra, "strength": strength, "guaranteed": guaranteed, **masks}
+    T = scores.shape[-2] // 2
+    expected = cache_aware_choice(scores, **options)
+    before = cache_aware_choice(scores[:, :, :T], **parts_of(options, slice(0, T)))
+    on_device = {
+        name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in options.items()
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        scanned = []
+        patch.setattr(cache_aware, "scan", lambda *args, scan=cache_aware.scan: scanned.append(1) or scan(*args))
+        patch.setattr(kernels, "takes", lambda tensor: True)
+        found = cache_aware_choice(scores.to(DEVICE), **on_device)
+        state = type(before.state)(*(value.to(DEVICE) for value in vars(before.state).values()))
+        rest = parts_of(on_device, slice(T, None))
+        continued = cache_aware_choice(scores[:, :, T:].to(DEVICE), **rest, state=state)
+    assert scanned
+    real = routing.valid
+    assert torch.equal(found.expert_ids.cpu()[:, real], expected.expert_ids[:, real])
+    assert torch.equal(found.residents.cpu()[:, real], expected.residents[:, real])
+    assert torch.equal(found.state.last_use.cpu(), expected.state.last_use)
+    assert torch.equal(continued.expert_ids.cpu()[:, real[:, T:]], expected.expert_ids[:, :, T:][:, real[:, T:]])
+    assert torch.equal(continued.state.last_use.cpu(), expected.state.last_use)
+
+
+def parts_of(options, tokens):
+    """The options of a choice for some of its tokens."""
+    return options | {name: options[name][:, tokens] for name in ("valid", "document_ids")}
+
+
+@in_kernels
+def test_cache_aware_kernel_leaves_out_experts_that_were_ruled_out(monkeypatch):
+    scores = torch.randn(1, 12, 6, generator=torch.Generator().manual_seed(3))
+    scores[..., 3:] = -torch.inf
+    expected = cache_aware_choice(scores, 3, 4, 0.4)
+    monkeypatch.setattr(kernels, "takes", lambda tensor: True)
+    found = cache_aware_choice(scores.to(DEVICE), 3, 4, 0.4)
+    assert torch.equal(found.expert_ids.cpu(), expected.expert_ids)
+    short = cache_aware_choice(scores.to(DEVICE), 4, 4, 0.4).expert_ids.cpu()
+    assert (short.sort().values.diff() > 0).all()
+
+
 def compile_for_h100(kernel, pointers, integers, constants):
     """Compile as a launch does, without a GPU: integer arguments of 1 become constants."""
     import triton
@@ -154,6 +211,19 @@ def test_srp_kernel_compiles_for_a_gpu(sequences, K, m):
     pointers = {"ids": "*i64", "position": "*i64", "windows": "*i64", "sequences": sequences}
     integers = {"T": 512, "K": K, "E": 64, "m": m, "segment": 512}
     compile_for_h100(srp._count_windows, pointers, integers, {"REPLICAS": 16, "X": 64})
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+@pytest.mark.parametrize("choose", [True, False])
+@pytest.mark.parametrize(("K", "scores"), [(8, "*fp32"), (1, "*fp64")])
+def test_cache_aware_kernel_compiles_for_a_gpu(choose, K, scores):
+    pytest.importorskip("triton")
+    from consistency_reg.kernels import cache_aware
+
+    pointers = dict.fromkeys(("base", "preferred"), scores) | dict.fromkeys(("key", "start", "last_use", "ids"), "*i64")
+    pointers |= {"depth": "*i32", "residents": "*u8"}
+    integers = {"T": 512, "E": 64, "K": K, "C": 16}
+    compile_for_h100(cache_aware._walk, pointers, integers, {"CHOOSE": choose, "X": 64})
 
 
 @in_kernels

@@ -1,7 +1,8 @@
 """Consistency against global and against local balance: which of the two it has to give up."""
 
+from consistency_reg.lab.render.png import legend_below, panels
 from consistency_reg.lab.report.findings import Findings
-from consistency_reg.lab.report.plots import Looks, legend_below, panels
+from consistency_reg.lab.report.looks import Looks
 from consistency_reg.lab.report.runs import GLOBAL_CV, LOCAL_CV, SRP, Run
 from consistency_reg.optional import require
 

@@ -3,9 +3,10 @@
 import re
 from typing import Any
 
-from consistency_reg.lab.evaluate.advice import knee
+from consistency_reg.lab.knee import knee
+from consistency_reg.lab.render.png import entry, legend_below, panels, whiskers
 from consistency_reg.lab.report.findings import Findings
-from consistency_reg.lab.report.plots import Looks, entry, legend_below, panels, whiskers
+from consistency_reg.lab.report.looks import Looks
 from consistency_reg.lab.report.recipe import routed_experts
 from consistency_reg.lab.report.runs import Run
 from consistency_reg.optional import require

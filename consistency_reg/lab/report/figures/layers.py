@@ -2,8 +2,9 @@
 
 import re
 
+from consistency_reg.lab.render.png import panels
 from consistency_reg.lab.report.findings import Findings
-from consistency_reg.lab.report.plots import Looks, panels
+from consistency_reg.lab.report.looks import Looks
 from consistency_reg.lab.report.runs import SRP
 from consistency_reg.optional import require
 

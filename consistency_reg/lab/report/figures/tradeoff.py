@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
+from consistency_reg.lab.render.png import legend_below, panels
 from consistency_reg.lab.report.findings import Findings
+from consistency_reg.lab.report.looks import Looks
 from consistency_reg.lab.report.pairs import Pair
-from consistency_reg.lab.report.plots import Looks, legend_below, panels
 from consistency_reg.lab.report.runs import MISSES_FROM, PERPLEXITY, SRP, Run
 from consistency_reg.optional import require
 

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from html import escape
 from string import Template
 
-from consistency_reg.lab.report.figures import Picture
-from consistency_reg.lab.report.runs import Run
-from consistency_reg.lab.report.tables import MARKS, Table
+from consistency_reg.lab.render.png import Picture
+from consistency_reg.lab.render.table import Table, is_marked
 
 MOST_IN_A_LINE = 24  # letters
-MADE = "How the runs were made"
 PAGE = Template("""\
 <!doctype html>
 <html lang="en">
@@ -45,16 +43,11 @@ $body
 """)
 
 
-def page(title: str, tables: Sequence[Table], pictures: Sequence[Picture], runs: Sequence[Run]) -> str:
-    """The page: the first table, the figures, the other tables, and how each run was made."""
-    first, *others = [_table(table) for table in tables]
-    parts = [
-        _contents([*(table.title for table in tables), MADE]),
-        first,
-        *map(_figure, pictures),
-        *others,
-        _origin(runs),
-    ]
+def page(title: str, tables: Sequence[Table], pictures: Sequence[Picture], origin: Sequence[Table]) -> str:
+    """Return the page: the first table, the figures, the other tables, and where all comes from."""
+    first, *others = map(_table, tables)
+    contents = _contents([table.title for table in (*tables, *origin)])
+    parts = [contents, first, *map(_figure, pictures), *others, *map(_table, origin)]
     return PAGE.substitute(title=escape(title), body="\n".join(parts))
 
 
@@ -85,7 +78,7 @@ def _table(table: Table) -> str:
 
 
 def _row(row: Sequence[str]) -> str:
-    kind = ' class="marked"' if row[0].endswith(MARKS) else ""
+    kind = ' class="marked"' if is_marked(row) else ""
     return f"<tr{kind}>" + "".join(map(_cell, row)) + "</tr>"
 
 
@@ -93,25 +86,3 @@ def _cell(text: str) -> str:
     """A short cell stays on one line."""
     kind = ' class="long"' if len(text) > MOST_IN_A_LINE else ""
     return f"<td{kind}>{escape(text)}</td>"
-
-
-def _origin(runs: Sequence[Run]) -> str:
-    """Commands, commits, versions, devices, and the hashes of the text."""
-    made = "\n".join(
-        f'<tr><td>{escape(run.name)}</td><td class="text"><code>{escape(run.command)}</code></td>'
-        f'<td class="text"><code>{escape(run.git_commit)}</code></td>'
-        f'<td class="text">{escape(", ".join(f"{name} {version}" for name, version in run.versions.items()))}</td>'
-        f'<td class="text">{escape(run.device)}</td></tr>'
-        for run in runs
-    )
-    corpus = runs[0].data.get("corpus", {})
-    text = "\n".join(
-        f'<tr><td>{escape(domain)}</td><td class="text"><code>{escape(str(sha256))}</code></td></tr>'
-        for domain, sha256 in corpus.items()
-    )
-    return (
-        f'{_heading(MADE)}\n<div class="wide"><table>\n'
-        f"<tr><th>run</th><th>command</th><th>commit</th><th>versions</th><th>device</th></tr>\n{made}\n</table></div>\n"
-        '<h2>Text</h2>\n<div class="wide"><table>\n'
-        f"<tr><th>domain</th><th>SHA-256, its first digits</th></tr>\n{text}\n</table></div>"
-    )

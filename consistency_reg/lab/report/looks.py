@@ -1,26 +1,19 @@
-"""How figures look: palette, panels, legends, and how they become PNGs."""
+"""Which colour and shape stands for which run, in all figures of a report."""
 
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from consistency_reg.lab.render.palette import COLOURS, NO_TERM, SHAPES
+from consistency_reg.lab.render.png import entry
+from consistency_reg.lab.render.verdict import COLLAPSED_BELOW
 from consistency_reg.lab.report.pairs import Pair
-from consistency_reg.lab.report.runs import COLLAPSED_BELOW, Run, loss_labels
+from consistency_reg.lab.report.runs import Run, loss_labels
 from consistency_reg.optional import require
 
 with require("plots"):
-    import numpy as np
     from matplotlib.axes import Axes
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-
-# Okabe and Ito's palette: told apart with every kind of colour vision, and in grey by their lightness.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-SHAPES = ("o", "s", "^", "D", "v", "P", "X", "p", "*", "h")
-NO_TERM = "0.35"  # the colour of runs without a term
-DPI = 150
 
 
 @dataclass(frozen=True)
@@ -83,47 +76,6 @@ class Looks:
         if collapsed and any(run.collapsed for run in runs):
             handles.append(entry(f"an expert below {COLLAPSED_BELOW} of its fair share", "x", color="black"))
         return handles
-
-
-def entry(label: str, marker: str, **style: object) -> Line2D:
-    """An entry of a legend: a marker without a line."""
-    return Line2D([], [], linestyle="", marker=marker, label=label, **{"markersize": 8, **style})  # type: ignore[arg-type]
-
-
-def panels(rows: int, columns: int, width: float, height: float, *, sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    """An empty figure and its panels, row by row; sizes in inches of the whole."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    every: list[Axes] = figure.subplots(rows, columns, squeeze=False, sharey=sharey).flatten().tolist()
-    for axes in every:
-        axes.grid(color="0.9", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, every
-
-
-def whiskers(mean: Any, low: Any, high: Any) -> np.ndarray:
-    """From means down to the lowest and up to the highest, [2, n]; the mean of equal floats may lie beside them.
-
-    Example:
-        >>> whiskers(2.0, 1.5, 4.0).tolist()
-        [[0.5], [2.0]]
-    """
-    return np.maximum(np.stack([np.atleast_1d(mean - low), np.atleast_1d(high - mean)]), 0.0)
-
-
-def legend_below(figure: Figure, handles: Iterable[Line2D], columns: int = 4) -> None:
-    """One legend for all panels."""
-    legend = figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, frameon=False)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-
-
-def png(figure: Figure, source: str = "") -> bytes:
-    """A figure as PNG, with what it was made from in its metadata; the same figure gives the same bytes."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None, "Source": source})
-    return file.getvalue()
 
 
 def _settings(runs: Sequence[Run], pairs: Sequence[Pair]) -> dict[str, str]:

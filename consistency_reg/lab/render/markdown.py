@@ -5,27 +5,46 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from consistency_reg.lab.files import write_atomically
-from consistency_reg.lab.report.tables import Table
+from consistency_reg.lab.render.table import Table
 
 # A table between these two comments is one of the report on that file; the rest of the line is free.
 MARKED = re.compile(r"(<!-- report (?P<source>\S+): (?P<title>[^>]+?) -->\n).*?(<!-- end of report -->)", re.DOTALL)
+ACTING = re.compile(r"[\\`*\[\]|]")  # letters that Markdown acts on within a cell
+ENTITY = re.compile(r"&(?=#?\w+;)")
 
 
 def markdown(table: Table) -> str:
-    """The table in Markdown, without its title and note.
+    """Return the table in Markdown, without its title and note.
 
     Example:
-        >>> print(markdown(Table("Runs", ["run", "SRP"], [["a|b", "44.1"]])), end="")
+        >>> print(markdown(Table("Runs", ["run", "SRP"], [["a|b <i>", "44.1"]])), end="")
         | run | SRP |
         |---|---|
-        | a\\|b | 44.1 |
+        | a\\|b &lt;i> | 44.1 |
     """
-    lines = [table.header, ["---"] * len(table.header), *table.rows]
-    return "".join(_line(line) for line in lines)
+    rule = "|" + "---|" * len(table.header) + "\n"
+    return _line(table.header) + rule + "".join(map(_line, table.rows))
+
+
+def document(title: str, tables: Sequence[Table]) -> str:
+    """Return a Markdown document of all tables with their titles and notes."""
+    parts = [f"## {literal(table.title)}\n\n{markdown(table)}\n{literal(table.note)}\n" for table in tables]
+    return f"# {literal(title)}\n\n" + "\n".join(parts)
+
+
+def literal(text: str) -> str:
+    """Return a text that Markdown shows as it is: no HTML, link, image, emphasis or cell begins in it.
+
+    Example:
+        >>> literal("<img src=x> [a](b) &lt;")
+        '&lt;img src=x> \\\\[a\\\\](b) &amp;lt;'
+    """
+    shown = ENTITY.sub("&amp;", ACTING.sub(r"\\\g<0>", text))
+    return " ".join(shown.replace("<", "&lt;").splitlines())
 
 
 def update(path: Path, source: str, tables: Sequence[Table]) -> int:
-    """Put the tables into a Markdown file between ``<!-- report SOURCE: TITLE -->`` and ``<!-- end of report -->``.
+    """Put tables into a Markdown file between ``<!-- report SOURCE: TITLE -->`` and ``<!-- end of report -->``.
 
     Args:
         path: of the file; it is written only if something changes.
@@ -62,6 +81,4 @@ def update(path: Path, source: str, tables: Sequence[Table]) -> int:
 
 
 def _line(cells: Sequence[str]) -> str:
-    escaped = [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
-    joined = "|".join(cells) if set(cells) == {"---"} else " " + " | ".join(escaped) + " "
-    return f"|{joined}|\n"
+    return f"| {' | '.join(map(literal, cells))} |\n"
