@@ -19,10 +19,10 @@ with require("lightning"):
 
 from consistency_reg.callbacks import ConsistencyRegularizer, ExpertAgreement, RouterAnchor, RoutingMonitor
 from consistency_reg.callbacks.progress import TrainingBar
+from consistency_reg.lab.arguments.fit import recipe_words
 from consistency_reg.lab.checkpoint_files import WholeCheckpoints, let_save, refuse_damaged
 from consistency_reg.lab.corpus.data import TextDataModule
-from consistency_reg.lab.finetune import checkpoint_arguments, follow_checkpoint, is_fine_tuning
-from consistency_reg.lab.mistakes import explain, recipe_keys
+from consistency_reg.lab.finetune import follow_checkpoint, is_fine_tuning
 from consistency_reg.lab.model import small_moe
 from consistency_reg.lab.module import CausalMoE, check_warmup
 from consistency_reg.lab.recipe_files import DEFAULTS
@@ -76,7 +76,8 @@ class RecipeCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except argparse.ArgumentError as error:
-            raise ValueError(explain(str(error), recipe_keys(parser))) from error
+            said = " ".join(str(error).split())
+            raise ValueError(f"{said} (`consistency-reg fit --print_config` shows every key)") from error
 
     def before_instantiate_classes(self) -> None:
         """Refuse what could only fail later, and a folder that holds another run."""
@@ -222,7 +223,7 @@ def parse(cli: type[RecipeCLI], argv: Sequence[str]) -> RecipeCLI:
         return cli(
             CausalMoE,
             TextDataModule,
-            args=checkpoint_arguments(argv),
+            args=recipe_words(argv),
             run=False,
             save_config_callback=None,
             parser_kwargs=options,

@@ -103,8 +103,7 @@ def _run(cli: RecipeCLI, argv: Sequence[str]) -> None:
         _train(cli, folder.last_checkpoint)
         trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
         if trainer.is_global_zero:
-            result = origin | _result(cli, argv) | before
-            _publish(cli, result)
+            _publish(cli, argv, origin, before)
         failed = False
     except SIGTERMException as stop:  # Lightning's own have no code, and would pass for success
         raise SystemExit(TERMINATED) from stop
@@ -123,11 +122,12 @@ def _train(cli: RecipeCLI, last: Path) -> None:
         raise
 
 
-def _publish(cli: RecipeCLI, result: dict[str, Any]) -> None:
+def _publish(cli: RecipeCLI, argv: Sequence[str], origin: dict[str, Any], before: dict[str, Any]) -> None:
     """Write the model with its card, and last the result, which says that the run is finished."""
     folder = cli.folder
     with whole_folder(folder.model) as draft:
-        save_plain(cli.model.model, draft)
+        save_plain(cli.model.model, draft)  # merges low-rank updates, which count as parameters until then
+        result = origin | _result(cli, argv) | before
         cli.datamodule.tokenizer.save_pretrained(draft)
         card = write_card(result, draft).name
     log_result(cli.trainer, result, result["name"], [folder.model / card, folder.config])

@@ -7,6 +7,7 @@ from typing import Any
 
 from consistency_reg.lab.ablate.grid import Axes, Grid, Overrides, nest
 from consistency_reg.lab.files import check_name
+from consistency_reg.lab.recipe_files import find_recipe
 from consistency_reg.optional import require
 
 with require("lightning"):
@@ -15,8 +16,11 @@ with require("lightning"):
 OURS = ("seed_everything", "run_dir")
 
 
-def load_grid(path: Path) -> Grid:
+def load_grid(given: str | Path) -> Grid:
     """Read an ablation.
+
+    Args:
+        given: its file, or the name of one that comes with this package.
 
     The file::
 
@@ -39,6 +43,7 @@ def load_grid(path: Path) -> Grid:
         FileNotFoundError: no such file, or no such recipe.
         ValueError: what is wrong with the file, and where.
     """
+    path = find_recipe(given, "ablations")
     content = _read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected the keys recipe, runs, seeds, grid or cells, got {type(content).__name__}")
