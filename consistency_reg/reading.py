@@ -264,7 +264,10 @@ def _segment_label(segment: str) -> str:
 
 
 def _size_label(size: str) -> str:
-    return f"{size[:-3]}% of the experts" if size.endswith("pct") else size.upper()
+    """Return a size in words; "2 x K" and not "2K", which reads as two thousand."""
+    if size.endswith("pct"):
+        return f"{size[:-3]}% of the experts"
+    return "K" if size == "k" else f"{size[:-1]} x K"
 
 
 def cache_label(cache: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from consistency_reg.functional.srp import ModelSRP
 from consistency_reg.lab.evaluate.advice import CacheChoice, choose, knee_ratio
 from consistency_reg.lab.evaluate.traces import Recording
-from consistency_reg.measures import HIT_RATE, MIN_SHARE, SHARED_HIT_RATE
+from consistency_reg.measures import HIT_RATE, MIN_SHARE, PERPLEXITY, SHARED_HIT_RATE
 from consistency_reg.metrics import (
     CacheHitRate,
     ExpertSpecialization,
@@ -88,7 +88,9 @@ class Evaluation:
             if rates.shared is not None
         }
         every = [*srp_values(self.srp), *hit_rates, *self.balance.values(), *of_specialization]
-        return {value.reading.name: float(value.model) for value in every} | shared
+        perplexity = self.recording.perplexity()
+        quality = {} if perplexity is None else {PERPLEXITY.at().name: perplexity}
+        return {value.reading.name: float(value.model) for value in every} | shared | quality
 
     def get(self, reading: Reading) -> float:
         """Return a measure of the model; NaN where it was not measured."""

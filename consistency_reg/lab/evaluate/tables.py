@@ -14,7 +14,9 @@ KINDS = {
     "domain": ("domains", "CV of the usage share"),
     "vocabulary": ("token ids", f"share of the {FAVOURITES} favourites"),
 }
-RULES = "hit rates: mean over documents and layers; the first load into a slot that is still free counts as a hit"
+RULES = (
+    "mean over documents and layers; the first load into a slot that is still free counts as a hit; K experts active"
+)
 SHARED_RULES = "as many slots in all as a cache for each layer has; K is the sum over the layers"
 
 
@@ -25,6 +27,8 @@ def tables(evaluations: Sequence[Evaluation]) -> list[Table]:
     if any(cache.shared for one in evaluations for cache in one.policies.values()):
         parts.append(shared_hit_rates(evaluations))
     parts.append(balance(evaluations))
+    if any(one.recording.text_loss for one in evaluations):
+        parts.append(perplexity(evaluations))
     if any(len(one.domain_srp) > 1 for one in evaluations):
         parts.append(domains(evaluations))
     if any(one.kinds for one in evaluations):
@@ -90,7 +94,7 @@ def _hit_rates(
     title: str, evaluations: Sequence[Evaluation], cell: Callable[[ModelHitRates, float], str], note: str
 ) -> Table:
     ratios = sorted({ratio for one in evaluations for ratio in one.cache_ratios})
-    table = Table(title, ["model", "cache", *(f"{ratio:g}K slots" for ratio in ratios)], note=note)
+    table = Table(title, ["model", "cache", *(f"{ratio:g} x K slots" for ratio in ratios)], note=note)
     for one in evaluations:
         for place, (cache, rates) in enumerate(one.caches.items()):
             cells = [cell(rates, ratio) for ratio in ratios]
@@ -120,6 +124,20 @@ def domains(evaluations: Sequence[Evaluation]) -> Table:
     return Table(f"SRP by domain, m={m} (in %)", ["model", *names], rows)
 
 
+def perplexity(evaluations: Sequence[Evaluation]) -> Table:
+    """Return the perplexity of each model on all text and by domain."""
+    domains = list(dict.fromkeys(domain for one in evaluations for domain in one.recording.domains))
+    rows = [
+        [_name(one), *(_perplexity(one.recording.perplexity(domain)) for domain in (None, *domains))]
+        for one in evaluations
+    ]
+    return Table("Perplexity", ["model", "all", *domains], rows, "of the tokens after a row's first one")
+
+
+def _perplexity(value: float | None) -> str:
+    return "" if value is None else number(2)(value)
+
+
 def specialization(evaluations: Sequence[Evaluation]) -> Table:
     """What experts are for, and whether that goes with their own SRP."""
     header = ["model", "in", "measure", "mean", "Pearson", "Spearman"]
@@ -138,12 +156,13 @@ def specialization(evaluations: Sequence[Evaluation]) -> Table:
 def advice(evaluations: Sequence[Evaluation]) -> Table:
     """Cache sizes to choose from."""
     header = ["model", "cache", "slots a layer", "hits (%)", "fast memory", "misses a token", "loads a token"]
-    table = Table(f"Advice: an {cache_label(ADVISED_POLICY)} cache for each layer", header)
+    note = "the first load of an expert into a free slot is not counted: a document loads up to its slots once more"
+    table = Table(f"Advice: an {cache_label(ADVISED_POLICY)} cache for each layer", header, note=note)
     for one in evaluations:
         if "knee" not in one.advice:
             table.rows.append([_name(one), "no knee", *[""] * (len(header) - 2)])
         for place, (name, choice) in enumerate(one.advice.items()):
-            label = f"{name} (rho {choice.ratio:.3g})" if name == "knee" else name
+            label = f"{name} (rho {choice.ratio:.3g})" if name == "knee" else f"rho {choice.ratio:.3g}"
             slots = sorted(set(choice.slots))
             table.rows.append(
                 [
