@@ -11,7 +11,7 @@ from torch import Tensor
 
 from consistency_reg.functional.srp import ModelSRP, SRPResult
 from consistency_reg.lab.evaluate.measure import FAVOURITES, Evaluation
-from consistency_reg.measures import HIT_RATE, SRP, of_metric
+from consistency_reg.measures import HIT_RATE, PERPLEXITY, SRP, of_metric
 from consistency_reg.metrics.hit_rates import ModelHitRates
 from consistency_reg.metrics.specialization import Specialization
 
@@ -43,9 +43,9 @@ def _rows(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
         for name, layer in zip(names, result.layers, strict=True):
             yield from ({"layer": name} | row for row in _srp_rows(layer, m))
     for domain in (ALL, *evaluation.recording.domains):
-        value = evaluation.recording.perplexity(None if domain == ALL else domain)
-        if value is not None:
-            yield {"domain": domain, "measure": "perplexity", "value": value}
+        perplexity = evaluation.recording.perplexity(None if domain == ALL else domain)
+        if perplexity is not None:
+            yield {"domain": domain, "measure": PERPLEXITY.label, "value": perplexity}
     for domain, by_length in evaluation.domain_srp.items():
         for m, result in by_length.items():
             yield from ({"domain": domain} | row for row in _srp_rows(result, m))
