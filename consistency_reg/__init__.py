@@ -17,6 +17,7 @@ from consistency_reg.losses import (
     RouterAnchorLoss,
     RouterZLoss,
 )
+from consistency_reg.rerouting import CacheAwareRouting
 from consistency_reg.routing import RoutingTrace
 
 __version__ = version("consistency-reg")
@@ -35,6 +36,7 @@ _ON_FIRST_USE = {
 }
 
 __all__ = [
+    "CacheAwareRouting",
     "CacheConsistencyLoss",
     "CacheHitRate",
     "ConsistencyRegularizer",
