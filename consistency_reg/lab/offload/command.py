@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consistency_reg import CacheAwareRouting
 from consistency_reg.lab.evaluate.models import model_folder
 from consistency_reg.lab.files import write_atomically
 from consistency_reg.lab.offload.decoding import Pass, read_text, sampler, write_text
@@ -88,8 +89,6 @@ def measure(place: str, prompts: Sequence[str], options: argparse.Namespace, con
             name = _name(path, place) + (f" + bias {strength:g}" if strength else "")
             with ExitStack() as stack:
                 if strength:
-                    from consistency_reg.rerouting import CacheAwareRouting
-
                     stack.enter_context(CacheAwareRouting(model, _equal_ratio(offloaded), strength))
                 passes = list(_run(offloaded, encoded, tokenizer, name, options, console))
             texts = ["" if options.read else str(tokenizer.decode(one.ids)) for one in passes]
