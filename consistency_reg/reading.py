@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from consistency_reg.cache_policies import POLICY_LABELS
+
 UP, DOWN, AS_PAIR = "up", "down", "as in the baseline"  # what is good
 SHARE, POINTS, RATIO, NATS, USES, NUMBER = "%", "percentage points", "x", "nats", "uses", ""  # units
 MODEL, LAYER, DOMAIN, EXPERT = "model", "layer", "domain", "expert"  # what is measured
@@ -18,7 +20,6 @@ MODULE, EVALUATE = "the module", "evaluate"
 # How a run stands next to its baseline: by a relative change, a difference, as a multiple of it, or by itself.
 RELATIVE, DIFFERENCE, MULTIPLE, ITSELF = "relative", "difference", "multiple", "itself"
 
-CACHE_LABELS = {"lru": "LRU", "lfu": "LFU", "belady": "Belady", "fixed": "fixed set"}
 _PATTERNS = {  # how the parts of a key look in a name
     "segment": r"m\d+|document",
     "cache": r"[a-z]+(?:_m\d+)?",
@@ -250,7 +251,9 @@ def _size_label(size: str) -> str:
 
 def _cache_label(cache: str) -> str:
     policy, _, segment = cache.partition("_")
-    return f"{CACHE_LABELS.get(policy, policy.upper())} {_segment_label(segment)}" if segment else CACHE_LABELS[policy]
+    return (
+        f"{POLICY_LABELS.get(policy, policy.upper())} {_segment_label(segment)}" if segment else POLICY_LABELS[policy]
+    )
 
 
 PART_LABELS: dict[str, Callable[[str], str]] = {

@@ -3,9 +3,11 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
+from consistency_reg.cache_policies import POLICIES
 from consistency_reg.functional.srp import ModelSRP
 from consistency_reg.lab.evaluate.advice import CacheChoice, choose, knee_ratio
 from consistency_reg.lab.evaluate.traces import Recording
@@ -17,14 +19,13 @@ from consistency_reg.metrics import (
     SegmentRoutingPerformance,
 )
 from consistency_reg.metrics.balance import ModelBalance
-from consistency_reg.metrics.hit_rates import ModelHitRates
+from consistency_reg.metrics.simulated_caches import ModelHitRates
 from consistency_reg.metrics.specialization import ModelSpecialization, Specialization
 from consistency_reg.optional import require
 
 with require("transformers"):
     from tqdm import tqdm
 
-POLICIES = ("lru", "lfu", "belady", "fixed")
 ADVISED_POLICY = "lru"  # what a device can have without knowing the future
 FAVOURITES = 10  # token ids of an expert
 
@@ -110,7 +111,7 @@ def measure(
     experts, D = tuple(recording.num_experts), len(recording.domains)
     resampled = {"replicates": replicates, "check_values": False}  # a recording is checked when it is made or read
     srp = SegmentRoutingPerformance(experts, lengths, **resampled).to(device)
-    caches = {"cache_ratios": cache_ratios, "shared": shared_cache and len(experts) > 1, **resampled}
+    caches: dict[str, Any] = {"cache_ratios": cache_ratios, "shared": shared_cache and len(experts) > 1, **resampled}
     sch = SegmentCacheHitRate(experts, lengths, **caches).to(device)
     policies = {name: CacheHitRate(experts, name, **caches).to(device) for name in POLICIES}
     balance = RoutingBalance(experts, lengths, check_values=False).to(device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from consistency_reg.functional.srp import ModelSRP, SRPResult
 from consistency_reg.lab.evaluate.measure import FAVOURITES, Evaluation
-from consistency_reg.metrics.hit_rates import ModelHitRates
+from consistency_reg.metrics.simulated_caches import ModelHitRates
 from consistency_reg.metrics.specialization import Specialization
 
 COLUMNS = ("model", "domain", "layer", "measure", "m", "cache_ratio", "value", "low", "high")

@@ -6,12 +6,12 @@ from statistics import fmean
 
 from torch import Tensor
 
+from consistency_reg.cache_policies import POLICY_LABELS
 from consistency_reg.lab.evaluate.measure import ADVISED_POLICY, FAVOURITES, Evaluation
 from consistency_reg.lab.render.table import Table, in_bytes, number, percent
 from consistency_reg.lab.render.verdict import COLLAPSED_BELOW
-from consistency_reg.metrics.hit_rates import ModelHitRates
+from consistency_reg.metrics.simulated_caches import ModelHitRates
 
-POLICY_NAMES = {"lru": "LRU", "lfu": "LFU", "belady": "Belady", "fixed": "fixed set"}
 KINDS = {
     "domain": ("domains", "CV of the usage share"),
     "vocabulary": ("token ids", f"share of the {FAVOURITES} favourites"),
@@ -112,7 +112,7 @@ def _hit_rates(
     table = Table(title, ["model", "cache", *(f"{ratio:g} x K slots" for ratio in ratios)], note=note)
     for one in evaluations:
         caches = {f"SCH m={m}": rates for m, rates in one.sch.items()}
-        caches |= {POLICY_NAMES[name]: rates for name, rates in one.policies.items()}
+        caches |= {POLICY_LABELS[name]: rates for name, rates in one.policies.items()}
         for place, (name, rates) in enumerate(caches.items()):
             table.rows.append(["" if place else _name(one), name, *(cell(rates, ratio) for ratio in ratios)])
     return table
@@ -187,7 +187,7 @@ def advice(evaluations: Sequence[Evaluation]) -> Table:
     """Cache sizes to choose from."""
     header = ["model", "cache", "slots a layer", "hits (%)", "fast memory", "misses a token", "loads a token"]
     note = "the first load of an expert into a free slot is not counted: a document loads up to its slots once more"
-    table = Table(f"Advice: an {POLICY_NAMES[ADVISED_POLICY]} cache for each layer", header, note=note)
+    table = Table(f"Advice: an {POLICY_LABELS[ADVISED_POLICY]} cache for each layer", header, note=note)
     for one in evaluations:
         if "knee" not in one.advice:
             table.rows.append([_name(one), "no knee", *[""] * (len(header) - 2)])
