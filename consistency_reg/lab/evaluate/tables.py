@@ -8,7 +8,7 @@ from torch import Tensor
 
 from consistency_reg.lab.evaluate.measure import ADVISED_POLICY, FAVOURITES, Evaluation
 from consistency_reg.lab.render.table import Table, in_bytes, number, percent
-from consistency_reg.lab.render.verdict import COLLAPSED_BELOW
+from consistency_reg.measures import COLLAPSED_BELOW
 from consistency_reg.metrics.hit_rates import ModelHitRates
 
 POLICY_NAMES = {"lru": "LRU", "lfu": "LFU", "belady": "Belady", "fixed": "fixed set"}

@@ -4,17 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from consistency_reg.lab.report.runs import (
-    GLOBAL_CV,
-    LOCAL_GAIN,
-    MAX_MEAN,
-    MIN_SHARE,
-    MISSES_FROM,
-    PERPLEXITY,
-    SRP,
-    Run,
-    loss_labels,
-)
+from consistency_reg.lab.report.measured import GLOBAL_CV, LOCAL_GAIN, MAX_MEAN, MIN_SHARE, PERPLEXITY, SRP
+from consistency_reg.lab.report.runs import Run, loss_labels
 from consistency_reg.optional import require
 
 with require("plots"):
@@ -34,7 +25,7 @@ class Pair:
     @property
     def misses_change(self) -> float:
         """Relative change of the LRU misses at cache = 25% of the experts; -0.3 is 30% fewer."""
-        return _ratio(1 - self.run.get(MISSES_FROM), 1 - self.baseline.get(MISSES_FROM)) - 1
+        return _ratio(self.run.misses, self.baseline.misses) - 1
 
     @property
     def perplexity_change(self) -> float:
