@@ -17,6 +17,7 @@ from consistency_reg.losses import (
     RouterAnchorLoss,
     RouterZLoss,
 )
+from consistency_reg.rerouting import CacheAwareRouting
 from consistency_reg.routing import RoutingTrace
 
 __version__ = version("consistency-reg")
@@ -26,6 +27,7 @@ _ON_FIRST_USE = {
     "CacheHitRate": "consistency_reg.metrics",
     "ConsistencyRegularizer": "consistency_reg.callbacks",
     "ExpertSpecialization": "consistency_reg.metrics",
+    "OffloadedExperts": "consistency_reg.offload",
     "RoutingBalance": "consistency_reg.metrics",
     "RoutingMonitor": "consistency_reg.callbacks",
     "SegmentCacheHitRate": "consistency_reg.metrics",
@@ -34,12 +36,14 @@ _ON_FIRST_USE = {
 }
 
 __all__ = [
+    "CacheAwareRouting",
     "CacheConsistencyLoss",
     "CacheHitRate",
     "ConsistencyRegularizer",
     "ExpertSpecialization",
     "LoadBalanceLoss",
     "LocalConsistencyLoss",
+    "OffloadedExperts",
     "RouterAdapter",
     "RouterAnchorLoss",
     "RouterCapture",

@@ -12,18 +12,22 @@ import re
 from collections.abc import Iterator, Sequence
 
 from consistency_reg.reading import (
+    AGREEMENT_CALLBACK,
     AS_PAIR,
     DIFFERENCE,
     DOMAIN,
     DOWN,
+    EVALUATE,
     EXPERT,
     ITSELF,
     LAYER,
     MODEL,
+    MODULE,
     MULTIPLE,
     NATS,
     POINTS,
     RATIO,
+    REGULARIZER,
     SHARE,
     TRAINING,
     UP,
@@ -52,9 +56,10 @@ PERPLEXITY = Measure(
     "Trade-off",
     digits=1,
     shown={"overview": _ONCE, "runs": _ONCE, "pairs": _ONCE, "card": _ONCE},
+    logged_by=MODULE,
 )
 CROSS_ENTROPY = Measure(
-    "ce", "cross-entropy", "mean loss of a predicted token", DOWN, "Training", NATS, 3, stages=_BOTH
+    "ce", "cross-entropy", "mean loss of a predicted token", DOWN, "Training", NATS, 3, stages=_BOTH, logged_by=MODULE
 )
 SRP = Measure(
     "srp/{segment}",
@@ -146,6 +151,7 @@ AGREEMENT = Measure(
     SHARE,
     of=(MODEL, LAYER),
     compared=DIFFERENCE,
+    logged_by=AGREEMENT_CALLBACK,
 )
 HIT_RATE = Measure(
     "cache/{cache}_{size}",
@@ -177,6 +183,7 @@ SHARED_HIT_RATE = Measure(
     of=(MODEL,),
     metric="hit_rate",
     name="hit_rate_{cache}",
+    logged_by=EVALUATE,
 )
 BALANCE_SD = Measure(
     "balance/sd",
@@ -257,6 +264,7 @@ SPECIALIZATION = Measure(
     name="{kind}_specialization",
     attribute="mean",
     compared=DIFFERENCE,
+    logged_by=EVALUATE,
 )
 SPECIALIZATION_SPEARMAN = Measure(
     "specialization/{kind}_srp_spearman",
@@ -269,6 +277,7 @@ SPECIALIZATION_SPEARMAN = Measure(
     name="{kind}_srp_spearman",
     attribute="spearman",
     compared=DIFFERENCE,
+    logged_by=EVALUATE,
 )
 TERM = Measure(
     "consistency/loss",
@@ -279,6 +288,7 @@ TERM = Measure(
     digits=3,
     of=(MODEL, LAYER),
     stages=(TRAINING,),
+    logged_by=REGULARIZER,
 )
 TERM_WEIGHT = Measure(
     "consistency/weight",
@@ -289,6 +299,7 @@ TERM_WEIGHT = Measure(
     digits=3,
     of=(MODEL,),
     stages=(TRAINING,),
+    logged_by=REGULARIZER,
 )
 TERM_WEIGHTED = Measure(
     "consistency/weighted",
@@ -299,6 +310,7 @@ TERM_WEIGHTED = Measure(
     digits=3,
     of=(MODEL,),
     stages=(TRAINING,),
+    logged_by=REGULARIZER,
 )
 
 MEASURES = (

@@ -15,6 +15,8 @@ from typing import Any
 
 MOVED = {  # former path below consistency_reg -> present path; a package takes its modules along
     "ablation": "lab.ablate",
+    "callbacks.pictures": "tracking.pictures",
+    "callbacks.tradeoff": "tracking.tradeoff",
     "cli": "lab.cli",
     "evaluate": "lab.evaluate.command",
     "evaluation": "lab.evaluate",

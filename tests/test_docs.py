@@ -13,7 +13,7 @@ from consistency_reg.lab.cli import MODULES
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Pages about other trainers have tests of their own, with the models and data that they need.
 RUN_HERE = ("README.md", "choosing.md", "glossary.md", "index.md", "tracking.md", "what_you_log.md")
-PARSERS = {"evaluate": "", "ablate": ".command", "report": ".command", "workspace": ""}
+PARSERS = {"evaluate": "", "ablate": ".command", "report": ".command", "upcycle": "", "workspace": ""}
 
 
 def found(pattern, pages=PAGES):

@@ -32,6 +32,7 @@ MODULES = {
     "evaluate": "consistency_reg.lab.evaluate.command",
     "ablate": "consistency_reg.lab.ablate",
     "report": "consistency_reg.lab.report",
+    "upcycle": "consistency_reg.lab.upcycle.command",
     "workspace": "consistency_reg.lab.workspace",
 }
 
@@ -99,5 +100,6 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("evaluate", help="judge models, and say how large a cache of experts they need")
     commands.add_parser("ablate", help="train every cell of a grid of recipes")
     commands.add_parser("report", help="compare runs: table, figures, one HTML page")
+    commands.add_parser("upcycle", help="turn a dense model into a mixture of experts")
     commands.add_parser("workspace", help="lay out a wandb project for reading trade-offs")
     return parser

@@ -19,7 +19,7 @@ from consistency_reg.lab.evaluate.models import DTYPES, Candidate, load
 from consistency_reg.lab.evaluate.records import to_csv, to_json
 from consistency_reg.lab.evaluate.run import record
 from consistency_reg.lab.evaluate.tables import tables
-from consistency_reg.lab.evaluate.text import Documents, corpus_documents, cut, dataset_documents
+from consistency_reg.lab.evaluate.text import corpus_documents, cut, dataset_documents, sampled
 from consistency_reg.lab.evaluate.traces import Recording, load_trace, save_trace
 from consistency_reg.lab.evaluate.tracking import log_to_wandb
 from consistency_reg.lab.files import write_atomically
@@ -27,6 +27,10 @@ from consistency_reg.lab.provenance import git_commit, package_versions
 from consistency_reg.lab.render.outputs import check_writable, write_pictures
 from consistency_reg.lab.render.terminal import print_tables
 from consistency_reg.lab.usage import CommandParser
+from consistency_reg.optional import require
+
+with require("transformers"):
+    import datasets
 
 SEQUENCE_LENGTH = 512
 EXAMPLE = """\
@@ -57,8 +61,10 @@ def record_models(options: argparse.Namespace, about: dict[str, Any]) -> Iterato
     """Run one model after the other over the same documents."""
     device = _device(options.device)
     documents = _documents(options)
-    for place in options.models:
+    for name, place in options.models:
         candidate = load(place, device=device, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+        if name:
+            candidate = replace(candidate, name=name)
         length = _sequence_length(candidate, options.sequence_length)
         settings = {
             "place": place,
@@ -66,6 +72,7 @@ def record_models(options: argparse.Namespace, about: dict[str, Any]) -> Iterato
             "device": str(device),
             "sequence_length": length,
             "max_tokens": options.max_tokens,
+            "sample_seed": options.seed,
             "data": options.data or "default corpus",
         }
         texts = cut(documents, candidate.encode, length, options.max_tokens)
@@ -133,16 +140,27 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _documents(options: argparse.Namespace) -> dict[str, Documents]:
+def _documents(options: argparse.Namespace) -> dict[str, datasets.Dataset]:
     """The text of each domain."""
     domains = list(DOMAINS) if options.domains is None and not options.data else options.domains or []
-    documents: dict[str, Documents] = dict(corpus_documents(domains, options.corpus_bytes))
+    documents: dict[str, datasets.Dataset] = dict(corpus_documents(domains, options.corpus_bytes))
     for path in options.data:
         name = Path(path).stem if Path(path).is_file() else path
         if name in documents:
             raise ValueError(f"--data and --domains must name each domain once, got {name!r} again")
         documents[name] = dataset_documents(path, options.data_config, options.split, options.text_column)
-    return documents
+    return {name: sampled(found, options.seed) for name, found in documents.items()}
+
+
+def labelled(text: str) -> tuple[str, str]:
+    """Split ``NAME=PLACE`` into a model's name and its place; the name is empty where only a place is given.
+
+    Example:
+        >>> labelled("before=runs/first"), labelled("runs/first"), labelled("runs/lr=3")
+        (('before', 'runs/first'), ('', 'runs/first'), ('', 'runs/lr=3'))
+    """
+    name, equals, place = text.partition("=")
+    return (name, place) if equals and place and "/" not in name and not Path(text).exists() else ("", text)
 
 
 def _device(name: str) -> torch.device:
@@ -167,7 +185,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Judge mixture-of-experts models by their routing, and say how large a cache of experts they need.",
         epilog=EXAMPLE,
     )
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="folder, finished run, or hub id of a model")
+    parser.add_argument(
+        "models", nargs="*", type=labelled, metavar="[NAME=]MODEL", help="folder, finished run, or hub id of a model"
+    )
     parser.add_argument("--trace", action="append", type=Path, default=[], metavar="FILE", help="saved routing instead")
     parser.add_argument("--save-trace", type=Path, metavar="FILE", help="keep the routing of the MODEL")
     parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR", help="default: evaluation")
@@ -176,6 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-config", metavar="NAME", help="configuration of the data set")
     parser.add_argument("--split", default="train", metavar="NAME", help="such as test or train[:1%%]; default: train")
     parser.add_argument("--text-column", default="text", metavar="NAME", help="of the data set; default: text")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which documents are drawn; default: 0")
     parser.add_argument("--max-tokens", type=int, default=131_072, metavar="N", help="of all domains; default: 131072")
     parser.add_argument(
         "--sequence-length", type=int, metavar="T", help=f"tokens read at once; default: {SEQUENCE_LENGTH}"

@@ -43,6 +43,10 @@ def _rows(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
         yield from _srp_rows(result, m)
         for name, layer in zip(names, result.layers, strict=True):
             yield from ({"layer": name} | row for row in _srp_rows(layer, m))
+    for domain in (ALL, *evaluation.recording.domains):
+        value = evaluation.recording.perplexity(None if domain == ALL else domain)
+        if value is not None:
+            yield {"domain": domain, "measure": "perplexity", "value": value}
     for domain, by_length in evaluation.domain_srp.items():
         for m, result in by_length.items():
             yield from ({"domain": domain} | row for row in _srp_rows(result, m))
@@ -99,6 +103,9 @@ def _model(evaluation: Evaluation) -> dict[str, Any]:
             "overlap": balance.overlap.tolist(),
         },
         "specialization": _specialization(evaluation),
+        "perplexity": {
+            domain: recording.perplexity(None if domain == ALL else domain) for domain in (ALL, *recording.text_loss)
+        },
         "advice": {name: asdict(choice) for name, choice in evaluation.advice.items()},
     }
 

@@ -16,7 +16,9 @@ KINDS = {
     "domain": ("domains", "CV of the usage share"),
     "vocabulary": ("token ids", f"share of the {FAVOURITES} favourites"),
 }
-RULES = "hit rates: mean over documents and layers; the first load into a slot that is still free counts as a hit"
+RULES = (
+    "mean over documents and layers; the first load into a slot that is still free counts as a hit; K experts active"
+)
 SHARED_RULES = "as many slots in all as a cache for each layer has; K is the sum over the layers"
 
 
@@ -27,6 +29,8 @@ def tables(evaluations: Sequence[Evaluation]) -> list[Table]:
     if any(cache.shared for one in evaluations for cache in one.policies.values()):
         parts.append(shared_hit_rates(evaluations))
     parts.append(balance(evaluations))
+    if any(one.recording.text_loss for one in evaluations):
+        parts.append(perplexity(evaluations))
     if any(len(one.domain_srp) > 1 for one in evaluations):
         parts.append(domains(evaluations))
     if any(one.kinds for one in evaluations):
@@ -43,7 +47,7 @@ def common_length(evaluations: Sequence[Evaluation]) -> int:
 def ranking(evaluations: Sequence[Evaluation]) -> Table:
     """The models by SRP, beside what would make a high SRP worthless."""
     m = common_length(evaluations)
-    header = ["model", f"SRP m={m}", "local gain", f"SCH m={m} at 2K", "LRU at 2K", "global CV", "smallest share"]
+    header = ["model", f"SRP m={m}", "local gain", f"SCH m={m} at 2 x K", "LRU at 2 x K", "global CV", "smallest share"]
     measured = sorted((one for one in evaluations if m in one.srp), key=lambda one: -float(one.srp[m].srp))
     rows = [
         [
@@ -105,7 +109,7 @@ def _hit_rates(
     title: str, evaluations: Sequence[Evaluation], cell: Callable[[ModelHitRates, float], str], note: str
 ) -> Table:
     ratios = sorted({ratio for one in evaluations for ratio in one.cache_ratios})
-    table = Table(title, ["model", "cache", *(f"{ratio:g}K slots" for ratio in ratios)], note=note)
+    table = Table(title, ["model", "cache", *(f"{ratio:g} x K slots" for ratio in ratios)], note=note)
     for one in evaluations:
         caches = {f"SCH m={m}": rates for m, rates in one.sch.items()}
         caches |= {POLICY_NAMES[name]: rates for name, rates in one.policies.items()}
@@ -150,6 +154,20 @@ def domains(evaluations: Sequence[Evaluation]) -> Table:
     return Table(f"SRP by domain, m={m} (in %)", ["model", *names], rows)
 
 
+def perplexity(evaluations: Sequence[Evaluation]) -> Table:
+    """Return the perplexity of each model on all text and by domain."""
+    domains = list(dict.fromkeys(domain for one in evaluations for domain in one.recording.domains))
+    rows = [
+        [_name(one), *(_perplexity(one.recording.perplexity(domain)) for domain in (None, *domains))]
+        for one in evaluations
+    ]
+    return Table("Perplexity", ["model", "all", *domains], rows, "of the tokens after a row's first one")
+
+
+def _perplexity(value: float | None) -> str:
+    return "" if value is None else number(2)(value)
+
+
 def specialization(evaluations: Sequence[Evaluation]) -> Table:
     """What experts are for, and whether that goes with their own SRP."""
     header = ["model", "in", "measure", "mean", "Pearson", "Spearman"]
@@ -168,12 +186,13 @@ def specialization(evaluations: Sequence[Evaluation]) -> Table:
 def advice(evaluations: Sequence[Evaluation]) -> Table:
     """Cache sizes to choose from."""
     header = ["model", "cache", "slots a layer", "hits (%)", "fast memory", "misses a token", "loads a token"]
-    table = Table(f"Advice: an {POLICY_NAMES[ADVISED_POLICY]} cache for each layer", header)
+    note = "the first load of an expert into a free slot is not counted: a document loads up to its slots once more"
+    table = Table(f"Advice: an {POLICY_NAMES[ADVISED_POLICY]} cache for each layer", header, note=note)
     for one in evaluations:
         if "knee" not in one.advice:
             table.rows.append([_name(one), "no knee", *[""] * (len(header) - 2)])
         for place, (name, choice) in enumerate(one.advice.items()):
-            label = f"{name} (rho {choice.ratio:.3g})" if name == "knee" else name
+            label = f"{name} (rho {choice.ratio:.3g})" if name == "knee" else f"rho {choice.ratio:.3g}"
             slots = sorted(set(choice.slots))
             table.rows.append(
                 [

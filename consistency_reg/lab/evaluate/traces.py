@@ -11,12 +11,14 @@ The file is safetensors. Its tensors, for N rows of T tokens and K active of E r
 
 Its metadata are ``format`` = "consistency_reg.routing", ``format_version`` = "1" and ``routing``, a JSON object with
 the keys ``model``, ``num_experts`` and ``layer_names`` (one for each layer), ``domains`` (names), and optional ones:
-``expert_bytes`` (bytes of one routed expert of each layer), ``sample_row`` and ``sample`` (a row's number, and its
+``expert_bytes`` (bytes of one routed expert of each layer), ``text_loss`` (by domain, the summed loss in nats of the
+predicted tokens and their number), ``sample_row`` and ``sample`` (a row's number, and its
 first tokens as text) and ``about`` (versions and settings, as they were).
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,17 @@ with require("transformers"):
     from safetensors.torch import save
 
 FORMAT, VERSION = "consistency_reg.routing", "1"
-IN_METADATA = ("model", "num_experts", "layer_names", "domains", "expert_bytes", "sample_row", "sample", "about")
+IN_METADATA = (
+    "model",
+    "num_experts",
+    "layer_names",
+    "domains",
+    "expert_bytes",
+    "text_loss",
+    "sample_row",
+    "sample",
+    "about",
+)
 OF_TOKENS = ("document_ids", "token_ids", "decoder_token_ids")  # [N, T], optional
 STACKS = ("encoder", "decoder")
 CHUNK_ROWS = 1024  # in int64 at a time
@@ -56,6 +68,8 @@ class Recording:
         token_ids: [N, T] int64, what the model read, an encoder-decoder's encoder; None where that is not known.
         decoder_token_ids: [N, T] int64, what the decoder of an encoder-decoder read.
         expert_bytes: parameter bytes of one routed expert of each layer; None where that is not known.
+        text_loss: by domain, the summed loss of the predicted tokens in nats, and how many they are; empty where that
+            is not known.
         sample_row: a row to look at.
         sample: its first tokens as text; empty where they are not known.
         about: versions and settings.
@@ -72,6 +86,7 @@ class Recording:
     token_ids: Tensor | None = None
     decoder_token_ids: Tensor | None = None
     expert_bytes: Sequence[int] | None = None
+    text_loss: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     sample_row: int = 0
     sample: Sequence[str] = ()
     about: dict[str, Any] = field(default_factory=dict)
@@ -80,6 +95,12 @@ class Recording:
     def tokens(self) -> int:
         """Real tokens of all rows."""
         return int(self.valid.sum())
+
+    def perplexity(self, domain: str | None = None) -> float | None:
+        """Return the perplexity of a domain, of the whole text when None; None where the loss is not known."""
+        losses = [found for name, found in self.text_loss.items() if domain in (None, name)]
+        count = sum(tokens for _, tokens in losses)
+        return math.exp(sum(loss for loss, _ in losses) / count) if count else None
 
     @property
     def longest_document(self) -> int:
@@ -201,6 +222,9 @@ def _recording(routing: dict[str, Any], tensors: dict[str, Tensor]) -> Recording
     for name in ("num_experts", "expert_bytes"):
         if known.get(name) is not None and len(known[name]) != layers:
             raise ValueError(f"{name} must have one entry for each of the {layers} layers, got {len(known[name])}")
+    for domain, found in known.get("text_loss", {}).items():
+        if domain not in known["domains"] or len(found) != 2 or not math.isfinite(found[0]) or found[1] < 1:
+            raise ValueError(f"text_loss must hold (loss, tokens) of each domain, got {found} for {domain!r}")
     if domain_ids.shape != valid.shape[:1] or domain_ids.is_floating_point():
         raise ValueError(f"domain_ids must be integers [N] = {[len(valid)]}, got {list(domain_ids.shape)}")
     if domain_ids.numel() and not 0 <= int(domain_ids.min()) <= int(domain_ids.max()) < len(known["domains"]):

@@ -39,6 +39,8 @@ def scalars(one: Evaluation) -> dict[str, float]:
             values[name] = float(rates.at(ratio))
             if rates.shared is not None:
                 values[f"{name}_shared"] = float(rates.shared.at(ratio))
+    if (perplexity := one.recording.perplexity()) is not None:
+        values["ppl"] = perplexity
     for kind, found in one.kinds.items():
         values[f"specialization/{kind}"] = float(found.mean)
         values[f"specialization/{kind}_srp_spearman"] = float(found.spearman)

@@ -193,7 +193,7 @@ def test_wandb_disabled_tracks_nothing_and_trains(tmp_path):
 
 
 def test_without_matplotlib_there_are_numbers_and_a_warning(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "consistency_reg.tracking.figures", None)
+    monkeypatch.setitem(sys.modules, "consistency_reg.tracking.pictures", None)
     run = trainer([TensorBoardLogger(tmp_path)], RoutingMonitor((3,)), max_epochs=1)
     with pytest.warns(UserWarning, match="draws no pictures"):
         run.fit(validated(Mine), loader(TRAIN), [loader(PROSE)])
