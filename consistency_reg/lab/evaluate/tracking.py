@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from consistency_reg.lab.evaluate.measure import Evaluation
 from consistency_reg.lab.provenance import git_commit, package_versions
@@ -39,6 +40,7 @@ def scalars(one: Evaluation) -> dict[str, float]:
             values[name] = float(rates.at(ratio))
             if rates.shared is not None:
                 values[f"{name}_shared"] = float(rates.shared.at(ratio))
+    values["balance/cv"] = fmean(float(layer.cv) for layer in one.balance.layers)
     if (perplexity := one.recording.perplexity()) is not None:
         values["ppl"] = perplexity
     for kind, found in one.kinds.items():

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from consistency_reg.lab.render.verdict import CV_RATIO_AT_MOST
 from consistency_reg.lab.report.measured import GLOBAL_CV, LOCAL_GAIN, MAX_MEAN, MIN_SHARE, PERPLEXITY, SRP
 from consistency_reg.lab.report.runs import Run, loss_labels
 from consistency_reg.optional import require
@@ -11,8 +12,6 @@ from consistency_reg.optional import require
 with require("plots"):
     import pandas as pd
     from pandas.core.groupby import DataFrameGroupBy
-
-CV_RATIO_AT_MOST = 1.5  # of the baseline's global CV: what a run may trade away of balance and still be compared
 
 
 @dataclass(frozen=True)
