@@ -109,36 +109,49 @@ def resampled_means_oracle(rates_by_row, weights):
 # --- caches -------------------------------------------------------------------------------------------------------
 
 
-def cache_hits_oracle(document, size, policy, m=None):
+def cache_hits_oracle(document, size, policy, m=None, replay="token", cold="free"):
     """Hits of one document, [T, K] ids, with a cache of ``size`` slots that is really simulated.
 
     ``policy`` is "lru", "lfu", "belady" or "sch" with its window of m tokens.
     """
+    hit = cache_access_hits_oracle(document, size, policy, m, replay, cold)
+    return sum(sum(token) for token in hit)
+
+
+def cache_access_hits_oracle(document, size, policy, m=None, replay="token", cold="free"):
+    """Whether each access of one document hits, [T][K]; see :func:`cache_hits_oracle`."""
+    if replay == "access":
+        alone = cache_access_hits_oracle([[e] for token in document for e in token], size, policy, m, "token", cold)
+        found = iter(hit for (hit,) in alone)
+        return [[next(found) for _ in token] for token in document]
     T = len(document)
-    resident, used_at, uses, hits = set(), {}, {}, 0
+    resident, used_at, uses, hits = set(), {}, {}, []
 
     def next_use(e, t, served):
-        return next((u for u in range(t, T) if e in document[u] and not (u == t and e in served)), T)
+        accesses = [(u, k) for u in range(t, T) for k, x in enumerate(document[u]) if x == e]
+        return next((a for a in accesses if not (a[0] == t and e in served)), (T, 0))
 
     def window_uses(e, t, served):
         return sum(1 for u in range(t, min(t + m, T)) if e in document[u] and not (u == t and e in served))
 
     def priority(e, t, served):
+        u, k = next_use(e, t, served)
         first = {
             "lru": lambda: 0,
             "lfu": lambda: uses[e],
-            "belady": lambda: -next_use(e, t, served),
+            "belady": lambda: (-u, -k),
             "sch": lambda: window_uses(e, t, served),
         }[policy]()
         return first, used_at[e]
 
     for t in range(T):
-        before, known, first_uses = set(resident), set(uses), 0
+        known, first_uses = set(uses), 0
+        hits.append([])
         for e in document[t]:
             if e in known:
-                hits += e in before
+                hits[-1].append(e in resident)
             else:
-                hits += size > len(known) + first_uses
+                hits[-1].append(cold == "free" and size > len(known) + first_uses)
                 first_uses += 1
         served = set()
         for k, e in enumerate(document[t]):

@@ -5,8 +5,8 @@
 
 from consistency_reg.functional.agreement import expert_agreement
 from consistency_reg.functional.balance import local_cv, overlap_rate, usage_balance, usage_counts
-from consistency_reg.functional.cache import cache_hit_rate
 from consistency_reg.functional.cache_aware import cache_aware_ids
+from consistency_reg.functional.cache_hits import cache_hit_rate
 from consistency_reg.functional.sch import sch
 from consistency_reg.functional.specialization import domain_specialization, vocabulary_specialization
 from consistency_reg.functional.srp import srp

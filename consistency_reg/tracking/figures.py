@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consistency_reg.metrics.hit_rates import ModelHitRates
+from consistency_reg.metrics.simulated_caches import ModelHitRates
 from consistency_reg.optional import require
 
 with require("plots"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from operator import mul
 
 from consistency_reg.lab.knee import knee
-from consistency_reg.metrics.hit_rates import ModelHitRates
+from consistency_reg.metrics.simulated_caches import ModelHitRates
 
 
 @dataclass(frozen=True)

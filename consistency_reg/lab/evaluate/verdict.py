@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 
 from consistency_reg.lab.evaluate.measure import Evaluation
-from consistency_reg.lab.evaluate.tracking import scalars
 from consistency_reg.lab.render.table import in_bytes
 from consistency_reg.lab.render.verdict import Verdict, of_models
 
 
 def verdict(evaluations: Sequence[Evaluation]) -> Verdict:
     """Return the verdict on models that were measured on the same text; the others stand next to the first."""
-    return of_models({one.recording.model: scalars(one) for one in evaluations}, _advice(evaluations[0]))
+    return of_models({one.recording.model: one.values for one in evaluations}, _advice(evaluations[0]))
 
 
 def _advice(one: Evaluation) -> str:

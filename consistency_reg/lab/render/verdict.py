@@ -115,7 +115,7 @@ def describe(name: str, values: Values) -> str:
     Example:
         >>> values = {"val/cache/lru_2k": 0.75, "val/ppl": 71.0, "val/srp/m16": 0.6, "val/static_srp": 0.25}
         >>> describe("first", values)
-        'first has LRU misses at 2K of 25.0% at perplexity 71.0, SRP m=16 60.0% (static SRP 25.0%), and balance was not measured.'
+        'first has LRU misses at 2 x K of 25.0% at perplexity 71.0, SRP m=16 60.0% (static SRP 25.0%), and balance was not measured.'
     """  # noqa: E501
     cache = _cache([values])
     parts = [f"{cache.complement} of {percent(1 - _get(values, cache))}%"] if cache else ["no measured cache"]

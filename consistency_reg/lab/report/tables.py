@@ -10,7 +10,7 @@ from consistency_reg.lab.report.measured import PERPLEXITY
 from consistency_reg.lab.report.pairs import Pair
 from consistency_reg.lab.report.runs import Run
 from consistency_reg.measures import COLLAPSED_BELOW, shown_in
-from consistency_reg.reading import SHARE, VALIDATION, Reading
+from consistency_reg.reading import VALIDATION, Reading
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def measure_column(reading: Reading, finer: int = 0, name: str = "") -> Column:
         name: of the column; that of the measure and its unit when empty.
     """
     logged = reading if reading.stage else reading.within(VALIDATION)
-    label = name or (reading.complement or reading.label) + (" (%)" if reading.measure.unit == SHARE else "")
+    label = name or (reading.complement or reading.label) + reading.measure.unit_label
 
     def read(run: Run) -> float:
         value = run.get(logged)

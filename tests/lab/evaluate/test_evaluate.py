@@ -35,7 +35,7 @@ from consistency_reg.lab.evaluate.text import cut
 from consistency_reg.lab.evaluate.traces import load_trace, save_trace
 from consistency_reg.lab.knee import knee
 from consistency_reg.lab.render.table import in_bytes
-from consistency_reg.metrics.hit_rates import CacheHitRates, ModelHitRates
+from consistency_reg.metrics.simulated_caches import CacheHitRates, ModelHitRates
 from consistency_reg.tracking.accumulate import RoutingMeasures
 
 PNG = b"\x89PNG"

@@ -50,7 +50,7 @@ def test_what_was_not_measured_is_not_made_up():
 
 def test_a_cache_that_both_were_measured_at_is_spoken_of():
     without_share = {name: value for name, value in ON.items() if "25pct" not in name}
-    assert "LRU misses at 2K" in str(compare("on", without_share, "off", OFF))
+    assert "LRU misses at 2 x K" in str(compare("on", without_share, "off", OFF))
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_a_folder_of_cells_becomes_table_csv_json_pictures_and_page(drawing, cap
         "SRP m=64",
         "rho_hat",
         "static SRP",
-        "at 2K",
+        "at 2 x K",
         "local CV",
         "max/mean",
         "overlap",

@@ -12,9 +12,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_monitor import Validated, layer_ids, loader, validated
-from test_regularizer import regularizer, tokens
 from torch import nn
+from toy_lightning import Validated, layer_ids, loader, regularizer, tokens, validated
 from wandb_file import read_run
 
 from consistency_reg import RoutingMonitor, functional

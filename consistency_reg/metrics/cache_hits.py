@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consistency_reg.cache_policies import check_policy
 from consistency_reg.functional.balance import usage_counts
-from consistency_reg.functional.cache import POLICIES, RowHitRates, most_used, row_hit_rates
+from consistency_reg.functional.cache_hits import RowHitRates, Simulation, most_used, row_hit_rates
 from consistency_reg.functional.segments import check_segment_lengths
-from consistency_reg.metrics.hit_rates import HitRateMetric, ModelHitRates
+from consistency_reg.metrics.simulated_caches import HitRateMetric, ModelHitRates
 from consistency_reg.routing import RoutingTrace
 
 
@@ -24,7 +25,7 @@ class SegmentCacheHitRate(HitRateMetric):
     Args:
         num_experts: E of each layer, in the model's order.
         segment_lengths: the m.
-        options: see :class:`~consistency_reg.metrics.hit_rates.HitRateMetric`.
+        options: see :class:`~consistency_reg.metrics.simulated_caches.HitRateMetric`.
 
     Example:
         >>> metric = SegmentCacheHitRate([3], segment_lengths=[3], cache_ratios=[1])
@@ -41,7 +42,7 @@ class SegmentCacheHitRate(HitRateMetric):
         self.segment_lengths = dict(zip(self.names, lengths, strict=True))
 
     def _row_rates(self, name: str, cache: RoutingTrace) -> RowHitRates:
-        return row_hit_rates(cache, "sch", self.segment_lengths[name])
+        return row_hit_rates(cache, Simulation("sch", self.segment_lengths[name]))
 
     def _results(self) -> dict[int, ModelHitRates]:
         return dict(zip(self.segment_lengths.values(), self._models(), strict=True))
@@ -55,12 +56,13 @@ class CacheHitRate(HitRateMetric):
 
     ``compute()`` gives ``lru_rho2`` and so on, as :class:`SegmentCacheHitRate` does; ``results()`` gives a
     :class:`ModelHitRates`. The fixed set is the most used experts of all data that the metric has seen, also in its
-    intervals. See :mod:`consistency_reg.functional.cache` for what is measured.
+    intervals. See :mod:`consistency_reg.functional.cache_hits` for what is measured.
 
     Args:
         num_experts: E of each layer, in the model's order.
         policy: "lru", "lfu", "belady" or "fixed".
-        options: see :class:`~consistency_reg.metrics.hit_rates.HitRateMetric`.
+        replay, cold: see :func:`~consistency_reg.functional.cache_hits.cache_hit_rate`.
+        options: see :class:`~consistency_reg.metrics.simulated_caches.HitRateMetric`.
 
     Example:
         >>> metric = CacheHitRate([3], policy="lru", cache_ratios=[1])
@@ -71,9 +73,18 @@ class CacheHitRate(HitRateMetric):
 
     usage: Tensor
 
-    def __init__(self, num_experts: int | Sequence[int], policy: str = "lru", **options: Any) -> None:
-        if policy not in POLICIES:
-            raise ValueError(f"policy must be one of {POLICIES}, got {policy!r}")
+    def __init__(
+        self,
+        num_experts: int | Sequence[int],
+        policy: str = "lru",
+        *,
+        replay: str = "token",
+        cold: str = "free",
+        **options: Any,
+    ) -> None:
+        check_policy(policy)
+        # The fixed set is not known before all data is seen: count each expert by itself, and choose at the end.
+        self.simulation = Simulation("uses" if policy == "fixed" else policy, replay=replay, cold=cold)
         super().__init__(num_experts, [policy], **options)
         self.policy = policy
         if policy == "fixed":
@@ -87,8 +98,7 @@ class CacheHitRate(HitRateMetric):
             self._add("usage", torch.cat(usage))
 
     def _row_rates(self, name: str, cache: RoutingTrace) -> RowHitRates:
-        # The fixed set is not known before all data is seen: count each expert by itself, and choose at the end.
-        return row_hit_rates(cache, "uses" if name == "fixed" else name)
+        return row_hit_rates(cache, self.simulation)
 
     def _hit_rates(self, rates: Tensor) -> Tensor:
         if self.policy != "fixed":

@@ -1,4 +1,4 @@
-"""What the metrics of simulated caches share: hit rates of every size, summed over documents."""
+"""The base of the metrics of simulated caches: hit rates of every size, summed over documents."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from consistency_reg.functional.bootstrap import percentile_interval
-from consistency_reg.functional.cache import RowHitRates
+from consistency_reg.functional.cache_hits import RowHitRates
 from consistency_reg.metrics.base import Value
 from consistency_reg.metrics.plots import axes_of
 from consistency_reg.metrics.resampled import ResampledMetric

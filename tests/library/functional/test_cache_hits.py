@@ -7,8 +7,14 @@ from hypothesis import strategies as st
 from reference import cache_hits_oracle, documents, fixed_set_hits_oracle
 from strategies import joined_documents, models_with_one_cache, on_cases, routings
 
-from consistency_reg.functional import policies, stack
-from consistency_reg.functional.cache import POLICIES, cache_hit_counts, cache_hit_rate, row_hit_rates
+from consistency_reg.cache_policies import POLICIES
+from consistency_reg.functional import stack, stack_priorities
+from consistency_reg.functional.cache_hits import (
+    Simulation,
+    cache_hit_counts,
+    cache_hit_rate,
+    row_hit_rates,
+)
 from consistency_reg.routing import RoutingTrace
 
 
@@ -36,6 +42,17 @@ many_experts = routings(max_rows=1, max_tokens=6, max_experts=1).filter(lambda r
 @on_cases(300, few_experts)
 def test_hits_equal_those_of_a_cache_simulated_at_every_size(routing):
     assert_equals_oracle(routing)
+
+
+@on_cases(100, few_experts, st.sampled_from(["token", "access"]), st.sampled_from(["free", "miss"]))
+def test_replay_and_first_uses_are_counted_as_asked(routing, replay, cold):
+    E, options = routing.num_experts, {"replay": replay, "cold": cold}
+    for policy in ("lru", "lfu", "belady"):
+        counts = cache_hit_counts(routing.expert_ids, E, policy, **routing.masks, **options)
+        expected = [[cache_hits_oracle(doc, C, policy, **options) for C in range(1, E + 1)] for doc in corpus(routing)]
+        assert counts.hits.tolist() == expected
+    fixed = cache_hit_counts(routing.expert_ids, E, "fixed", **routing.masks, **options)
+    assert fixed.hits.tolist() == fixed_set_hits_oracle(corpus(routing), E)
 
 
 @on_cases(10, many_experts, many=300)
@@ -101,7 +118,7 @@ def test_documents_that_are_worked_on_in_groups_count_the_same(monkeypatch):
 def test_wider_keys_count_the_same(monkeypatch, dtype):
     ids = torch.rand(4, 50, 16, generator=torch.Generator().manual_seed(0)).topk(3).indices
     narrow = [cache_hit_counts(ids, 16, policy).hits for policy in ("lru", "lfu", "belady")]
-    for module in (stack, policies):
+    for module in (stack, stack_priorities):
         monkeypatch.setattr(module, "fitting_dtype", lambda largest, at_least=None: dtype)
     for policy, expected in zip(("lru", "lfu", "belady"), narrow, strict=True):
         assert torch.equal(cache_hit_counts(ids, 16, policy).hits, expected)
@@ -118,8 +135,8 @@ def quick_cache_hits(document, num_experts, policy):
     """As the oracle, in time that is linear in tokens."""
     next_use, following = [[0] * len(token) for token in document], {}
     for t in range(len(document) - 1, -1, -1):
-        next_use[t] = [following.get(e, len(document)) for e in document[t]]
-        following.update(dict.fromkeys(document[t], t))
+        next_use[t] = [following.get(e, (len(document), 0)) for e in document[t]]
+        following.update({e: (t, k) for k, e in enumerate(document[t])})
     hits = []
     for size in range(1, num_experts + 1):
         resident, priority, uses, count = set(), {}, {}, 0
@@ -129,7 +146,7 @@ def quick_cache_hits(document, num_experts, policy):
             count += sum(size > len(uses) + i for i in range(len(first_uses)))
             for k, e in enumerate(token):
                 uses[e] = uses.get(e, 0) + 1
-                rank = {"lru": 0, "lfu": uses[e], "belady": -next_use[t][k]}[policy]
+                rank = {"lru": 0, "lfu": uses[e], "belady": [-a for a in next_use[t][k]]}[policy]
                 priority[e] = (rank, t, k)
                 if e not in resident:
                     if len(resident) == size:
@@ -187,6 +204,8 @@ def test_results_are_ordinary_tensors():
     ("change", "error", "message"),
     [
         ({"policy": "fifo"}, ValueError, "policy must be one of .* got 'fifo'"),
+        ({"replay": "batch"}, ValueError, "replay must be one of .* got 'batch'"),
+        ({"cold": "hit"}, ValueError, "cold must be one of .* got 'hit'"),
         ({"expert_ids": torch.zeros(1, 2, 1)}, TypeError, "must be an int64 tensor, got torch.float32"),
         ({"expert_ids": torch.tensor([[[0], [4]]])}, ValueError, r"must lie in 0\.\.3"),
         ({"expert_ids": torch.tensor([[[1, 1], [0, 1]]])}, ValueError, "must not repeat an expert within a token"),
@@ -243,7 +262,7 @@ def test_belady_is_not_an_upper_bound_where_a_token_uses_several_experts():
 def test_hit_rates_by_row_are_the_sums_over_its_documents(routing, policy):
     ids, E, masks = routing.expert_ids, routing.num_experts, routing.masks
     counts = cache_hit_counts(ids, E, policy, **masks, segment_length=5)
-    by_row = row_hit_rates(RoutingTrace([ids], E, **masks), policy, 5)
+    by_row = row_hit_rates(RoutingTrace([ids], E, **masks), Simulation(policy, 5))
     for n in range(len(ids)):
         of_row = counts.rows == n
         assert by_row.documents[n] == of_row.sum()
@@ -253,4 +272,4 @@ def test_hit_rates_by_row_are_the_sums_over_its_documents(routing, policy):
 
 def test_an_unknown_policy_by_row_is_named():
     with pytest.raises(ValueError, match=r"policy must be one of .* got 'fixed'"):
-        row_hit_rates(RoutingTrace([torch.zeros(1, 1, 1, dtype=torch.int64)], 2), "fixed")
+        Simulation("fixed")
