@@ -12,7 +12,7 @@ CONFIG_FILES = (".yaml", ".yml")  # what LightningCLI's own --model and --data t
 EXAMPLE = """\
 examples:
   consistency-reg fit --config quickstart --run_dir runs/first
-  consistency-reg fit --config quickstart --data my.jsonl --consistency.weight 0.1 --trainer.max_steps 600
+  consistency-reg fit --config quickstart --data my.jsonl --consistency.weight 0.1
   consistency-reg fit --config finetune --model runs/first --run_dir runs/tuned
 """
 

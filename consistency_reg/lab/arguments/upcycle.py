@@ -8,9 +8,9 @@ from consistency_reg.lab.usage import CommandParser
 SMOLLM = "smollm2-135m"
 EXAMPLE = """\
 examples:
-  consistency-reg upcycle smollm2-135m --out runs/split --splits 16 --top-k 8         neurons split, half active
+  consistency-reg upcycle smollm2-135m --out runs/split --splits 16 --top-k 8   neurons split
   consistency-reg upcycle smollm2-135m --out runs/moe --splits 8 --copies 4 --layers 20-29
-  consistency-reg fit --config recipes/finetune.yaml --model runs/moe --run_dir runs/recovered --model.model.train all
+  consistency-reg fit --config finetune --model runs/moe --model.model.train all
 """
 
 

@@ -297,7 +297,7 @@ def test_the_workspace_command_needs_a_login_and_says_so(monkeypatch, tmp_path):
 
 
 FIND_LOGIN = """
-from consistency_reg.lab.wandb_login import wandb_mode
+from consistency_reg.lab.wandb_login import login_found, wandb_mode
 print(login_found(), wandb_mode())
 """
 
