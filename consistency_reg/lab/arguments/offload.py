@@ -35,9 +35,7 @@ def parser() -> CommandParser:
     command.add_argument("--store", default="disk", metavar="NAME", help="disk or host memory; default: disk")
     command.add_argument("--reads", default="direct", metavar="NAME", help="direct or buffered; default: direct")
     command.add_argument("--device", default="cpu", metavar="NAME", help="such as cpu or cuda:0; default: cpu")
-    command.add_argument(
-        "--dtype", default="auto", metavar="NAME", help="float32, bfloat16, float16; default: as saved"
-    )
+    command.add_argument("--dtype", default="auto", metavar="NAME", help="float32, bfloat16 or float16 (as saved)")
     command.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: the likeliest; default: 1")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawn tokens; default: 0")
     command.add_argument("--read", action="store_true", help="read the prompts token by token instead, with perplexity")

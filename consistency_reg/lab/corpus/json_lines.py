@@ -21,7 +21,7 @@ def first_mistake(files: Iterable[str], column: str, fits: Callable[[Any], bool]
         >>> import tempfile
         >>> place = Path(tempfile.mkdtemp(), "mine.jsonl")
         >>> _ = place.write_text('{"text": "one"}\\n{"text": 2}\\n')
-        >>> print(first_mistake([str(place)], "text", lambda value: isinstance(value, str), "a string")[-66:])
+        >>> print(first_mistake([str(place)], "text", lambda value: isinstance(value, str), "a string")[-65:])
         mine.jsonl, line 2: expected a string under the key 'text', got 2
     """
     for file in files:

@@ -27,12 +27,7 @@ from consistency_reg.lab.evaluate.verdict import verdict
 from consistency_reg.lab.files import write_atomically
 from consistency_reg.lab.provenance import git_commit, package_versions
 from consistency_reg.lab.render.outputs import check_writable, write_pictures
-<<<<<<< HEAD
-from consistency_reg.lab.render.terminal import print_tables
-=======
 from consistency_reg.lab.render.terminal import print_tables, print_verdict
-from consistency_reg.lab.usage import CommandParser
->>>>>>> main
 from consistency_reg.optional import require
 
 with require("transformers"):
