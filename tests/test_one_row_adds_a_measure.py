@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from run_folders import result
 
 from consistency_reg import measures
 from consistency_reg.lab.card import card
@@ -13,6 +14,8 @@ from consistency_reg.lab.evaluate.records import to_csv
 from consistency_reg.lab.evaluate.tables import tables
 from consistency_reg.lab.evaluate.traces import Recording
 from consistency_reg.lab.render.measures_page import measures_table
+from consistency_reg.lab.report.runs import run_from_result
+from consistency_reg.lab.report.tables import overview_table, run_tables
 from consistency_reg.lab.workspace import workspace
 from consistency_reg.metrics import RoutingBalance
 from consistency_reg.reading import AS_PAIR, LAYER, MODEL, Measure
@@ -69,17 +72,16 @@ def test_evaluate_has_it_in_table_rows_and_log(ids):
     assert [row["layer"] for row in rows_of_csv if row["measure"] == "balance_twin"] == ["a", "b"]
 
 
+def test_a_report_has_it_over_cells_and_of_each_run():
+    run = run_from_result(result("toy", metrics={"val/balance/twin": 0.123}))
+    overview = overview_table([run])
+    assert dict(zip(overview.header, overview.rows[0], strict=True))["the twin"] == "0.12"
+    (of_runs,) = (table for table in run_tables([run]) if "the twin" in table.header)
+    assert dict(zip(of_runs.header, of_runs.rows[0], strict=True))["the twin"] == "0.123"
+
+
 def test_card_workspace_and_docs_have_it():
-    result = {
-        "metrics": {"val/balance/twin": 0.25},
-        "parameters": {"total": 1, "active": 1},
-        "config": {"consistency": {"weight": 0}},
-        "corpus": {},
-        "versions": {},
-        **dict.fromkeys(("name", "command", "git_commit", "device"), "x"),
-        **dict.fromkeys(("tokens", "steps", "seed"), 1),
-    }
-    assert "| the twin | 0.25 |" in card(result)
+    assert "| the twin | 0.25 |" in card(result("toy", metrics={"val/balance/twin": 0.25}, device="cpu"))
     (section,) = (one for one in workspace("team", "project").sections if one.name == "Balance")
     assert ["val/balance/twin"] in [panel.y for panel in section.panels]
     assert measures_table().rows[-1][:2] == ["val/balance/twin", "the twin"]
