@@ -353,7 +353,7 @@ def shown_in(place: str, panel: str | None = None) -> Iterator[Reading]:
 
     Example:
         >>> [reading.label for reading in shown_in("card", "Caches")]
-        ['LRU hits at 2K', 'LRU hits at 25% of the experts']
+        ['LRU hits at 2 x K', 'LRU hits at 25% of the experts']
     """
     for measure in MEASURES:
         if panel in (None, measure.panel):
@@ -366,7 +366,7 @@ def parse(name: str) -> Reading | None:
     Example:
         >>> reading = parse("val/before/cache/lru_2k/layer_03")
         >>> reading.stage, reading.ratio, reading.layer, reading.label
-        ('val/before', 2.0, 3, 'LRU hits at 2K')
+        ('val/before', 2.0, 3, 'LRU hits at 2 x K')
         >>> parse("val/srp/m16/cpp").domain, parse("val/cache/curve")
         ('cpp', None)
     """

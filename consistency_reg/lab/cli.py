@@ -31,6 +31,7 @@ MODULES = {
     "fit": "consistency_reg.lab.train",
     "evaluate": "consistency_reg.lab.evaluate.command",
     "ablate": "consistency_reg.lab.ablate",
+    "offload": "consistency_reg.lab.offload.command",
     "report": "consistency_reg.lab.report",
     "upcycle": "consistency_reg.lab.upcycle.command",
     "workspace": "consistency_reg.lab.workspace",
@@ -99,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("fit", help="train one recipe into a run folder")
     commands.add_parser("evaluate", help="judge models, and say how large a cache of experts they need")
     commands.add_parser("ablate", help="train every cell of a grid of recipes")
+    commands.add_parser("offload", help="run models whose experts are read from disk")
     commands.add_parser("report", help="compare runs: table, figures, one HTML page")
     commands.add_parser("upcycle", help="turn a dense model into a mixture of experts")
     commands.add_parser("workspace", help="lay out a wandb project for reading trade-offs")
