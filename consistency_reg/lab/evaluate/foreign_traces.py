@@ -172,7 +172,7 @@ class _RouteRows:
         T, K = len(phase), 1 + int(slot.max())
         ids, held = np.tile(np.arange(K), (T, 1)), np.zeros((T, K), dtype=bool)
         rows = np.bincount(token * K + slot, minlength=T * K).reshape(T, K)
-        routed = rows.any(axis=1)
+        routed = np.asarray(rows.any(axis=1))
         is_decoded = np.not_equal(phase, PROMPT)
         if (rows[routed] != 1).any() or not routed[is_decoded].all():
             raise ValueError(
