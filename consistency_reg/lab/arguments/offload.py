@@ -6,8 +6,8 @@ from consistency_reg.lab.usage import CommandParser
 
 EXAMPLE = """\
 examples:
-  consistency-reg offload runs/baseline runs/regularized                  2K slots a layer, as from disk
-  consistency-reg offload my-olmoe --memory 2GB --prompt question.txt     within a budget
+  consistency-reg offload runs/baseline runs/regularized                2K slots a layer
+  consistency-reg offload my-olmoe --memory 2GB --prompt question.txt   within a budget
   consistency-reg offload runs/regularized --cache-aware 0,0.1 --calibrate
 """
 
