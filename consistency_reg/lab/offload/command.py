@@ -41,8 +41,8 @@ READ_AT_ONCE = 16  # tokens of a text that is read, before it goes token by toke
 TAIL = 48  # letters of the text beside the progress
 EXAMPLE = """\
 examples:
-  consistency-reg offload runs/baseline runs/regularized                  2K slots a layer, as from disk
-  consistency-reg offload my-olmoe --memory 2GB --prompt question.txt     within a budget
+  consistency-reg offload runs/baseline runs/regularized               2K slots a layer, from disk
+  consistency-reg offload my-olmoe --memory 2GB --prompt question.txt  within a budget
   consistency-reg offload runs/regularized --cache-aware 0,0.1 --calibrate
 """
 
