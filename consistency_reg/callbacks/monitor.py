@@ -140,6 +140,11 @@ class RoutingMonitor(Callback):
         if self._records_training and self._capture is not None:
             self._recording.enter_context(self._capture.recording())
 
+    def watch_term(self, weighted: Tensor, trace: RoutingTrace) -> None:
+        """Measure, in a step that will be logged, whether the consistency term reaches the routers."""
+        if self._records_training:
+            self.core.watch_term(weighted, trace)
+
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Stop recording: activation checkpointing runs the routers again in the backward pass."""
         self._recording.close()

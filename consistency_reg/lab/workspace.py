@@ -7,7 +7,7 @@ from typing import Any
 
 from consistency_reg.lab.usage import CommandParser
 from consistency_reg.lab.wandb_login import login_found
-from consistency_reg.measures import HIT_RATE, MEASURES, MIN_SHARE, SRP
+from consistency_reg.measures import HIT_RATE, MIN_SHARE, SRP, of_panel
 from consistency_reg.optional import require
 from consistency_reg.reading import TRAINING, VALIDATION, Measure, Reading, size_name
 from consistency_reg.tracking.board import STEP, TOKENS
@@ -55,9 +55,9 @@ def workspace(entity: str, project: str, *, quality: str = "val/ppl", segment_le
     def lines(title: str, *metrics: str, x: str = STEP) -> Any:
         return panels.LinePlot(title=title, x=x, y=list(metrics))
 
-    def of_panel(panel: str, stage: str) -> list[Any]:
+    def curves(panel: str, stage: str) -> list[Any]:
         """Return a panel for each measure that runs show."""
-        measures = [one for one in MEASURES if one.panel == panel and ("runs" in one.shown or stage == TRAINING)]
+        measures = [one for one in of_panel(panel) if "runs" in one.shown or stage == TRAINING]
         return [lines(*_title_and_names(one, segment_length, stage)) for one in measures]
 
     hits = HIT_RATE.at(share=0.25)
@@ -73,11 +73,11 @@ def workspace(entity: str, project: str, *, quality: str = "val/ppl", segment_le
             lines("quality by tokens seen", quality, x=TOKENS),
             lines(f"{hits.complement}, by tokens seen", misses, x=TOKENS),
         ],
-        "Consistency": of_panel("Consistency", VALIDATION),
-        "Caches": [*of_panel("Caches", VALIDATION), picture],
-        "Balance": of_panel("Balance", VALIDATION),
+        "Consistency": curves("Consistency", VALIDATION),
+        "Caches": [*curves("Caches", VALIDATION), picture],
+        "Balance": curves("Balance", VALIDATION),
         "Training": [
-            *of_panel("Training", TRAINING),
+            *curves("Training", TRAINING),
             lines(f"{SRP.at(segment_length).label} of the batch", SRP.at(segment_length).within(TRAINING).name),
         ],
     }

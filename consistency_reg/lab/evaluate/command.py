@@ -22,10 +22,11 @@ from consistency_reg.lab.evaluate.tables import tables
 from consistency_reg.lab.evaluate.text import corpus_documents, cut, dataset_documents, sampled
 from consistency_reg.lab.evaluate.traces import Recording, load_trace, save_trace
 from consistency_reg.lab.evaluate.tracking import log_to_wandb
+from consistency_reg.lab.evaluate.verdict import verdict
 from consistency_reg.lab.files import write_atomically
 from consistency_reg.lab.provenance import git_commit, package_versions
 from consistency_reg.lab.render.outputs import check_writable, write_pictures
-from consistency_reg.lab.render.terminal import print_tables
+from consistency_reg.lab.render.terminal import print_tables, print_verdict
 from consistency_reg.lab.usage import CommandParser
 from consistency_reg.optional import require
 
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{options.out}: evaluation.json, evaluation.csv, {', '.join(path.name for path in pictures.values())}")
     if options.wandb is not None:
         log_to_wandb(options.wandb, evaluations, pictures, options.out)
+    print_verdict(verdict(evaluations))
     return 0
 
 

@@ -11,13 +11,14 @@ from consistency_reg.lab.render.outputs import check_writable, write_pictures
 from consistency_reg.lab.render.page import page
 from consistency_reg.lab.render.png import Picture
 from consistency_reg.lab.render.table import Table
-from consistency_reg.lab.render.terminal import print_tables
+from consistency_reg.lab.render.terminal import print_tables, print_verdict
 from consistency_reg.lab.report.figures import DRAWN, pictures
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.pairs import pair_runs
 from consistency_reg.lab.report.records import append_csv, fingerprint, read_csv, write_csv, write_json
 from consistency_reg.lab.report.runs import Run, distinct_names, read_folder, refuse_different_data
 from consistency_reg.lab.report.tables import origin_tables
+from consistency_reg.lab.report.verdict import verdict
 from consistency_reg.lab.report.wandb_runs import PREFIX, read_wandb
 from consistency_reg.lab.usage import CommandParser
 from consistency_reg.lab.wandb_login import open_run
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"wandb: {place}")
     if (more := len(set(places)) - MOST_PLACES) > 0:
         print(f"wandb: {more} more beside these")
+    print_verdict(verdict(findings))
     return 0
 
 

@@ -2,14 +2,12 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from consistency_reg.lab.render.verdict import COLLAPSED_BELOW
-from consistency_reg.lab.report.curves import MISSES_FROM, PERPLEXITY, Curve, read_curve
-from consistency_reg.lab.report.recipe import (
+from consistency_reg.lab.recipe import (
     DATA_SETTINGS,
     architecture,
     consistency_term,
@@ -17,12 +15,12 @@ from consistency_reg.lab.report.recipe import (
     term_options,
     validation_limits,
 )
+from consistency_reg.lab.report.curves import Curve, read_curve
+from consistency_reg.lab.report.measured import HITS, MIN_SHARE, PERPLEXITY
+from consistency_reg.measures import COLLAPSED_BELOW, parse
+from consistency_reg.reading import Reading
 
 HASH_DIGITS = 16  # of a corpus' SHA-256: enough to tell two apart
-
-SRP, LOCAL_GAIN = "val/srp/m16", "val/local_gain/m16"
-GLOBAL_CV, LOCAL_CV = "val/balance/cv", "val/balance/local_cv/m16"
-BALANCE_SD, MIN_SHARE, MAX_MEAN = "val/balance/sd", "val/balance/min_share", "val/balance/max_mean"
 
 
 @dataclass(frozen=True)
@@ -76,22 +74,32 @@ class Run:
     @property
     def domains(self) -> list[str]:
         """The domains of the validation, each with a perplexity of its own."""
-        names = (name.removeprefix(f"{PERPLEXITY}/") for name in self.metrics if name.startswith(f"{PERPLEXITY}/"))
-        return [name for name in names if "/" not in name]
+        found = (reading for reading, _ in self.readings() if reading.within(reading.stage) == PERPLEXITY)
+        return [reading.domain for reading in found if reading.domain]
 
     @property
     def misses(self) -> float:
         """LRU misses at cache = 25% of the experts, as a share of all accesses; NaN where they were not measured."""
-        return 1 - self.get(MISSES_FROM)
+        return 1 - self.get(HITS)
 
     @property
     def collapsed(self) -> bool:
         """Whether an expert is used less than a tenth of its fair share."""
-        return self.metrics.get(MIN_SHARE, 1.0) < COLLAPSED_BELOW
+        return self.metrics.get(MIN_SHARE.name, 1.0) < COLLAPSED_BELOW
 
-    def get(self, metric: str) -> float:
-        """A metric; NaN where it was not measured."""
-        return self.metrics.get(metric, math.nan)
+    def get(self, reading: Reading) -> float:
+        """Return a measure of the final validation; NaN where it was not measured."""
+        return self.metrics.get(reading.name, math.nan)
+
+    def measured(self, *readings: Reading) -> bool:
+        """Return whether all of these were measured."""
+        return all(reading.name in self.metrics for reading in readings)
+
+    def readings(self) -> Iterator[tuple[Reading, float]]:
+        """Give each metric that is in the table of measures, with its value."""
+        for name, value in self.metrics.items():
+            if (reading := parse(name)) is not None:
+                yield reading, value
 
 
 def read_run(folder: Path) -> Run:
@@ -195,8 +203,8 @@ def run_from_result(result: Mapping[str, Any], **more: Any) -> Run:
     config = result["config"]
     metrics = {name: float(value) for name, value in result["metrics"].items() if value is not None}
     metrics = {name: value if math.isfinite(value) else math.nan for name, value in metrics.items()}  # diverged
-    if PERPLEXITY not in metrics:
-        raise KeyError(PERPLEXITY)
+    if PERPLEXITY.name not in metrics:
+        raise KeyError(PERPLEXITY.name)
     metrics |= {f"val/before/{name.removeprefix('val/')}": value for name, value in result.get("before", {}).items()}
     loss, weight = consistency_term(config)
     data_config = config.get("data") or {}
