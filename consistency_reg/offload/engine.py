@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from consistency_reg.offload.budget import parse_bytes
 from consistency_reg.offload.cache import ExpertCache, new_cache
 from consistency_reg.offload.kernel import compute
 from consistency_reg.offload.layers import experts_per_token
@@ -17,7 +18,7 @@ from consistency_reg.offload.plan import Need, plan_slots
 from consistency_reg.offload.reading import READS
 from consistency_reg.offload.slots import Slots, Visit
 from consistency_reg.offload.statistics import Counts, OffloadStatistics, Recorder
-from consistency_reg.offload.stores import OntoGPU, Store
+from consistency_reg.offload.stores import OntoGPU, Opening, Store
 from consistency_reg.optional import require
 
 STORES = ("disk", "host")
@@ -61,6 +62,7 @@ class OffloadedExperts:
         dtype: of the loaded weights: "auto" (as saved), "float32", "bfloat16" or "float16".
         read_ahead: experts that may be on their way beyond the slots.
         threads: that read.
+        read_bandwidth: bytes per second such as "500MB", to see what a slower disk would cost: reads are held back.
         record: whether :meth:`routing` can tell the experts of every token.
         best_last: whether a token's experts become resident in the reverse of the router's order, so that the best is
             the most recent, as :class:`~consistency_reg.CacheAwareRouting` has it: then its bias is for the experts
@@ -94,14 +96,17 @@ class OffloadedExperts:
         dtype: str | torch.dtype = "auto",
         read_ahead: int = 4,
         threads: int = 4,
+        read_bandwidth: str | float | None = None,
         record: bool = False,
         best_last: bool = False,
     ) -> None:
         self.device = _device(device)
         _check_options(store, reads, read_ahead, threads)
         new_cache(policy, 1)
-        self._policy, self._kind, self._reads, self._spread = policy, store, reads, spread
-        self._threads, self._read_ahead, self._record, self._best_last = threads, read_ahead, record, best_last
+        self._policy, self._spread = policy, spread
+        limit = None if read_bandwidth is None else parse_bytes(read_bandwidth, "read_bandwidth")
+        self._opening = Opening(store, reads, threads, limit)
+        self._read_ahead, self._record, self._best_last = read_ahead, record, best_last
         given = isinstance(model_or_folder, nn.Module)
         self._origin: Origin = FromModel(model_or_folder, store) if given else FromFolder(model_or_folder, dtype)  # type: ignore[arg-type]
         self._layers = self._origin.layers
@@ -128,7 +133,7 @@ class OffloadedExperts:
         """
         if self.model is not None:
             raise RuntimeError("these experts are offloaded already: detach() first")
-        store = self._origin.open_store(self._kind, self._reads, self._threads)
+        store = self._origin.open_store(self._opening)
         self._store: Store = store
         try:
             self._make_slots()

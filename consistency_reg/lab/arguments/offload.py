@@ -6,8 +6,8 @@ from consistency_reg.lab.usage import CommandParser
 
 EXAMPLE = """\
 examples:
-  consistency-reg offload runs/baseline runs/regularized                2K slots a layer
-  consistency-reg offload my-olmoe --memory 2GB --prompt question.txt   within a budget
+  consistency-reg offload runs/baseline runs/regularized               2K slots a layer, from disk
+  consistency-reg offload my-olmoe --memory 2GB --prompt question.txt  within a budget
   consistency-reg offload runs/regularized --cache-aware 0,0.1 --calibrate
 """
 
@@ -34,6 +34,7 @@ def parser() -> CommandParser:
     )
     command.add_argument("--store", default="disk", metavar="NAME", help="disk or host memory; default: disk")
     command.add_argument("--reads", default="direct", metavar="NAME", help="direct or buffered; default: direct")
+    command.add_argument("--read-bandwidth", metavar="SIZE", help="of a slower disk, such as 500MB a second")
     command.add_argument("--device", default="cpu", metavar="NAME", help="such as cpu or cuda:0; default: cpu")
     command.add_argument("--dtype", default="auto", metavar="NAME", help="float32, bfloat16 or float16 (as saved)")
     command.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: the likeliest; default: 1")

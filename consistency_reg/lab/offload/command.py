@@ -15,7 +15,7 @@ from consistency_reg import CacheAwareRouting
 from consistency_reg.lab.arguments.offload import parser
 from consistency_reg.lab.evaluate.models import model_folder
 from consistency_reg.lab.files import write_atomically
-from consistency_reg.lab.offload.decoding import Pass, read_text, sampler, write_text
+from consistency_reg.lab.offload.decoding import READ_AT_ONCE, Pass, read_text, sampler, write_text
 from consistency_reg.lab.offload.measure import Measured
 from consistency_reg.lab.offload.show import PICTURE, tables, to_csv, to_json, token_time
 from consistency_reg.lab.offload.tracking import log_to_wandb
@@ -23,7 +23,7 @@ from consistency_reg.lab.provenance import device_name, git_commit, package_vers
 from consistency_reg.lab.render.outputs import check_writable, write_pictures
 from consistency_reg.lab.render.terminal import print_tables
 from consistency_reg.offload import OffloadedExperts
-from consistency_reg.offload.calibration import calibrate
+from consistency_reg.offload.calibration import Calibration, calibrate
 from consistency_reg.optional import require
 
 with require("transformers"):
@@ -37,7 +37,6 @@ PROMPTS = (
     'def read_lines(path):\n    """Return the lines of a file."""\n',
     "In the beginning there was nothing but water, and",
 )
-READ_AT_ONCE = 16  # tokens of a text that is read, before it goes token by token
 TAIL = 48  # letters of the text beside the progress
 
 
@@ -73,17 +72,18 @@ def measure(place: str, prompts: Sequence[str], options: argparse.Namespace, con
         reads=options.reads,
         spread=options.spread,
         dtype=options.dtype,
+        read_bandwidth=options.read_bandwidth,
         best_last=True,
     )
     encoded = [_encode(tokenizer, prompt, place) for prompt in prompts]
     with offloaded as model:
         _check_context(model, encoded, options, place)
-        calibration = calibrate(offloaded, encoded[0][None].to(offloaded.device)) if options.calibrate else None
         for strength in options.cache_aware:
             name = _name(path, place) + (f" + bias {strength:g}" if strength else "")
             with ExitStack() as stack:
                 if strength:
                     stack.enter_context(CacheAwareRouting(model, _equal_ratio(offloaded), strength))
+                calibration = _calibration(offloaded, encoded[0]) if options.calibrate else None
                 passes = list(_run(offloaded, encoded, tokenizer, name, options, console))
             texts = ["" if options.read else str(tokenizer.decode(one.ids)) for one in passes]
             yield Measured(name, _about(offloaded, place, strength, options), passes, texts, calibration)
@@ -181,6 +181,10 @@ def _check_context(model: Any, encoded: Sequence[Tensor], options: argparse.Name
         )
 
 
+def _calibration(offloaded: OffloadedExperts, prompt: Tensor) -> Calibration:
+    return calibrate(offloaded, prompt[None].to(offloaded.device))
+
+
 def _equal_ratio(offloaded: OffloadedExperts) -> float:
     if len(set(offloaded.slots)) > 1 or offloaded.top_k is None:
         raise ValueError(f"--cache-aware needs the same number of slots in every layer, got {offloaded.slots}")
@@ -194,7 +198,7 @@ def _name(path: str, place: str) -> str:
 
 def _about(offloaded: OffloadedExperts, place: str, strength: float, options: argparse.Namespace) -> dict[str, Any]:
     found = offloaded.statistics()
-    shown = ("store", "policy", "reads", "spread", "tokens", "temperature", "seed")
+    shown = ("store", "policy", "reads", "read_bandwidth", "spread", "tokens", "temperature", "seed")
     return {
         "place": place,
         "slots": found.slots,

@@ -9,7 +9,7 @@ import transformers
 from offloading import save
 from tiny_models import COMMON, E, K
 from tokenizers import Tokenizer, models, pre_tokenizers
-from wandb_file import read_runs
+from wandb_file import read_run
 
 from consistency_reg.lab.cli import main
 from consistency_reg.lab.offload.decoding import read_text, sampler, write_text
@@ -117,7 +117,7 @@ def test_a_run_of_wandb_for_each_model(folders, prompt, tmp_path, monkeypatch):
     out = tmp_path / "out"
     command = ["offload", folders[0], "--prompt", str(prompt), "--tokens", "3", "--wandb", "tests", "--out", str(out)]
     assert main(command) == 0
-    (run,) = read_runs(out)
+    run = read_run(out)
     (row,) = run.history
     assert run.name == "baseline"
     assert row["offload/decode_tokens_per_s"] > 0

@@ -1,6 +1,7 @@
 """A model whose experts are read as tokens need them computes what the model in memory computes."""
 
 import gc
+import time
 from pathlib import Path
 
 import pytest
@@ -248,3 +249,16 @@ def test_the_bias_of_cache_aware_routing_is_for_the_experts_that_are_in_slots(ol
         for t in range(prompt, ids.shape[1]):
             output = model(ids[:, t : t + 1], past_key_values=output.past_key_values, use_cache=True)
         assert offloaded.statistics().decode.hits == routing.hits - before
+
+
+def test_reads_can_be_held_back_to_those_of_a_slower_disk(olmoe):
+    ids = token_ids(1, 30)
+    expert_bytes = 3 * 32 * 16 * 4
+    offloaded = OffloadedExperts(olmoe, read_bandwidth=100 * expert_bytes)
+    with offloaded as model:
+        began = time.perf_counter()
+        logits(model, ids)
+        elapsed = time.perf_counter() - began
+        assert elapsed >= 0.95 * offloaded.statistics().misses / 100
+    with pytest.raises(ValueError, match="read_bandwidth must be a positive number of bytes"):
+        OffloadedExperts(olmoe, read_bandwidth="slow")
