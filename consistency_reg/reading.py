@@ -73,6 +73,21 @@ class Measure:
     shown: Mapping[str, tuple[Where, ...]] = field(default_factory=dict, hash=False)
 
     @property
+    def record(self) -> str:
+        """Its name in ``compute()`` and in the rows of `evaluate`, without the parts of its key."""
+        return self.name or self.key
+
+    @property
+    def bare_label(self) -> str:
+        """Its label without the parts of its key: for a table that has those in a column of their own."""
+        return re.sub(r" ?\{\w+\}", "", self.label).strip()
+
+    @property
+    def unit_label(self) -> str:
+        """Its unit as it stands behind a label: " (%)"."""
+        return f" ({self.unit})" if self.unit in (SHARE, POINTS) else ""
+
+    @property
     def by_segment(self) -> bool:
         """Whether it has a value for each segment length."""
         return "{segment}" in self.key
@@ -115,8 +130,7 @@ class Measure:
             >>> SIZE_RATIO.metric_key(16), GLOBAL_CV.metric_key(), LOCAL_CV.metric_key(None)
             ('size_ratio_m16', 'balance_cv', 'local_cv_document')
         """
-        name = self.name or self.key
-        return f"{name}_{segment_name(m)}" if self.by_segment else name
+        return f"{self.record}_{segment_name(m)}" if self.by_segment else self.record
 
     def show(self, value: float, finer: int = 0) -> str:
         """The value as text, without its unit; "" for NaN.
@@ -172,6 +186,11 @@ class Reading:
     def label(self) -> str:
         """What tables and axes call it, without layer and domain."""
         return self._filled(self.measure.label)
+
+    @property
+    def header(self) -> str:
+        """The label with its unit, as the header of a column."""
+        return self.label + self.measure.unit_label
 
     @property
     def complement(self) -> str:
@@ -246,10 +265,19 @@ def _segment_label(segment: str) -> str:
 
 
 def _size_label(size: str) -> str:
-    return f"{size[:-3]}% of the experts" if size.endswith("pct") else size.upper()
+    """Return a size in words; "2 x K" and not "2K", which reads as two thousand."""
+    if size.endswith("pct"):
+        return f"{size[:-3]}% of the experts"
+    return "K" if size == "k" else f"{size[:-1]} x K"
 
 
-def _cache_label(cache: str) -> str:
+def cache_label(cache: str) -> str:
+    """Return what tables call a simulated cache.
+
+    Example:
+        >>> cache_label("lru"), cache_label("sch_m16")
+        ('LRU', 'SCH m=16')
+    """
     policy, _, segment = cache.partition("_")
     return (
         f"{POLICY_LABELS.get(policy, policy.upper())} {_segment_label(segment)}" if segment else POLICY_LABELS[policy]
@@ -259,6 +287,6 @@ def _cache_label(cache: str) -> str:
 PART_LABELS: dict[str, Callable[[str], str]] = {
     "segment": _segment_label,
     "size": _size_label,
-    "cache": _cache_label,
+    "cache": cache_label,
     "kind": str,
 }

@@ -1,7 +1,7 @@
 """Run a mixture-of-experts model whose experts are not in fast memory."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from consistency_reg.offload.budget import parse_bytes
 from consistency_reg.offload.cache import ExpertCache, new_cache
 from consistency_reg.offload.kernel import compute
 from consistency_reg.offload.layers import experts_per_token
@@ -17,7 +18,7 @@ from consistency_reg.offload.plan import Need, plan_slots
 from consistency_reg.offload.reading import READS
 from consistency_reg.offload.slots import Slots, Visit
 from consistency_reg.offload.statistics import Counts, OffloadStatistics, Recorder
-from consistency_reg.offload.stores import OntoGPU, Store
+from consistency_reg.offload.stores import OntoGPU, Opening, Store
 from consistency_reg.optional import require
 
 STORES = ("disk", "host")
@@ -61,7 +62,11 @@ class OffloadedExperts:
         dtype: of the loaded weights: "auto" (as saved), "float32", "bfloat16" or "float16".
         read_ahead: experts that may be on their way beyond the slots.
         threads: that read.
+        read_bandwidth: bytes per second such as "500MB", to see what a slower disk would cost: reads are held back.
         record: whether :meth:`routing` can tell the experts of every token.
+        best_last: whether a token's experts become resident in the reverse of the router's order, so that the best is
+            the most recent, as :class:`~consistency_reg.CacheAwareRouting` has it: then its bias is for the experts
+            that really are in slots, with the same slots, "lru", and a :meth:`reset` before each document.
 
     Raises:
         ValueError: fewer slots than K, a memory below what the model needs (the message says how much that is),
@@ -91,13 +96,17 @@ class OffloadedExperts:
         dtype: str | torch.dtype = "auto",
         read_ahead: int = 4,
         threads: int = 4,
+        read_bandwidth: str | float | None = None,
         record: bool = False,
+        best_last: bool = False,
     ) -> None:
         self.device = _device(device)
         _check_options(store, reads, read_ahead, threads)
         new_cache(policy, 1)
-        self._policy, self._kind, self._reads, self._spread = policy, store, reads, spread
-        self._threads, self._read_ahead, self._record = threads, read_ahead, record
+        self._policy, self._spread = policy, spread
+        limit = None if read_bandwidth is None else parse_bytes(read_bandwidth, "read_bandwidth")
+        self._opening = Opening(store, reads, threads, limit)
+        self._read_ahead, self._record, self._best_last = read_ahead, record, best_last
         given = isinstance(model_or_folder, nn.Module)
         self._origin: Origin = FromModel(model_or_folder, store) if given else FromFolder(model_or_folder, dtype)  # type: ignore[arg-type]
         self._layers = self._origin.layers
@@ -124,7 +133,7 @@ class OffloadedExperts:
         """
         if self.model is not None:
             raise RuntimeError("these experts are offloaded already: detach() first")
-        store = self._origin.open_store(self._kind, self._reads, self._threads)
+        store = self._origin.open_store(self._opening)
         self._store: Store = store
         try:
             self._make_slots()
@@ -188,6 +197,24 @@ class OffloadedExperts:
             mask[expert] = (layer, expert) in cache
         return mask
 
+    def expert_bytes(self, layer: int) -> int:
+        """Return the bytes that one miss of a layer moves."""
+        return self._store.expert_bytes(layer)
+
+    def empty_rows(self, layer: int) -> dict[str, Tensor]:
+        """Return room for one expert of a layer beside the slots."""
+        shapes, dtype = self._layers[layer].shapes, self._origin.dtype
+        return {name: torch.empty(shape, dtype=dtype, device=self.device) for name, shape in shapes.items()}
+
+    def fetch(self, layer: int, expert: int, rows: dict[str, Tensor]) -> Callable[[], None]:
+        """Begin to read an expert into :meth:`empty_rows`, and return what waits for it; no slot changes."""
+        return self._store.fetch(layer, expert, rows)
+
+    @property
+    def dense_bytes(self) -> int:
+        """The bytes of all weights that are no routed experts'."""
+        return self._origin.dense_bytes
+
     @property
     def layer_names(self) -> list[str]:
         """The modules of the experts, in the order of the layers' numbers."""
@@ -217,7 +244,8 @@ class OffloadedExperts:
     def _compute(self, number: int, module: nn.Module, hidden_NH: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
         E = self._layers[number].num_experts
         ids = ids_NK.detach().cpu()
-        tokens = [[expert for expert in experts if expert < E] for experts in ids.tolist()]
+        in_order = ids.flip(-1) if self._best_last else ids
+        tokens = [[expert for expert in experts if expert < E] for experts in in_order.tolist()]
         cache, slots = self._caches[number], self._slots_of[number]
         if max(map(len, tokens)) > cache.slots:
             raise ValueError(f"slots must be at least {max(map(len, tokens))}, a token's experts, got {cache.slots}")

@@ -42,24 +42,31 @@ def is_plain(module: Any) -> bool:
 
 
 def _plain(module: Any, visit: Visit, hidden_NH: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
-    """Compute gated MLPs; of a single token those first that need not be waited for."""
-    N = len(hidden_NH)
-    order = visit.hits_first if N == 1 else visit.experts
+    """Compute gated MLPs."""
+    if len(hidden_NH) == 1:
+        return _single_token(module, visit, hidden_NH, ids_NK, weights_NK)
     ids_KN = ids_NK.T
     total_NH = torch.zeros_like(hidden_NH)
-    computed: dict[int, tuple[Tensor, Tensor]] = {}
-    pending = iter(visit.experts)  # sums are taken in the order of the experts
-    following = next(pending, None)
-    for expert in order:
+    for expert in visit.experts:
         place, token = torch.where(ids_KN == expert)
-        rows = visit.rows(expert)
-        output = _gated_mlp(module, rows, hidden_NH[token]) * weights_NK[token, place, None]
-        computed[expert] = token, output.to(total_NH.dtype)
+        output = _gated_mlp(module, visit.rows(expert), hidden_NH[token]) * weights_NK[token, place, None]
+        total_NH.index_add_(0, token, output.to(total_NH.dtype))
         visit.done(expert)
-        while following in computed:
-            total_NH.index_add_(0, *computed.pop(following))
-            following = next(pending, None)
     return total_NH
+
+
+def _single_token(module: Any, visit: Visit, hidden_1H: Tensor, ids_1K: Tensor, weights_1K: Tensor) -> Tensor:
+    """Compute the experts first that need not be waited for, and sum in the order of the eager loop."""
+    place = {expert: k for k, expert in enumerate(ids_1K[0].tolist())}
+    outputs = {}
+    for expert in visit.hits_first:
+        k = place[expert]
+        outputs[expert] = _gated_mlp(module, visit.rows(expert), hidden_1H) * weights_1K[:, k : k + 1]
+        visit.done(expert)
+    total_1H = torch.zeros_like(hidden_1H)
+    for expert in visit.experts:
+        total_1H += outputs[expert].to(total_1H.dtype)
+    return total_1H
 
 
 def _gated_mlp(module: Any, rows: Any, states: Tensor) -> Tensor:

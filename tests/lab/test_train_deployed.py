@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from consistency_reg import CacheAwareRouting, RouterCapture
 from consistency_reg.lab import train as fit
 from consistency_reg.lab.evaluate.deployed import price_run
-from consistency_reg.lab.report.recipe import consistency_term, pair_digest, term_options
+from consistency_reg.lab.recipe import consistency_term, pair_digest, term_options
 
 CHANGES = {"routing.strength": 0.3, "routing.start_step": 0, "routing.ramp_steps": 2, "trainer.max_steps": 3}
 
@@ -104,8 +104,8 @@ def test_a_run_of_an_earlier_version_without_the_section_is_gone_on_with(runs, c
     path.write_text("".join(lines[:begin] + lines[end:]))
     assert fit.main(small_run(runs / "off")) == 0
     assert "is finished" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"another recipe \(routing\.strength: None there, 0\.1 now|routing"):
-        fit.claim_folder(runs / "off", path.read_text() + "routing:\n  strength: 0.1\n")
+    with pytest.raises(ValueError, match=r"another recipe \(routing\.strength: 0\.0 there, 0\.1 now"):
+        fit.main(small_run(runs / "off", changes={"routing.strength": 0.1}))
 
 
 @pytest.mark.parametrize(

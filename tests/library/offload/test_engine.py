@@ -1,6 +1,7 @@
 """A model whose experts are read as tokens need them computes what the model in memory computes."""
 
 import gc
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from offloading import in_memory, logits, read_by_token, save
 from safetensors.torch import load_file, save_file
 from tiny_models import COMMON, KINDS, E, K, tiny_model, token_ids
 
-from consistency_reg import OffloadedExperts, RouterCapture, functional
+from consistency_reg import CacheAwareRouting, OffloadedExperts, RouterCapture, functional
 
 
 @pytest.fixture
@@ -235,3 +236,29 @@ def test_several_models_at_once_do_not_mix(tmp_path):
         a, b, again = logits(one, ids), logits(two, ids), logits(one, ids)
     assert torch.equal(a, again)
     assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("slots", [2, 3, 4])
+def test_the_bias_of_cache_aware_routing_is_for_the_experts_that_are_in_slots(olmoe, slots):
+    """Its hits, counted by the cache that it simulates, are the engine's, token by token, behind a prompt too."""
+    ids, prompt = token_ids(1, 40), 6
+    offloaded = OffloadedExperts(olmoe, slots=slots, best_last=True)
+    with offloaded as model, CacheAwareRouting(model, slots / K, strength=0.5) as routing, torch.no_grad():
+        output = model(ids[:, :prompt], use_cache=True)
+        before = routing.hits
+        for t in range(prompt, ids.shape[1]):
+            output = model(ids[:, t : t + 1], past_key_values=output.past_key_values, use_cache=True)
+        assert offloaded.statistics().decode.hits == routing.hits - before
+
+
+def test_reads_can_be_held_back_to_those_of_a_slower_disk(olmoe):
+    ids = token_ids(1, 30)
+    expert_bytes = 3 * 32 * 16 * 4
+    offloaded = OffloadedExperts(olmoe, read_bandwidth=100 * expert_bytes)
+    with offloaded as model:
+        began = time.perf_counter()
+        logits(model, ids)
+        elapsed = time.perf_counter() - began
+        assert elapsed >= 0.95 * offloaded.statistics().misses / 100
+    with pytest.raises(ValueError, match="read_bandwidth must be a positive number of bytes"):
+        OffloadedExperts(olmoe, read_bandwidth="slow")
