@@ -9,22 +9,27 @@ BIN := .venv/bin
 # Nothing is loaded from a hub: no call may wait for a network.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo results test test-slow lint clean
+.PHONY: demo results measures test test-slow lint docs clean
 
 demo: .venv/installed
 	$(BIN)/consistency-reg ablate recipes/ablations/demo.yaml
 	$(BIN)/consistency-reg report runs/demo --out runs/demo/report --wandb consistency-reg
 
 # The tables and pictures of README and docs, from the committed rows; a test says when they are out of step.
-RESULTS := demo gate frontier medium
+# Each file of rows, and the pages that hold its tables.
+RESULTS := demo:README.md,docs/results.md gate:docs/results.md frontier:docs/results.md medium:docs/results.md \
+	longer:docs/results.md,docs/choosing.md finetune:docs/finetuning.md paper:docs/ablations.md
+comma := ,
 
 results: .venv/installed
-	for name in $(RESULTS); do $(BIN)/consistency-reg report recipes/results/$$name.csv --out runs/reports/$$name \
-		--update README.md || exit 1; done
+	$(foreach one,$(RESULTS),$(BIN)/consistency-reg report recipes/results/$(firstword $(subst :, ,$(one))).csv \
+		--out runs/reports/$(firstword $(subst :, ,$(one))) \
+		$(foreach page,$(subst $(comma), ,$(lastword $(subst :, ,$(one)))),--update $(page)) &&) true
 	cp runs/reports/frontier/frontier.png docs/frontier/
-	$(BIN)/consistency-reg report recipes/results/longer.csv --out runs/reports/longer --update README.md --update docs/choosing.md
-	$(BIN)/consistency-reg report recipes/results/finetune.csv --out runs/reports/finetune --update docs/finetuning.md
-	$(BIN)/consistency-reg report recipes/results/paper.csv --out runs/reports/paper --update docs/ablations.md
+
+# The table of measures in the docs; a test says when it is out of step.
+measures: .venv/installed
+	$(BIN)/python -m consistency_reg.lab.render.measures_page docs/measures.md
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 WANDB_MODE=offline $(BIN)/python -m pytest -m "not slow and not gpu" -n 2
@@ -37,9 +42,13 @@ lint: .venv/installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# The documentation site in site/; a link that leads nowhere fails. The variables silence notices about other site builders.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build
+
 # What can be made again; runs/ is left alone.
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find consistency_reg tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/installed: pyproject.toml constraints.txt

@@ -1,9 +1,10 @@
 """Which tokens of a batch are real and where its documents begin, read from the usual keys."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Masks = tuple[Tensor | None, Tensor | None]
 
@@ -32,3 +33,14 @@ def batch_masks(batch: Any) -> Masks:
         if len(positions) == 1 and (tokens := batch.get("input_ids", batch.get("inputs_embeds"))) is not None:
             document_ids = document_ids.expand(len(tokens), -1)  # models take one row of positions for all rows
     return valid, document_ids
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a module's forward by name, without those that are None.
+
+    Example:
+        >>> named_arguments(nn.Linear(2, 2), (1,), {})
+        {'input': 1}
+    """
+    given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | dict(kwargs)
+    return {name: value for name, value in given.items() if value is not None}

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from forced_choice import check_cache_aware
 from tiny_architectures import KINDS, build, is_part_of_another, moe_model_types
 from torch import Tensor, nn
 
@@ -51,6 +52,7 @@ class Row:
         kind: one of :data:`tiny_architectures.KINDS`.
         routed: how, in words.
         reason: why it does not pass; empty where it does.
+        cache_aware: whether `CacheAwareRouting` can change what its routers choose, in words.
     """
 
     architecture: str
@@ -58,6 +60,7 @@ class Row:
     kind: str
     routed: str
     reason: str = ""
+    cache_aware: str = ""
 
     @property
     def passes(self) -> bool:
@@ -75,10 +78,11 @@ def examine(model_type: str) -> Row:
         return Row("", model_type, "other", "", f"cannot be built tiny: {type(error).__name__}: {error}")
     try:
         routed = check(model, inputs)
+        cache_aware = check_routing(model, inputs)
     except Exception as error:
         return Row(type(model).__name__, model_type, kind, "", f"{type(error).__name__}: {error}".split("\n")[0])
     remark = f"; {REMARKS[model_type]}" if model_type in REMARKS else ""
-    return Row(type(model).__name__, model_type, kind, routed + remark)
+    return Row(type(model).__name__, model_type, kind, routed + remark, cache_aware=cache_aware)
 
 
 def check(model: nn.Module, inputs: dict[str, Tensor]) -> str:
@@ -96,6 +100,14 @@ def check(model: nn.Module, inputs: dict[str, Tensor]) -> str:
     notes = [f"a capture for each of {len(stacks)} stacks"] * (len(stacks) > 1)
     notes += [f"text alone, without {left_out} routers of pictures"] * (left_out > 0)
     return "; ".join([*words, *notes])
+
+
+def check_routing(model: nn.Module, inputs: dict[str, Tensor]) -> str:
+    """Raise AssertionError unless the routers of text can be made to know the cache, as far as they say so."""
+    everything = RouterCapture(model)
+    draw_routers(everything)
+    stacks = routers_by_tokens(everything, inputs)
+    return "; ".join(dict.fromkeys(check_cache_aware(model, inputs, names) for names in stacks.values()))
 
 
 def check_stack(capture: RouterCapture, inputs: dict[str, Tensor]) -> list[str]:
@@ -318,17 +330,23 @@ def document(rows: list[Row]) -> str:
         "the gradient of `LocalConsistencyLoss` reaches every router that selects by scores, but no correction bias",
         "and no expert behind the last router.",
         "",
+        "Cache-aware says whether `CacheAwareRouting` can change what the routers choose. It is yes if the model's",
+        "logits stay as they are while all experts are in the cache, and if what goes on from a router for another",
+        "choice of experts is what the router's own code makes of that choice: the same weights, in the same places.",
+        "",
         "| kind | pass |",
         "|---|---|",
         *counts,
         f"| all | {sum(passed.values())} of {len(rows)} |",
+        f"| cache-aware | {sum(row.cache_aware.startswith('yes') for row in rows)} of {len(rows)} |",
         "",
-        "| architecture | model type | kind | routed | result |",
-        "|---|---|---|---|---|",
+        "| architecture | model type | kind | routed | result | cache-aware |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         result = "pass" if row.passes else row.reason.replace("|", "\\|")
-        lines.append(f"| {row.architecture} | `{row.model_type}` | {row.kind} | {row.routed} | {result} |")
+        cells = (row.architecture, f"`{row.model_type}`", row.kind, row.routed, result, row.cache_aware)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 

@@ -109,36 +109,49 @@ def resampled_means_oracle(rates_by_row, weights):
 # --- caches -------------------------------------------------------------------------------------------------------
 
 
-def cache_hits_oracle(document, size, policy, m=None):
+def cache_hits_oracle(document, size, policy, m=None, replay="token", cold="free"):
     """Hits of one document, [T, K] ids, with a cache of ``size`` slots that is really simulated.
 
     ``policy`` is "lru", "lfu", "belady" or "sch" with its window of m tokens.
     """
+    hit = cache_access_hits_oracle(document, size, policy, m, replay, cold)
+    return sum(sum(token) for token in hit)
+
+
+def cache_access_hits_oracle(document, size, policy, m=None, replay="token", cold="free"):
+    """Whether each access of one document hits, [T][K]; see :func:`cache_hits_oracle`."""
+    if replay == "access":
+        alone = cache_access_hits_oracle([[e] for token in document for e in token], size, policy, m, "token", cold)
+        found = iter(hit for (hit,) in alone)
+        return [[next(found) for _ in token] for token in document]
     T = len(document)
-    resident, used_at, uses, hits = set(), {}, {}, 0
+    resident, used_at, uses, hits = set(), {}, {}, []
 
     def next_use(e, t, served):
-        return next((u for u in range(t, T) if e in document[u] and not (u == t and e in served)), T)
+        accesses = [(u, k) for u in range(t, T) for k, x in enumerate(document[u]) if x == e]
+        return next((a for a in accesses if not (a[0] == t and e in served)), (T, 0))
 
     def window_uses(e, t, served):
         return sum(1 for u in range(t, min(t + m, T)) if e in document[u] and not (u == t and e in served))
 
     def priority(e, t, served):
+        u, k = next_use(e, t, served)
         first = {
             "lru": lambda: 0,
             "lfu": lambda: uses[e],
-            "belady": lambda: -next_use(e, t, served),
+            "belady": lambda: (-u, -k),
             "sch": lambda: window_uses(e, t, served),
         }[policy]()
         return first, used_at[e]
 
     for t in range(T):
-        before, known, first_uses = set(resident), set(uses), 0
+        known, first_uses = set(uses), 0
+        hits.append([])
         for e in document[t]:
             if e in known:
-                hits += e in before
+                hits[-1].append(e in resident)
             else:
-                hits += size > len(known) + first_uses
+                hits[-1].append(cold == "free" and size > len(known) + first_uses)
                 first_uses += 1
         served = set()
         for k, e in enumerate(document[t]):
@@ -160,6 +173,39 @@ def fixed_set_hits_oracle(corpus, num_experts):
         [sum(e in by_usage[:size] for token in document for e in token) for size in range(1, num_experts + 1)]
         for document in corpus
     ]
+
+
+# --- Routing that knows the cache ---------------------------------------------------------------------------------
+
+
+def cache_aware_oracle(scores, top_k, slots, strength, guaranteed, valid, document_ids, method):
+    """(ids, hits) by (row, token) of a router [N, T, E] that prefers cached experts, its LRU cache really simulated."""
+    ids, hits = {}, {}
+    for n, first, end in documents(valid, document_ids):
+        cache, ranges = [], []  # least recently used first
+        for t in range(first, end):
+            z = scores[n, t]
+            by_z = sorted(range(len(z)), key=lambda e: -z[e])
+            ranges.append(max(z) - min(z))
+            if method == "prior":
+                bonus = strength * sum(ranges) / len(ranges)
+                order = sorted(by_z, key=lambda e: -(z[e] + (bonus if e in cache else 0)))
+            else:
+                reach = int(strength) if method == "max_rank" else 0
+                p = np.exp(z - max(z)) / np.exp(z - max(z)).sum()
+                while method == "cumulative" and sum(p[e] for e in by_z[:reach]) < strength and reach < len(z):
+                    reach += 1
+                order = sorted(by_z, key=lambda e: not (e in by_z[:reach] and e in cache))
+            best = by_z[:guaranteed]
+            chosen = (best + [e for e in order if e not in best])[:top_k]
+            ids[n, t] = sorted(chosen, key=lambda e: -z[e])
+            hits[n, t] = [e in cache for e in ids[n, t]]
+            for e in reversed(ids[n, t]):  # the best becomes the most recent
+                if e in cache:
+                    cache.remove(e)
+                cache.append(e)
+            del cache[: max(0, len(cache) - slots)]
+    return ids, hits
 
 
 # --- balance ------------------------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ from torchmetrics import MeanMetric
 from consistency_reg.capture import RouterAdapter, RouterCapture
 from consistency_reg.functional.agreement import agreement_mean
 from consistency_reg.masks import Masks, batch_masks
+from consistency_reg.measures import HIT_RATE
 from consistency_reg.metrics import SegmentCacheHitRate
 from consistency_reg.optional import require
+from consistency_reg.reading import VALIDATION
 from consistency_reg.routing import RoutingTrace
-from consistency_reg.tracking.measures import ratio_name
 
 with require("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -107,7 +108,7 @@ class ExpertAgreement(Callback):
         values |= {f"val/agreement/layer_{index:02d}": value for index, value in enumerate(layers)}
         rates = self._sch.results()[self.segment_length]
         for ratio in self.cache_ratios:
-            name = f"val/cache/sch_m{self.segment_length}_{ratio_name(ratio)}"
+            name = HIT_RATE.at(cache=f"sch_m{self.segment_length}", ratio=ratio).within(VALIDATION).name
             values[name] = torch.stack([layer.at(ratio) for layer in rates.layers]).mean().float()
         pl_module.log_dict(values)
 

@@ -1,98 +1,96 @@
-"""Tables and pictures to the loggers of a trainer that can hold them: wandb, and TensorBoard for pictures."""
+"""The loggers of a Lightning trainer as boards for tables, pictures and alerts: wandb, and TensorBoard for pictures."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from consistency_reg.optional import require
 from consistency_reg.tracking.artifacts import log_artifact
+from consistency_reg.tracking.board import Board, Boards, Table, TensorBoardBoard, WandbBoard
+from consistency_reg.tracking.board import define_axes as define_wandb_axes
 
 with require("lightning"):
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
     from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-STEP, TOKENS = "trainer/global_step", "trainer/tokens"  # the first is what Lightning's WandbLogger calls it
 
+class TrainerBoard(Board):
+    """Shows in every logger of a trainer what that logger can hold, at the present step.
 
-@dataclass(frozen=True)
-class Table:
-    """A table with a header."""
+    Numbers go to all of them, images to wandb and TensorBoard, the rest to wandb.
+    """
 
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    @property
+    def shows_pictures(self) -> bool:
+        """Whether a logger can hold pictures."""
+        return any(isinstance(logger, WandbLogger | TensorBoardLogger) for logger in self.trainer.loggers)
+
+    def scalars(self, values: Mapping[str, float]) -> None:
+        """Log numbers to every logger."""
+        for logger in self.trainer.loggers:
+            logger.log_metrics(dict(values), logged_step(self.trainer))
+
+    def media(self, images: Mapping[str, Any], tables: Mapping[str, Table]) -> None:
+        """Show images and tables: one row in wandb."""
+        self._boards().media(images, tables)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Write into the summary of wandb runs."""
+        self._boards().summary(values)
+
+    def alert(self, title: str, text: str) -> None:
+        """Alert the owner of wandb runs."""
+        self._boards().alert(title, text)
+
+    def warn(self, text: str) -> None:
+        """Warn on the terminal of the first process."""
+        rank_zero_warn(text, stacklevel=3)
+
+    def _boards(self) -> Boards:
+        """Return the loggers that hold more than numbers; none on other processes than the first."""
+        if not self.trainer.is_global_zero:
+            return Boards([])
+        step = logged_step(self.trainer)
+        boards: list[Board] = []
+        for logger in self.trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                boards.append(WandbBoard(logger.experiment, _row_at(logger, step)))
+            elif isinstance(logger, TensorBoardLogger):
+                boards.append(TensorBoardBoard(logger.experiment, step))
+        return Boards(boards)
 
 
 def define_axes(trainer: Trainer) -> None:
-    """Tell wandb that everything is over the trainer's step, and that the tokens seen are an axis too.
-
-    wandb's own step counts the calls of ``log`` and goes on where a run is resumed, so that nothing is dropped; these
-    are the axes to read curves by.
-    """
+    """Tell the trainer's wandb runs that everything is over its step, and that the tokens seen are an axis too."""
     for logger in wandb_loggers(trainer):
-        run = logger.experiment
-        run.define_metric(STEP)
-        run.define_metric(TOKENS)
-        run.define_metric("*", step_metric=STEP, step_sync=True)
+        define_wandb_axes(logger.experiment)
 
 
 def logged_step(trainer: Trainer) -> int:
-    """The step under which Lightning logs now, which is not ``global_step`` in a validation within ``fit``."""
+    """Return the step under which Lightning logs now: not ``global_step`` in a validation within ``fit``."""
     return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
 
 
 def wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
-    """Those of the loggers that are wandb's."""
+    """Return those of the loggers that are wandb's."""
     return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
 
 
-def shows_pictures(trainer: Trainer) -> bool:
-    """Whether a logger can hold pictures, and there is what draws them; a warning if only that is missing."""
-    if not any(isinstance(logger, WandbLogger | TensorBoardLogger) for logger in trainer.loggers):
-        return False
-    try:
-        import consistency_reg.tracking.figures  # noqa: F401
-    except ImportError as error:
-        rank_zero_warn(f"RoutingMonitor draws no pictures: {error}")
-        return False
-    return True
-
-
-def log_pictures(trainer: Trainer, figures: Mapping[str, Any], tables: Mapping[str, Table]) -> None:
-    """Log figures of matplotlib, and tables, at the present step: one row in wandb.
-
-    Nothing happens on other processes than the first.
-    """
-    if not trainer.is_global_zero:
-        return
-    from consistency_reg.tracking.figures import pixels
-
-    step = logged_step(trainer)
-    images = {key: pixels(figure) for key, figure in figures.items()}
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            with require("wandb"):
-                import wandb
-            row: dict[str, Any] = {key: wandb.Image(image) for key, image in images.items()}
-            row |= {key: wandb.Table(list(t.columns), [list(r) for r in t.rows]) for key, t in tables.items()}
-            logger.log_metrics(row, step)
-        elif isinstance(logger, TensorBoardLogger):
-            for key, image in images.items():
-                logger.experiment.add_image(key, image, step, dataformats="HWC")
-
-
-def log_scalars(trainer: Trainer, values: Mapping[str, float]) -> None:
-    """Log numbers at the present step to every logger."""
-    for logger in trainer.loggers:
-        logger.log_metrics(dict(values), logged_step(trainer))
-
-
 def summarize(trainer: Trainer, values: Mapping[str, Any]) -> None:
-    """Write into the summary of wandb runs, beside the last value of everything that wandb keeps there by itself."""
-    if trainer.is_global_zero:
-        for logger in wandb_loggers(trainer):
-            logger.experiment.summary.update(dict(values))
+    """Write into the summary of wandb runs, next to the last value of everything that wandb keeps there by itself."""
+    TrainerBoard(trainer).summary(values)
+
+
+def log_settings(trainer: Trainer, name: str, settings: Mapping[str, Any]) -> None:
+    """Put settings into the config of every logger's run under a name, if wandb's config does not have it already."""
+    for logger in trainer.loggers:
+        has_them = isinstance(logger, WandbLogger) and trainer.is_global_zero and name in logger.experiment.config
+        if not has_them:
+            logger.log_hyperparams({name: dict(settings)})
 
 
 def log_files(trainer: Trainer, name: str, kind: str, paths: Sequence[Path]) -> None:
@@ -100,3 +98,7 @@ def log_files(trainer: Trainer, name: str, kind: str, paths: Sequence[Path]) -> 
     if trainer.is_global_zero:
         for logger in wandb_loggers(trainer):
             log_artifact(logger.experiment, name, kind, paths)
+
+
+def _row_at(logger: WandbLogger, step: int) -> Any:
+    return lambda row: logger.log_metrics(row, step)

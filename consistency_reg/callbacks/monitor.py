@@ -1,6 +1,5 @@
-"""The measures of routing as a Lightning callback."""
+"""Bring the monitor of routing to Lightning."""
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -9,38 +8,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistency_reg.callbacks.batches import count_tokens, domain_names
-from consistency_reg.callbacks.loggers import TOKENS, define_axes, shows_pictures
-from consistency_reg.callbacks.tradeoff import TradeOff
+from consistency_reg.callbacks.batches import count_tokens, domain_names, token_ids
+from consistency_reg.callbacks.loggers import TrainerBoard, define_axes, logged_step
 from consistency_reg.capture import RouterAdapter, RouterCapture
-from consistency_reg.functional.segments import check_segment_lengths
 from consistency_reg.masks import Masks, batch_masks
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
-from consistency_reg.tracking.measures import Measured, RoutingMeasures
+from consistency_reg.tracking.alarms import Alarms
+from consistency_reg.tracking.board import TOKENS
+from consistency_reg.tracking.monitor import MonitorCore
+from consistency_reg.tracking.tradeoff import TradeOff
 
 with require("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class RoutingMonitor(Callback):
-    """Measures routing, in validation over each dataloader (domain) and over all, and shows it in every logger.
+    """Measure routing, in validation over each dataloader (domain) and over all, and show it in every logger.
 
     Under ``val/``, of the model: ``srp/m16``, ``rho_hat/m16``, ``threshold/m16``, ``local_gain/m16``, ``static_srp``,
     ``overlap``, ``cache/lru_k``, ``cache/lru_2k``, ``cache/lru_25pct`` (hit rates), ``balance/cv``, ``balance/sd``,
     ``balance/max_mean``, ``balance/min_share``, ``balance/local_cv/m16``. Of each domain, if there are several: the
     same with the domain's name behind. Of each layer: SRP, caches, global balance and overlap with ``/layer_00``
-    behind. What they mean: :mod:`consistency_reg.metrics`. The sanity check of a trainer is not measured, and
+    behind. What they mean: :mod:`consistency_reg.measures`. The sanity check of a trainer is not measured, and
     nothing is logged of an m that every document is shorter than.
 
     Under ``train/``, at the steps that the trainer logs: SRP, static SRP, local gain and cache hits of that step's
     batch. ``trainer/tokens`` counts the tokens seen. ``tradeoff/`` holds the point of every validation: quality,
     LRU misses, SRP.
 
-    wandb also gets, at every validation, ``val/experts`` (a table of all experts), ``val/routing/NAME`` (tokens x
-    experts of a text that stays the same), ``val/cache/curve`` (hit rate by cache size), and in its summary, beside
-    the last value of everything, ``best/``: the model's measures at the validation of best quality. TensorBoard gets
-    the pictures. They need the extra ``plots``.
+    wandb also gets, at every validation, ``val/experts`` and ``val/domains`` (tables of all experts and domains),
+    ``val/routing/NAME`` (tokens x experts of a text that stays the same), ``val/cache/curve`` (hit rate by cache size),
+    and in its summary, next to the last value of everything, ``best/``: the model's measures at the validation of best
+    quality. TensorBoard gets the pictures. They need the extra ``plots``.
+
+    A router that collapses, and a consistency term without gradient, are warned of once, and alert wandb's user.
 
     Args:
         segment_lengths: m of SRP and of local balance.
@@ -49,10 +51,12 @@ class RoutingMonitor(Callback):
         masks: ``batch -> (valid, document_ids)``, each [B, T] or None; reads the usual keys of a mapping when None.
         adapters: kinds of routers that the capture does not know by itself.
         quality: the logged validation metric, lower is better, that the trade-off and ``best/`` are about; the first of
-            ``val/ppl``, ``val/perplexity``, ``val/loss``, ``val_loss`` that the module logs when None.
+            ``val/ppl``, ``val/perplexity``, ``val/loss``, ``val_loss``, ``eval_loss`` that the module logs when None.
+            Where it is logged for each of several dataloaders, their mean counts, weighted by their tokens.
         training: measure training batches too; only with automatic optimization.
         samples: how many texts to draw, the first row of as many validation dataloaders.
         tokenizer: names the tokens of the texts by ``decode``; the data module's ``tokenizer`` when None.
+        alarms: the bounds to warn at, see :class:`~consistency_reg.tracking.alarms.Alarms`; the usual ones when None.
 
     Raises:
         ValueError: ratios that are not positive, shares outside of (0, 1]; a model without routers; ``quality`` names
@@ -75,43 +79,44 @@ class RoutingMonitor(Callback):
         training: bool = True,
         samples: int = 2,
         tokenizer: Any = None,
+        alarms: Alarms | None = None,
     ) -> None:
-        if samples < 0:
-            raise ValueError(f"samples must be at least 0 texts, got {samples}")
-        self.segment_lengths = check_segment_lengths(segment_lengths, lowest=2)
-        self.cache_ratios = _checked(
-            "cache_ratios", cache_ratios, "positive numbers", lambda ratio: 0 < ratio < math.inf
+        self.core = MonitorCore(
+            segment_lengths, cache_ratios, cache_shares, quality=quality, samples=samples, alarms=alarms
         )
-        self.cache_shares = _checked("cache_shares", cache_shares, "numbers in (0, 1]", lambda share: 0 < share <= 1)
         self.masks = masks or batch_masks
         self.adapters = tuple(adapters)
         self.training = training
-        self.samples = samples
         self.tokenizer = tokenizer
-        self.tradeoff = TradeOff(quality)
-        self.current: dict[str, float] = {}  # SRP and misses as measured last
         self._tokens: Tensor | int = 0
         self._capture: RouterCapture | None = None
         self._fitting = False
         self._recording = ExitStack()
         self._records_training = False
         self._unheard = False  # a batch of a validation, without a forward
-        self._measures = self._new_measures()
-        self._measured: Measured | None = None
-        self._pictures: Any = None  # where a logger shows them
+
+    @property
+    def current(self) -> dict[str, float]:
+        """``SRP`` and ``misses`` as measured last; empty before that."""
+        return self.core.current
+
+    @property
+    def tradeoff(self) -> TradeOff:
+        """The trade-off of the run, and its best validation."""
+        return self.core.tradeoff
 
     @property
     def tokens(self) -> int:
-        """Real tokens seen in training by all processes, which are taken to see equally many."""
+        """Count the real tokens seen in training by all processes, which are taken to see equally many."""
         return int(self._tokens)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give wandb its axes, and see whether a logger holds pictures."""
+        """Give wandb its axes, and draw pictures if a logger holds them."""
         define_axes(trainer)
-        if self._pictures is None and shows_pictures(trainer):
-            from consistency_reg.callbacks.pictures import RoutingPictures  # needs matplotlib
-
-            self._pictures = RoutingPictures(self.samples, self.tokenizer)
+        board = TrainerBoard(trainer)
+        if board.shows_pictures:
+            tokenizer = self.tokenizer or getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+            self.core.draw(board, None if tokenizer is None else tokenizer.decode)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the routers, before the first forward, so that compiled models are heard too."""
@@ -119,7 +124,7 @@ class RoutingMonitor(Callback):
         self._capture = RouterCapture(pl_module, self.adapters).attach()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the model."""
+        """Take the hooks off the model."""
         self._release()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -135,8 +140,13 @@ class RoutingMonitor(Callback):
         if self._records_training and self._capture is not None:
             self._recording.enter_context(self._capture.recording())
 
+    def watch_term(self, weighted: Tensor, trace: RoutingTrace) -> None:
+        """Measure, in a step that will be logged, whether the consistency term reaches the routers."""
+        if self._records_training:
+            self.core.watch_term(weighted, trace)
+
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Stop to record: activation checkpointing runs the routers again in the backward pass."""
+        """Stop recording: activation checkpointing runs the routers again in the backward pass."""
         self._recording.close()
 
     def on_train_batch_end(
@@ -151,10 +161,8 @@ class RoutingMonitor(Callback):
         if self._capture is None:
             return
         if self._records_training and outputs:  # nothing where training_step skipped the batch
-            values = self._measures.of_batch(self._trace(masks))
-            self.current = self._measures.headline(values)
-            for name, value in values.items():
-                pl_module.log(f"train/{name}", value.float(), prog_bar=name in self._measures.headline_names)
+            for name, value in self.core.training_step(self._trace(masks)).items():
+                pl_module.log(f"train/{name}", value.float(), prog_bar=name in self.core.headline_names)
         self._capture.clear()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -183,51 +191,53 @@ class RoutingMonitor(Callback):
         self._recording.close()
         self._unheard |= not self._capture.heard
         if self._capture.heard and not trainer.sanity_checking:
-            trace = self._capture.trace(*self.masks(batch))
-            self._measures.add(trace, dataloader_idx)
-            if self._pictures is not None and batch_idx == 0:
-                self._pictures.keep(trainer, trace, batch, dataloader_idx)
+            self.core.validation_batch(
+                self._capture.trace(*self.masks(batch)),
+                dataloader_idx,
+                name=domain_names(trainer)[dataloader_idx],
+                token_ids=token_ids(batch),
+                draw=batch_idx == 0,
+                board=TrainerBoard(trainer),
+            )
         self._capture.clear()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the measures of the domains, and of all of them as one."""
         if self._capture is None or trainer.sanity_checking:
             return
-        self._measured = self._measures.results(domain_names(trainer), pl_module.device)
-        if self._measured is None:
+        values = self.core.end_validation(domain_names(trainer), pl_module.device)
+        if not values:
             if self._unheard:
                 self._capture.trace()  # says why no batch at all was heard
             return
-        self.current = self._measures.headline(self._measured.model)
-        values = self._measured.parts | self._measured.model
         pl_module.log_dict({f"val/{name}": value.float() for name, value in values.items()})
         if self.tokens:
             pl_module.log(TOKENS, float(self.tokens))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what goes with the numbers: the trade-off with the module's quality, the best of it, pictures."""
-        if self._measured is not None:
-            measured, self._measured = self._measured, None
-            self.tradeoff.log(trainer, measured.model, self._measures, self.tokens)
-            if self._pictures is not None:
-                self._pictures.log(trainer, measured, self._measures)
+        """Show what goes with the numbers: alarms, the trade-off with the module's quality, its best, pictures."""
+        self.core.show(
+            TrainerBoard(trainer),
+            trainer.callback_metrics,  # type: ignore[arg-type]
+            step=logged_step(trainer),
+            tokens=self.tokens,
+            first=trainer.is_global_zero,
+        )
         if not self._fitting:
             self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the model."""
+        """Take the hooks off the model."""
         self._release()
 
     def state_dict(self) -> dict[str, Any]:
-        """Tokens seen and the best validation so far."""
-        return {"tokens": self.tokens, "best": dict(self.tradeoff.best)}
+        """Return the tokens seen and the best validation so far."""
+        return {"tokens": self.tokens} | self.core.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
-        self._tokens, self.tradeoff.best = state_dict["tokens"], dict(state_dict["best"])
-
-    def _new_measures(self) -> RoutingMeasures:
-        return RoutingMeasures(self.segment_lengths, self.cache_ratios, self.cache_shares)
+        self._tokens = state_dict["tokens"]
+        self.core.load_state_dict(state_dict)
 
     def _trace(self, masks: Masks) -> RoutingTrace:
         assert self._capture is not None
@@ -241,14 +251,7 @@ class RoutingMonitor(Callback):
     def _release(self) -> None:
         self._recording.close()
         self._fitting = False
-        self._measures = self._new_measures()
+        self.core.reset()
         if self._capture is not None:
             self._capture.detach()
             self._capture = None
-
-
-def _checked(name: str, values: Sequence[float], which: str, is_right: Callable[[float], bool]) -> tuple[float, ...]:
-    numbers = isinstance(values, Sequence) and all(isinstance(value, int | float) for value in values)
-    if not numbers or not all(map(is_right, values)):
-        raise ValueError(f"{name} must be a list of {which}, got {values!r}")
-    return tuple(values)

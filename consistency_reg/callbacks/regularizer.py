@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from consistency_reg.callbacks.goal_keeper import GoalKeeper
+from consistency_reg.callbacks.loggers import log_settings
+from consistency_reg.callbacks.monitor import RoutingMonitor
 from consistency_reg.callbacks.training_step import TrainingStepTerm
 from consistency_reg.capture import RouterAdapter
 from consistency_reg.control import make_goal
@@ -12,6 +14,7 @@ from consistency_reg.masks import Masks
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.term import Term, WeightSchedule, check_loss, warn_of_frozen
+from consistency_reg.tracking.settings import plain_settings
 
 with require("lightning"):
     from lightning.pytorch import LightningModule, Trainer
@@ -80,6 +83,7 @@ class ConsistencyRegularizer(TrainingStepTerm):
         super().__init__(masks, adapters)
         self.loss = check_loss(loss)
         self.schedule = WeightSchedule(weight, warmup_steps, start_step)
+        self.goal = {"target": target, "budget": budget, "reference": reference, "max_weight": max_weight}
         self.goal_keeper: GoalKeeper | None = None
         if (goal := make_goal(target, budget, reference)) is not None:
             self.goal_keeper = GoalKeeper(
@@ -103,12 +107,27 @@ class ConsistencyRegularizer(TrainingStepTerm):
             self.goal_keeper.on_training_trace(step, trace)
         return Term.of(self.loss, trace, self.weight_at(step))
 
+    def after_term(self, trainer: Trainer, term: Term, trace: RoutingTrace) -> None:
+        """Let the monitors of the trainer see whether the term reaches the routers."""
+        if term.weight:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, RoutingMonitor):
+                    callback.watch_term(term.weighted, trace)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The term as a recipe writes it: its loss with all options, weight, schedule and goal."""
+        schedule = {name: getattr(self.schedule, name) for name in ("weight", "warmup_steps", "start_step")}
+        goal = {name: value for name, value in self.goal.items() if value is not None}
+        return {"loss": plain_settings(self.loss), **schedule, **goal}
+
     def logged_beside(self) -> dict[str, float]:
         """The goal, and how far it is kept."""
         return {} if self.goal_keeper is None else self.goal_keeper.logged()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the routers and wrap ``training_step``."""
+        """Find the routers and wrap ``training_step``; put the settings into the config of the loggers' runs."""
+        log_settings(trainer, "consistency", self.settings)
         warn_of_frozen(self._wrap(trainer, pl_module))
         if self.goal_keeper is not None:
             self.goal_keeper.on_fit_start()

@@ -44,6 +44,9 @@ class TrainingStepTerm(Callback):
         """What is logged beside the term itself."""
         return {}
 
+    def after_term(self, trainer: Trainer, term: Term, trace: RoutingTrace) -> None:
+        """Look at the term of one forward before it is added to the loss."""
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give ``training_step`` back."""
         self._release(pl_module)
@@ -71,6 +74,7 @@ class TrainingStepTerm(Callback):
         if not isinstance(output, Tensor):
             raise RuntimeError(f"training_step must return its loss, got {type(output).__name__}")
         term = self.term(trainer.global_step, trace)
+        self.after_term(trainer, term, trace)
         logged = term.logged() | self.logged_beside()
         pl_module.log_dict({f"train/{self.name}/{name}": value for name, value in logged.items()})
         return output + term.weighted.to(output.dtype)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from consistency_reg.capture.rerouting import Rerouted, RouterCall
 from consistency_reg.capture.selection import score_function, selection_scores
 
 Reader = int | Callable[[Any], Tensor] | None
@@ -31,6 +32,9 @@ class RouterAdapter:
             attributes tell.
         path: regular expression that the router's name in the model must match too, for a class that serves other ends
             as well.
+        weights: ``(call, expert_ids) -> [..., K]``, how the router weighs the experts that it has chosen, such as
+            :class:`~consistency_reg.capture.Weighing`; None where this is not known. Cache-aware routing needs it.
+        fixed: why the router's choice cannot be changed; empty where it can.
 
     Example: the gate of a block that was written before transformers 5, a linear layer whose top 2 are the choice
 
@@ -46,6 +50,8 @@ class RouterAdapter:
     scores: Callable[[nn.Module, Tensor], Tensor] = selection_scores
     score_function: str | None = None
     path: str = ""
+    weights: Callable[[RouterCall, Tensor], Tensor] | None = None
+    fixed: str = ""
 
     def matches(self, module: nn.Module, name: str = "") -> bool:
         """Whether ``module``, which stands at ``name`` in its model, is of this kind."""
@@ -78,6 +84,16 @@ class RouterAdapter:
         """How the router's logits become weights."""
         return self.score_function or score_function(router)
 
+    def own_weights(self, call: RouterCall, expert_ids: Tensor) -> Tensor:
+        """Return the weights [N, K] that the router gave its own choice ``expert_ids`` [N, K]."""
+        return _at(call.output, 1)
+
+    def reroute(self, call: RouterCall, expert_ids: Tensor, weights: Tensor) -> Rerouted:
+        """Return what the router would have returned for another choice [N, K] with these weights."""
+        logits, own_weights, own_ids, *others = call.output
+        weights = weights.view(own_weights.shape).to(own_weights.dtype)
+        return Rerouted((logits, weights, expert_ids.view(own_ids.shape).to(own_ids.dtype), *others), expert_ids)
+
     def logits_of(self, router: nn.Module, inputs: Tensor) -> Tensor:
         """The logits of a router on [N, H] inputs of its own choice.
 
@@ -87,6 +103,8 @@ class RouterAdapter:
         return _at(router(inputs), self.logits)
 
     def _read_ids(self, router: nn.Module, output: Any, logits: Tensor) -> Tensor | None:
+        if isinstance(output, Rerouted):
+            return output.expert_ids.reshape(*logits.shape[:-1], -1)
         if self.top_k is None:
             return None if self.expert_ids is None else _at(output, self.expert_ids)
         return logits.topk(getattr(router, self.top_k) if isinstance(self.top_k, str) else self.top_k).indices

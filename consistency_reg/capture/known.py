@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from consistency_reg.capture.adapters import RouterAdapter
+from consistency_reg.capture.rerouting import Rerouted, RouterCall, Weighing
 from consistency_reg.capture.selection import biased_weights, in_best_groups, members, selection_scores
 
 
@@ -117,24 +118,193 @@ def doge_logits(output: Any) -> Tensor:
     return (rows[:, :, None] + columns[:, None, :]).flatten(-2)
 
 
+@dataclass(frozen=True)
+class SwitchRouter(RouterAdapter):
+    """``(mask [B, T, E], weight [B, T, 1], logits)``; the mask lacks the tokens beyond an expert's capacity."""
+
+    def reroute(self, call: RouterCall, expert_ids: Tensor, weights: Tensor) -> Rerouted:
+        """The mask of another choice, within the capacity."""
+        mask, weight, logits = call.output
+        chosen = nn.functional.one_hot(expert_ids.view(mask.shape[:-1]), mask.shape[-1])
+        router: Any = call.router
+        within = chosen.cumsum(dim=-2) <= router.expert_capacity
+        return Rerouted((chosen * within, weights.view(weight.shape).to(weight.dtype), logits), expert_ids)
+
+
+@dataclass(frozen=True)
+class Llama4Router(RouterAdapter):
+    """``(weights [N, E], 0 for experts that were not chosen, logits)``."""
+
+    def own_weights(self, call: RouterCall, expert_ids: Tensor) -> Tensor:
+        """Those that are not 0."""
+        return call.output[0].gather(-1, expert_ids)
+
+    def reroute(self, call: RouterCall, expert_ids: Tensor, weights: Tensor) -> Rerouted:
+        """The weights of another choice."""
+        own, logits = call.output
+        return Rerouted((torch.zeros_like(own).scatter(-1, expert_ids, weights.to(own.dtype)), logits), expert_ids)
+
+
+@dataclass(frozen=True)
+class JetMoeRouter(RouterAdapter):
+    """``(order of the accesses by expert, their tokens, their weights, tokens of each expert, logits)``."""
+
+    def own_weights(self, call: RouterCall, expert_ids: Tensor) -> Tensor:
+        """The weights in the order of the tokens."""
+        order, _, weights, *_ = call.output
+        return torch.empty_like(weights).scatter(0, order, weights).view(expert_ids.shape)
+
+    def reroute(self, call: RouterCall, expert_ids: Tensor, weights: Tensor) -> Rerouted:
+        """The order of another choice."""
+        logits = call.output[-1]
+        order = expert_ids.flatten().sort(0).indices  # as the router sorts them
+        tokens = order.div(expert_ids.shape[-1], rounding_mode="trunc")
+        counts = expert_ids.flatten().bincount(minlength=logits.shape[-1]).tolist()
+        ordered = weights.flatten()[order].to(call.output[2].dtype)
+        return Rerouted((order, tokens, ordered, counts, logits), expert_ids)
+
+
+@dataclass(frozen=True)
+class InklingRouter(RouterAdapter):
+    """``(logits, weights, ids, weights of the shared experts)``: the shared experts are weighed with the chosen."""
+
+    def reroute(self, call: RouterCall, expert_ids: Tensor, weights: Tensor) -> Rerouted:
+        """What all share stays, so the shared experts' weights grow by as much as the chosen ones' sigmoids shrink."""
+        logits, own_weights, own_ids, shared = call.output
+        sigmoids = call.logits.sigmoid()
+        total = sigmoids.gather(-1, own_ids).sum(dim=-1, keepdim=True) + _shared_sigmoids(call).sum(-1, keepdim=True)
+        new_total = total - sigmoids.gather(-1, own_ids).sum(-1, keepdim=True)
+        new_total = new_total + sigmoids.gather(-1, expert_ids).sum(dim=-1, keepdim=True)
+        shared = (shared.float() * total / new_total).to(shared.dtype)
+        output = (logits, weights.to(own_weights.dtype), expert_ids.to(own_ids.dtype), shared)
+        return Rerouted(output, expert_ids)
+
+
+def _shared_sigmoids(call: RouterCall) -> Tensor:
+    router: Any = call.router
+    hidden = call.args[0].reshape(-1, router.hidden_dim).float()
+    return torch.nn.functional.linear(hidden, router.weight[-router.n_shared_experts :].float()).sigmoid()
+
+
+def inkling_weights(call: RouterCall, expert_ids: Tensor) -> Tensor:
+    """Inkling: the share of the sigmoids of chosen and shared experts."""
+    router: Any = call.router
+    weights = call.logits.sigmoid().gather(-1, expert_ids)
+    total = weights.sum(dim=-1, keepdim=True) + _shared_sigmoids(call).sum(dim=-1, keepdim=True)
+    return weights / total * router.route_scale * router.global_scale.float()
+
+
+def gemma_weights(call: RouterCall, expert_ids: Tensor) -> Tensor:
+    """Gemma 4: normalized, times a scale of each expert."""
+    return Weighing(normalized=True)(call, expert_ids) * call.router.per_expert_scale[expert_ids]  # type: ignore[index]
+
+
+def privacy_filter_weights(call: RouterCall, expert_ids: Tensor) -> Tensor:
+    """OpenAI's privacy filter: normalized, divided by K."""
+    return Weighing(normalized=True)(call, expert_ids) / expert_ids.shape[-1]
+
+
+def dbrx_weights(call: RouterCall, expert_ids: Tensor) -> Tensor:
+    """DBRX: divided by their norm, whose order the block knows."""
+    weights = Weighing(normalized=False)(call, expert_ids)
+    order: Any = call.block.moe_normalize_expert_weights
+    return weights if order is None else weights / weights.norm(p=order, dim=-1, keepdim=True)
+
+
+def cohere_weights(call: RouterCall, expert_ids: Tensor) -> Tensor:
+    """Cohere 2: a softmax over the chosen, or sigmoids that are normalized if the router says so."""
+    return Weighing(normalized=True if call.score_function == "softmax" else None)(call, expert_ids)
+
+
+def ernie_weights(call: RouterCall, expert_ids: Tensor) -> Tensor:
+    """Ernie 4.5: divided by their sum or a least value, whichever is higher."""
+    weights = Weighing(normalized=False)(call, expert_ids)
+    return weights / weights.sum(dim=-1, keepdim=True).clamp_min(call.router.norm_min)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class ZayaRouter(ContextRouter):
+    """The class behind the experts skips them: it is handed on as expert 0 with weight 0."""
+
+    def own_weights(self, call: RouterCall, expert_ids: Tensor) -> Tensor:
+        """0 where the experts are skipped."""
+        return call.output[1]
+
+    def reroute(self, call: RouterCall, expert_ids: Tensor, weights: Tensor) -> Rerouted:
+        """The same for another choice."""
+        logits, own_weights, _, states = call.output
+        handed_on = expert_ids.masked_fill(_skips(call, expert_ids), 0)
+        return Rerouted((logits, weights.to(own_weights.dtype), handed_on, states), expert_ids)
+
+
+def _skips(call: RouterCall, expert_ids: Tensor) -> Tensor:
+    return expert_ids == call.logits.shape[-1] - 1
+
+
+def zaya_weights(call: RouterCall, expert_ids: Tensor) -> Tensor:
+    """Zaya: a softmax, 0 for skipping the experts."""
+    return Weighing(normalized=False)(call, expert_ids).masked_fill(_skips(call, expert_ids), 0)
+
+
+NORMALIZED, AS_THEY_ARE = Weighing(normalized=True), Weighing(normalized=False)
+SCALED = Weighing(scale="routed_scaling_factor", epsilon=1e-20)
+
 DEFAULT_ADAPTERS = (
     # Their masks lack the tokens beyond an expert's capacity: what was chosen for those is in the logits alone.
-    RouterAdapter(r"^SwitchTransformersTop1Router$", logits=2, top_k=1),
-    RouterAdapter(r"^NllbMoeTop2Router$", logits=2, top_k=2),
-    RouterAdapter(r"^Llama4Router$", logits=1, top_k="top_k", score_function="sigmoid"),
-    RouterAdapter(r"^JetMoeTopKGating$", logits=4, top_k="top_k"),
-    RouterAdapter(r"^DbrxRouter$", logits=None, expert_ids=None),
-    RouterAdapter(r"^(Diffusion)?Gemma\d*TextRouter$", logits=log_probabilities),
-    ContextRouter(r"^DogeCDMoE$", logits=doge_logits, top_k="top_k"),
-    ContextRouter(r"^ZayaRouter$", expert_ids=zaya_ids, scores=zaya_scores, score_function="softmax"),
-    TableRouter(r"^DeepseekV4HashRouter$"),
-    BiasGivenRows(r"^AfmoeTokenChoiceRouter$"),
-    BiasGiven(r"^(Dots3NoteVision|HYV3|Lfm2Moe|MiniMaxM2)TopKRouter$"),
-    RouterAdapter(r"^(DeepseekV2|DeepseekOcr2Text|UnlimitedOcrText)TopkRouter$", scores=best_groups_of_one),
-    RouterAdapter(r"^(Mistral4|MistralLarge4Text)TopkRouter$", scores=best_groups_of_softmax),
-    RouterAdapter(r"^AXK2TopkRouter$", scores=groups_at_zero),
-    RouterAdapter(r"^(LongcatFlashTopk|Ernie4_5_\w*TopK)Router$", scores=softmax_plus_bias, score_function="softmax"),
-    RouterAdapter(r"^Kolibri1TopKRouter$", scores=logits_plus_bias),
-    RouterAdapter(r"^FlintTopKRouter$", score_function="sigmoid"),
-    RouterAdapter(r"Top[kK]Router$|^HunYuanMoEV1Gate$", scores=selection_scores),
+    SwitchRouter(r"^SwitchTransformersTop1Router$", logits=2, top_k=1, weights=AS_THEY_ARE),
+    RouterAdapter(
+        r"^NllbMoeTop2Router$", logits=2, top_k=2, fixed="the installed experts do not follow the choice of the router"
+    ),
+    Llama4Router(r"^Llama4Router$", logits=1, top_k="top_k", score_function="sigmoid", weights=AS_THEY_ARE),
+    JetMoeRouter(r"^JetMoeTopKGating$", logits=4, top_k="top_k", weights=NORMALIZED),
+    RouterAdapter(r"^DbrxRouter$", logits=None, expert_ids=None, weights=dbrx_weights),
+    RouterAdapter(r"^(Diffusion)?Gemma\d*TextRouter$", logits=log_probabilities, weights=gemma_weights),
+    ContextRouter(
+        r"^DogeCDMoE$",
+        logits=doge_logits,
+        top_k="top_k",
+        fixed="router and experts are one module, and its logits mix the tokens of a batch",
+    ),
+    ZayaRouter(
+        r"^ZayaRouter$", expert_ids=zaya_ids, scores=zaya_scores, score_function="softmax", weights=zaya_weights
+    ),
+    TableRouter(r"^DeepseekV4HashRouter$", fixed="a table of token ids makes the choice, not scores"),
+    RouterAdapter(
+        r"^PhimoeTopKRouter$",
+        fixed="it weighs experts within a margin around the best alone, so that another choice has no weight",
+    ),
+    BiasGivenRows(r"^AfmoeTokenChoiceRouter$", weights=Weighing(True, "route_scale", 1e-20)),
+    BiasGiven(r"^(Dots3NoteVision|HYV3)TopKRouter$", weights=Weighing(True, "router_scaling_factor", 1e-20)),
+    BiasGiven(r"^Lfm2MoeTopKRouter$", weights=Weighing(None, "routed_scaling_factor", 1e-6)),
+    BiasGiven(r"^MiniMaxM2TopKRouter$", weights=NORMALIZED),
+    RouterAdapter(
+        r"^(DeepseekV2|DeepseekOcr2Text|UnlimitedOcrText)TopkRouter$",
+        scores=best_groups_of_one,
+        weights=Weighing(False, "routed_scaling_factor"),
+    ),
+    RouterAdapter(r"^(Mistral4|MistralLarge4Text)TopkRouter$", scores=best_groups_of_softmax, weights=SCALED),
+    RouterAdapter(r"^AXK2TopkRouter$", scores=groups_at_zero, weights=SCALED),
+    RouterAdapter(
+        r"^LongcatFlashTopkRouter$",
+        scores=softmax_plus_bias,
+        score_function="softmax",
+        weights=Weighing(False, "routed_scaling_factor"),
+    ),
+    RouterAdapter(
+        r"^Ernie4_5_\w*TopKRouter$", scores=softmax_plus_bias, score_function="softmax", weights=ernie_weights
+    ),
+    RouterAdapter(
+        r"^Kolibri1TopKRouter$",
+        scores=logits_plus_bias,
+        score_function="sigmoid",
+        weights=Weighing(),
+    ),
+    RouterAdapter(r"^FlintTopKRouter$", score_function="sigmoid", weights=Weighing()),
+    RouterAdapter(r"^OpenAIPrivacyFilterTopKRouter$", weights=privacy_filter_weights),
+    RouterAdapter(r"^Cohere2MoeTopKRouter$", weights=cohere_weights),
+    RouterAdapter(r"^JambaTopKRouter$", weights=AS_THEY_ARE),
+    InklingRouter(r"^InklingTopkRouter$", weights=inkling_weights),
+    RouterAdapter(r"^(Laguna|MiniMaxM3VL|Step3p7)TopKRouter$", weights=NORMALIZED),
+    RouterAdapter(r"^BeamTopKRouter$", weights=Weighing(epsilon=1e-20)),
+    RouterAdapter(r"Top[kK]Router$|^HunYuanMoEV1Gate$", scores=selection_scores, weights=SCALED),
 )

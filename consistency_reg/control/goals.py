@@ -1,16 +1,15 @@
 """What may be wanted of a consistency term instead of giving its weight: a measure to reach, or a cost to keep to."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from consistency_reg.control.reference_curve import ReferenceCurve
+from consistency_reg.measures import SRP, parse
+from consistency_reg.reading import SHARE, UP, VALIDATION
 
-TRAINING_MEASURE = re.compile(r"srp/m(\d+)")
-VALIDATION_MEASURE = re.compile(r"val/(srp|local_gain|cache|overlap)(/.+)?")
 SRP_SCALE = 0.15  # a deviation of this much in SRP, or in a hit rate, pushes the weight as much as its starting value
 
 
@@ -37,7 +36,7 @@ class Target:
     scale: float = SRP_SCALE
 
     def __post_init__(self) -> None:
-        if not (TRAINING_MEASURE.fullmatch(self.name) or VALIDATION_MEASURE.fullmatch(self.name)):
+        if self.segment_length is None and not self._is_of_validation:
             raise ValueError(
                 "target must name srp/m16 (or another segment length), which is measured on training batches, or a "
                 f"measure of validation such as val/srp/m16 or val/cache/lru_25pct, got {self.name!r}"
@@ -49,9 +48,17 @@ class Target:
 
     @property
     def segment_length(self) -> int | None:
-        """m of an SRP that is measured on training batches."""
-        found = TRAINING_MEASURE.fullmatch(self.name)
-        return int(found[1]) if found else None
+        """The m of an SRP that is measured on training batches; None for a measure of validation."""
+        reading = parse(self.name)
+        return reading.m if reading is not None and reading == SRP.at(reading.m) else None
+
+    @property
+    def _is_of_validation(self) -> bool:
+        """Whether it names a share of validation for which more is better."""
+        reading = parse(self.name)
+        if reading is None or reading.stage != VALIDATION:
+            return False
+        return reading.measure.better == UP and reading.measure.unit == SHARE
 
     @property
     def source(self) -> str:

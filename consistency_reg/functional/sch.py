@@ -1,7 +1,7 @@
 """Segment cache best hit rate (SCH): the hit rate of a cache that knows how often each expert is used soon.
 
-Source: arXiv 2505.16056. The cache of :mod:`~consistency_reg.functional.cache`, with this priority: the uses in the
-window of m tokens that starts at the present token and that are not served yet; ties fall to the more recent use.
+Source: arXiv 2505.16056. The cache of :mod:`~consistency_reg.functional.cache_hits`, with this priority: the uses in
+the window of m tokens that starts at the present token and that are not served yet; ties fall to the more recent use.
 
 N rows, T tokens, K active of E routed experts, m segment length.
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from consistency_reg.functional.cache import checked_trace, mean_hit_rate, simulate
+from consistency_reg.functional.cache_hits import Simulation, checked_trace, mean_hit_rate, simulate
 
 
 def sch(
@@ -20,14 +20,14 @@ def sch(
     valid: Tensor | None = None,
     document_ids: Tensor | None = None,
 ) -> Tensor:
-    """SCH of one layer for every cache size, ``hits / (T K)`` as the mean over documents of equal weight.
+    """Return the SCH of one layer for every cache size, ``hits / (T K)`` as the mean over documents of equal weight.
 
     Args:
         expert_ids: [N, T, K] int64 of one layer; or a list with one for each layer: the SCH of a model, which has one
             cache that all layers share.
         segment_length: m in tokens.
-        num_experts, valid, document_ids: as of :func:`~consistency_reg.functional.cache.cache_hit_rate`, and so is what
-            is raised.
+        num_experts, valid, document_ids: see :func:`~consistency_reg.functional.cache_hits.cache_hit_rate`, which also
+            says what is raised.
 
     Returns:
         [E] float64, the hit rate with a cache of 1, 2, ..., E slots (the sum of E for a list of layers).
@@ -38,4 +38,5 @@ def sch(
         >>> sch(ids, 3, segment_length=3)
         tensor([0.1250, 0.6250, 1.0000], dtype=torch.float64)
     """
-    return mean_hit_rate(simulate(checked_trace(expert_ids, num_experts, valid, document_ids), "sch", segment_length))
+    trace = checked_trace(expert_ids, num_experts, valid, document_ids)
+    return mean_hit_rate(simulate(trace, Simulation("sch", segment_length)))

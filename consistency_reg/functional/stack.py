@@ -18,6 +18,7 @@ D documents, T tokens of the longest, K experts per token, E experts, Q depths b
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,9 +28,10 @@ COLUMN_ACCESSES = 2**23  # accesses that are laid out at a time: bounds memory f
 
 
 class Columns:
-    """The accesses of D documents side by side.
+    """The accesses of D documents side by side: :class:`~consistency_reg.cache_policies.Accesses`.
 
     Attributes:
+        tokens, size: of the columns, with the room behind the last token.
         slots: [T', K*D] int64, expert e of column d as ``d*(E+1) + e + 1``, and ``d*(E+1)`` where its document has
             ended. T' leaves room behind the last token for the accesses that are in flight then.
     """
@@ -39,6 +41,7 @@ class Columns:
         self.T, self.K, self.D, self.E = int(length.max()), token_ids.shape[-1], len(first), num_experts
         self.device = token_ids.device
         self.padded_T = self.T + 2 * block_tokens(self.E, self.K)
+        self.tokens, self.size = self.padded_T, self.padded_T * self.K
         ids_DTK = torch.full((self.D, self.padded_T, self.K), -1, dtype=fitting_dtype(self.E), device=self.device)
         for d, (start, tokens) in enumerate(zip(first.tolist(), length.tolist(), strict=True)):
             ids_DTK[d, :tokens] = token_ids[start : start + tokens]
@@ -46,64 +49,59 @@ class Columns:
         self.slots = torch.empty(self.padded_T, self.K * self.D, dtype=torch.int64, device=self.device)
         torch.add(ids_DTK.permute(1, 2, 0), expert_0_D, out=self.slots.view(self.padded_T, self.K, self.D))
 
-    def no_expert(self, values: Tensor) -> Tensor:
-        """The values of the slots that belong to no expert: a view, [D]."""
-        return values.view(self.D, self.E + 1)[:, 0]
+    def uses_before(self) -> Tensor:
+        """Return how often the document used the expert of each access before it: [T', K, D]."""
+        dtype = fitting_dtype(self.size)
+        uses = torch.zeros(self.padded_T, self.K * self.D, dtype=dtype, device=self.device)
+        so_far = torch.zeros(self.D * (self.E + 1), dtype=dtype, device=self.device)  # by slot
+        one_use = torch.ones(self.K * self.D, dtype=dtype, device=self.device)
+        for slots, out in zip(self.slots[: self.T].unbind(0), uses.unbind(0), strict=False):
+            torch.index_select(so_far, 0, slots, out=out)
+            so_far.scatter_add_(0, slots, one_use)
+        return uses.view(self.padded_T, self.K, self.D)
 
-    def previous_uses(self) -> tuple[Tensor, Tensor]:
-        """The clock (1, 2, ... along a column) of the last use of each access' expert before it, or 0: [T, K, D].
+    def next_access(self) -> Tensor:
+        """Return the number of the next access of the column to the expert of each access, or ``size``: [T', K, D]."""
+        return self._next_and_first[0]
 
-        And that of the last use of all of each expert of each column, or 0: [D, E+1].
-        """
-        dtype = fitting_dtype(self.T * self.K)
-        clock_X = torch.arange(1, self.K + 1, dtype=dtype, device=self.device).repeat_interleave(self.D)
-        previous = torch.empty(self.T, self.K * self.D, dtype=dtype, device=self.device)
-        last = torch.zeros(self.D * (self.E + 1), dtype=dtype, device=self.device)  # by slot
-        for slots, out in zip(self.slots.unbind(0), previous.unbind(0), strict=False):
-            torch.index_select(last, 0, slots, out=out)
-            last.scatter_(0, slots, clock_X)
-            clock_X += self.K
-        self.no_expert(last).zero_()
-        return previous.view(self.T, self.K, self.D), last.view(self.D, self.E + 1)
+    @property
+    def distinct(self) -> Tensor:
+        """[D] how many experts each document uses."""
+        return (self._next_and_first[1] < self.size).sum(dim=1)
 
-    def next_uses(self, marks: Sequence[Tensor] | Sequence[int], never: Tensor, out: Tensor) -> Tensor:
-        """Write the mark of the next access to the expert of each access of the T tokens to ``out``: [T', K*D].
-
-        Args:
-            marks: for each of the T tokens a number or a [K*D] tensor.
-            never: [D, E+1], the marks for the last use of each expert.
-            out: where to write.
-
-        Returns:
-            [D, E+1], the marks of the first uses, and ``never`` where there is none.
-        """
-        following = never.flatten().clone()
-        no_expert = self.no_expert(following)
+    @cached_property
+    def _next_and_first(self) -> tuple[Tensor, Tensor]:
+        """The next access of each access [T', K, D], and the first access to each expert [D, E]; ``size`` for none."""
+        dtype = fitting_dtype(self.size)
+        following = torch.full((self.D * (self.E + 1),), self.size, dtype=dtype, device=self.device)  # by slot
+        no_expert = following.view(self.D, self.E + 1)[:, 0]
+        found = torch.full((self.padded_T, self.K * self.D), self.size, dtype=dtype, device=self.device)
+        access_K = torch.arange((self.T - 1) * self.K, self.T * self.K, dtype=dtype, device=self.device)
+        access_X = access_K.repeat_interleave(self.D)
         for t in range(self.T - 1, -1, -1):
-            torch.index_select(following, 0, self.slots[t], out=out[t])
-            following.scatter_(0, self.slots[t], marks[t])
-            no_expert.copy_(never[:, 0])
-        return following.view(self.D, self.E + 1)
+            torch.index_select(following, 0, self.slots[t], out=found[t])
+            following.scatter_(0, self.slots[t], access_X)
+            access_X -= self.K
+            no_expert.fill_(self.size)
+        return found.view(self.padded_T, self.K, self.D), following.view(self.D, self.E + 1)[:, 1:]
 
 
 class Priorities(ABC):
-    """What a policy thinks of each expert, as one integer key: the higher, the longer it stays.
+    """The priority of each expert as one integer key: the higher, the longer it stays.
 
-    The keys of a column are distinct, and 0 means no expert.
+    The keys of the experts of a column that are used again are distinct, and 0 means no expert.
 
     Attributes:
         columns: the accesses.
         dtype: of the keys.
-        distinct: [D] how many experts each document uses.
     """
 
     columns: Columns
     dtype: torch.dtype
-    distinct: Tensor
 
     @abstractmethod
     def due_on_top(self) -> Tensor:
-        """How often the expert on top of the stack is used again by the next token: [D]."""
+        """Return how often the expert on top of the stack is used again by the next token: [D]."""
 
     @abstractmethod
     def prepare(self, lag: Tensor, tokens: int) -> None:
@@ -119,13 +117,13 @@ class Priorities(ABC):
 
     @abstractmethod
     def due(self, keys: Tensor) -> Tensor:
-        """1 where the expert of a key is used by the token that its row has reached, one token further at each call.
+        """Return 1 where the expert of a key is used by the token that its row has reached: [Q, D].
 
-        [Q, D], as it was before the token. May overwrite ``keys``.
+        At each call that is one token further; the keys are those before the token, and may be overwritten.
         """
 
     def mover(self, keys: Tensor, row: int, token: int) -> Callable[[], None] | None:
-        """What brings the keys of these rows up to date as they reach their next token; None where keys stay.
+        """Return what brings the keys of these rows up to date as they reach their next token; None where keys stay.
 
         Args:
             keys: [R, D] every K-th row of the stack, from ``row`` on.
@@ -134,24 +132,27 @@ class Priorities(ABC):
         return None
 
 
-def stack_hits(priorities: Priorities) -> Tensor:
-    """Hits of each document with a cache of 1..E slots: [D, E] int64.
+def stack_hits(priorities: Priorities, *, cold_hits: bool = True) -> Tensor:
+    """Return the hits of each document with a cache of 1..E slots: [D, E] int64.
 
-    An expert that was used before hits where its depth in the stack is less than the cache size; the n-th expert that
-    a document uses for the first time hits where there are n slots or more.
+    An expert that was used before hits where its depth in the stack is less than the cache size; with ``cold_hits`` the
+    n-th expert that a document uses for the first time hits where there are n slots or more.
     """
     c = priorities.columns
+    distinct_D = c.distinct
     reused_DE = torch.zeros(c.D, c.E, dtype=torch.int64, device=c.device)
     reused_DE[:, 0] = priorities.due_on_top()
-    deepest = int(priorities.distinct.max()) - 1
+    deepest = int(distinct_D.max()) - 1
     if deepest > 0:
         reused_DE[:, 1 : deepest + 1] = _reused_below_top(priorities, deepest).T
-    size_E = torch.arange(1, c.E + 1, device=c.device)
-    return reused_DE.cumsum(dim=1) + torch.minimum(size_E, priorities.distinct[:, None])
+    hits_DE = reused_DE.cumsum(dim=1)
+    if cold_hits:
+        hits_DE += torch.minimum(torch.arange(1, c.E + 1, device=c.device), distinct_D[:, None])
+    return hits_DE
 
 
 def _reused_below_top(priorities: Priorities, Q: int) -> Tensor:
-    """How often an expert at depth 1, 2, ..., Q is used again: [Q, D]."""
+    """Return how often an expert at depth 1, 2, ..., Q is used again: [Q, D]."""
     c, K = priorities.columns, priorities.columns.K
     tokens = block_tokens(Q + 1, K)
     B, in_flight = tokens * K, Q - 1
@@ -191,7 +192,7 @@ def _reused_below_top(priorities: Priorities, Q: int) -> Tensor:
 
 
 def column_groups(length: Tensor, num_experts: int, top_k: int) -> Sequence[Tensor]:
-    """Indices of the documents that are worked on together: of similar length, so that columns end together."""
+    """Return the indices of the documents that are worked on together: of similar length, so that they end together."""
     if len(length) == 0:
         return ()
     longest = int(length.max())
@@ -200,13 +201,16 @@ def column_groups(length: Tensor, num_experts: int, top_k: int) -> Sequence[Tens
 
 
 def block_tokens(num_experts: int, top_k: int) -> int:
-    """Tokens whose accesses fill the stack from top to bottom; even, as steps go back and forth between two stacks."""
+    """Return the tokens whose accesses fill the stack from top to bottom, an even number.
+
+    Steps go back and forth between two stacks.
+    """
     tokens = _ceil_div(max(num_experts - 1, 1), top_k)
     return tokens + tokens % 2
 
 
 def fitting_dtype(largest: int, at_least: torch.dtype = torch.int16) -> torch.dtype:
-    """The smallest signed integer dtype from ``at_least`` on that holds 0..largest."""
+    """Return the smallest signed integer dtype from ``at_least`` on that holds 0..largest."""
     dtypes = (torch.int16, torch.int32, torch.int64)
     return next(dtype for dtype in dtypes[dtypes.index(at_least) :] if largest <= torch.iinfo(dtype).max)
 

@@ -1,6 +1,5 @@
 """The consistency term beside the loss that a model itself returns, whoever trains it."""
 
-import inspect
 import math
 import operator
 import warnings
@@ -18,7 +17,7 @@ from consistency_reg.hooks import OwnedHook
 from consistency_reg.integrations.carry import carry
 from consistency_reg.integrations.model_loss import Factors, add_to_loss
 from consistency_reg.losses import RoutingLoss
-from consistency_reg.masks import Masks, batch_masks
+from consistency_reg.masks import Masks, batch_masks, named_arguments
 from consistency_reg.term import Term, check_loss, check_weight, warn_of_frozen
 
 Scale = Callable[[Tensor], Tensor]
@@ -208,7 +207,7 @@ class Attachment:
         if not (model.training and torch.is_grad_enabled()):
             self._capture.clear()
             return None
-        given = _by_name(model, args, kwargs)
+        given = named_arguments(model, args, kwargs)
         trace = self._capture.trace(*self._masks(given))
         self._capture.clear()
         term = Term.of(self.loss, trace, self.weight)
@@ -233,12 +232,6 @@ def attachments(model: nn.Module) -> list[Attachment]:
     """Those that add a term to the model's loss now."""
     owners = [hook.owner for hook in model._forward_hooks.values() if isinstance(hook, OwnedHook)]
     return [owner for owner in owners if isinstance(owner, Attachment)]
-
-
-def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward by name; those that are None are left out."""
-    given = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | dict(kwargs)
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def _check_scale(scale: Any) -> Scale | None:

@@ -5,21 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from consistency_reg.lab.files import write_atomically
+from consistency_reg.measures import shown_in
 from consistency_reg.optional import require
+from consistency_reg.reading import VALIDATION, Reading
 
 with require("transformers"):
     from huggingface_hub import ModelCardData
-
-ROWS = {  # what a reader of a card asks first; a collapsed router shows in the last four
-    "perplexity": "val/ppl",
-    "SRP, m = 16": "val/srp/m16",
-    "LRU hits, cache of 2K slots": "val/cache/lru_2k",
-    "LRU hits, cache of 25% of the experts": "val/cache/lru_25pct",
-    "static SRP": "val/static_srp",
-    "local gain, m = 16": "val/local_gain/m16",
-    "CV of expert usage": "val/balance/cv",
-    "smallest usage of an expert, of its fair share": "val/balance/min_share",
-}
 
 
 def write_card(result: Mapping[str, Any], folder: Path) -> Path:
@@ -41,7 +32,8 @@ def card(result: Mapping[str, Any]) -> str:
     weight = term["weight"]
     loss = ((term.get("loss") or {}).get("class_path") or "LocalConsistencyLoss").rpartition(".")[2]
     trained = f"with {loss} at weight {weight:g}" if weight else "without a consistency term"
-    rows = "\n".join(f"| {name} | {metrics[key]:.4g} |" for name, key in ROWS.items() if key in metrics)
+    shown = [reading.within(VALIDATION) for reading in shown_in("card")]
+    rows = "\n".join(_row(reading, metrics[reading.name]) for reading in shown if reading.name in metrics)
     corpus = "\n".join(f"| {domain} | `{sha256}` |" for domain, sha256 in result["corpus"].items())
     versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
     return f"""---
@@ -53,8 +45,8 @@ def card(result: Mapping[str, Any]) -> str:
 A mixture-of-experts language model of {sizes["total"]:,} parameters, {sizes["active"]:,} of them active, trained on
 {result["tokens"]:,} tokens in {result["steps"]:,} steps {trained}. A model for experiments, not for use.
 
-| of the validation | |
-|---|---|
+| of the validation | | what it is |
+|---|---|---|
 {rows}
 
 Perplexity compares only between models of one tokenizer and text. High SRP with low local gain, or a smallest usage
@@ -72,3 +64,7 @@ Commit `{result["git_commit"] or "unknown"}`, seed {result["seed"]}; {versions};
 |---|---|
 {corpus}
 """
+
+
+def _row(reading: Reading, value: float) -> str:
+    return f"| {reading.label} | {value:.4g} | {reading.measure.meaning} |"

@@ -1,15 +1,16 @@
 """``consistency-reg workspace``: the panels of a wandb project, laid out for reading trade-offs."""
 
-import argparse
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from consistency_reg.lab.usage import CommandParser
+from consistency_reg.lab.arguments.workspace import parser
 from consistency_reg.lab.wandb_login import login_found
+from consistency_reg.measures import HIT_RATE, MIN_SHARE, SRP, of_panel
 from consistency_reg.optional import require
+from consistency_reg.reading import TRAINING, VALIDATION, Measure, Reading, size_name
+from consistency_reg.tracking.board import STEP, TOKENS
 
-STEP, TOKENS = "trainer/global_step", "trainer/tokens"
 ENTITY_AND_PROJECT = re.compile(r"[^/\s]+/[^/\s]+")
 
 
@@ -19,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         ValueError: an argument of another form; no login.
     """
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     if not ENTITY_AND_PROJECT.fullmatch(options.project):
         raise ValueError(f"the project is given as ENTITY/PROJECT, got {options.project!r}")
     entity, project = options.project.split("/")
@@ -45,47 +46,38 @@ def workspace(entity: str, project: str, *, quality: str = "val/ppl", segment_le
     with require("workspace"):
         import wandb_workspaces.reports.v2 as panels
         import wandb_workspaces.workspaces as views
-    m = f"m{segment_length}"
 
-    def scatter(title: str, x: str) -> Any:
-        return panels.ScatterPlot(title=title, x=panels.SummaryMetric(x), y=panels.SummaryMetric(quality))
+    def scatter(against: str, metric: str) -> Any:
+        title = f"quality against {against}"
+        return panels.ScatterPlot(title=title, x=panels.SummaryMetric(metric), y=panels.SummaryMetric(quality))
 
     def lines(title: str, *metrics: str, x: str = STEP) -> Any:
         return panels.LinePlot(title=title, x=x, y=list(metrics))
 
-    def pictures(title: str, *keys: str) -> Any:
-        return panels.MediaBrowser(title=title, media_keys=list(keys), mode="gallery", gallery_axis="step")
+    def curves(panel: str, stage: str) -> list[Any]:
+        """Return a panel for each measure that runs show."""
+        measures = [one for one in of_panel(panel) if "runs" in one.shown or stage == TRAINING]
+        return [lines(*_title_and_names(one, segment_length, stage)) for one in measures]
 
+    hits = HIT_RATE.at(share=0.25)
+    misses = f"tradeoff/misses_{size_name(share=0.25)}"
+    scattered = (HIT_RATE.at(ratio=2), SRP.at(segment_length), MIN_SHARE.at())
+    picture = panels.MediaBrowser(
+        title="hit rate by cache ratio", media_keys=["val/cache/curve"], mode="gallery", gallery_axis="step"
+    )
     sections = {
         "Trade-off": [
-            scatter("quality against LRU misses, cache of 25% of the experts", "tradeoff/misses_25pct"),
-            scatter("quality against LRU hits, cache of 2K slots", "val/cache/lru_2k"),
-            scatter(f"quality against SRP, {m}", f"val/srp/{m}"),
-            scatter("quality against the smallest share: collapse is on the left", "val/balance/min_share"),
+            scatter(hits.complement, misses),
+            *(scatter(reading.label, reading.within(VALIDATION).name) for reading in scattered),
             lines("quality by tokens seen", quality, x=TOKENS),
-            lines("LRU misses by tokens seen", "tradeoff/misses_25pct", x=TOKENS),
+            lines(f"{hits.complement}, by tokens seen", misses, x=TOKENS),
         ],
-        "Consistency": [
-            lines(f"SRP, {m}", f"val/srp/{m}"),
-            lines("static SRP: what imbalance alone gives", "val/static_srp"),
-            lines("local gain: SRP - static SRP", f"val/local_gain/{m}"),
-            lines("experts shared with the token before", "val/overlap"),
-        ],
-        "Caches": [
-            lines("LRU hits by cache size", "val/cache/lru_k", "val/cache/lru_2k", "val/cache/lru_25pct"),
-            pictures("hit rate by cache ratio", "val/cache/curve"),
-        ],
-        "Balance": [
-            lines("CV of usage over all data", "val/balance/cv"),
-            lines(f"CV of usage within segments, {m}", f"val/balance/local_cv/{m}"),
-            lines("busiest expert over the mean", "val/balance/max_mean"),
-            lines("smallest share of fair", "val/balance/min_share"),
-        ],
+        "Consistency": curves("Consistency", VALIDATION),
+        "Caches": [*curves("Caches", VALIDATION), picture],
+        "Balance": curves("Balance", VALIDATION),
         "Training": [
-            lines("cross-entropy", "train/ce"),
-            lines("consistency term, weighted", "train/consistency/weighted"),
-            lines("consistency term, raw", "train/consistency/loss"),
-            lines(f"SRP of the batch, {m}", f"train/srp/{m}"),
+            *curves("Training", TRAINING),
+            lines(f"{SRP.at(segment_length).label} of the batch", SRP.at(segment_length).within(TRAINING).name),
         ],
     }
     return views.Workspace(
@@ -98,13 +90,9 @@ def workspace(entity: str, project: str, *, quality: str = "val/ppl", segment_le
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        "consistency-reg workspace",
-        description="Lay out the panels of a wandb project for reading trade-offs, as a saved view of it.",
-        epilog="example:\n  consistency-reg workspace my-team/consistency-reg",
-    )
-    parser.add_argument("project", metavar="ENTITY/PROJECT", help="where the runs are")
-    parser.add_argument("--quality", default="val/ppl", metavar="METRIC", help="what misses are traded for (val/ppl)")
-    parser.add_argument("--segment-length", type=int, default=16, metavar="M", help="of SRP in the panels (16)")
-    return parser
+def _title_and_names(measure: Measure, segment_length: int, stage: str) -> tuple[str, ...]:
+    """Return the title of a measure's panel and the names of its curves: one, or one for each usual cache size."""
+    sizes = [measure.at(**where) for where in measure.shown.get("runs", ())] if measure is HIT_RATE else []  # type: ignore[arg-type]
+    readings: list[Reading] = sizes or [measure.at(segment_length)]
+    label = "LRU hits by cache size" if sizes else readings[0].label
+    return f"{label}: {measure.meaning}", *(reading.within(stage).name for reading in readings)

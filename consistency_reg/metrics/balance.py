@@ -1,6 +1,6 @@
 """Balance of a model as a metric: over the whole data, within segments and documents, and from token to token."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,13 @@ from consistency_reg.functional.balance import (
     usage_counts,
 )
 from consistency_reg.functional.segments import check_segment_lengths
-from consistency_reg.metrics.base import RoutingMetric
+from consistency_reg.measures import of_metric
+from consistency_reg.metrics.base import RoutingMetric, Value
 from consistency_reg.metrics.plots import axes_of
+from consistency_reg.reading import segment_name
 from consistency_reg.routing import RoutingTrace
+
+OVER_LAYERS: dict[str, Callable[[Tensor], Tensor]] = {"mean": Tensor.mean, "max": Tensor.max, "min": Tensor.min}
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,28 @@ class ModelBalance:
         usage: for each layer [E] float64, the usage shares, which sum to K.
         local_cv: for each segment length, and None for whole documents, the mean CV within it.
         overlap: share of a token's experts that its predecessor used too.
+        tokens: scalar int64, the valid tokens that were counted.
     """
 
     layers: tuple[UsageBalance, ...]
     usage: tuple[Tensor, ...]
     local_cv: dict[int | None, Tensor]
     overlap: Tensor
+    tokens: Tensor
+
+    def of_layers(self, name: str, segment_length: int | None = None) -> Tensor:
+        """Return a value of every layer [L]: a field of this, at a segment length, or of :attr:`layers`."""
+        own = getattr(self, name, None)
+        if own is None:
+            return torch.stack([getattr(layer, name) for layer in self.layers])
+        return own[segment_length] if isinstance(own, dict) else own
+
+    def values(self) -> Iterator[Value]:
+        """Yield balance and overlap of the layers, and what they come to for the model."""
+        for measure in of_metric("balance"):
+            for m in self.local_cv if measure.by_segment else (None,):
+                layers_L = self.of_layers(measure.attribute, m)
+                yield Value(measure.at(m), OVER_LAYERS[measure.over_layers](layers_L), list(layers_L))
 
 
 class RoutingBalance(RoutingMetric):
@@ -114,30 +134,13 @@ class RoutingBalance(RoutingMetric):
             usage=tuple(layer / self.tokens.clamp_min(1).double() for layer in usage),
             local_cv={m: Mean(*(getattr(self, state) for state in _cv_states(m))).value for m in self.segments},
             overlap=Mean(self.overlap_shared, self.overlap_accesses).value,
+            tokens=self.tokens,
         )
 
-    def _scalars(self, results: ModelBalance) -> dict[str, Tensor]:
-        sd, cv, max_over_mean, min_share = (
-            torch.stack([getattr(layer, name) for layer in results.layers])
-            for name in ("sd", "cv", "max_over_mean", "min_share")
-        )
-        model = {
-            "balance_sd": sd.mean(),
-            "balance_cv": cv.mean(),
-            "balance_max_over_mean": max_over_mean.max(),
-            "balance_min_share": min_share.min(),
-            "overlap": results.overlap.mean(),
-        }
-        local = {f"local_cv_{_label(m)}": value.mean() for m, value in results.local_cv.items()}
-        layers = {"balance_cv": cv, "balance_min_share": min_share, "overlap": results.overlap}
-        for name, values in layers.items():
-            local |= self._by_layer(name, values)
-        return model | local
-
-
-def _label(segment_length: int | None) -> str:
-    return "document" if segment_length is None else f"m{segment_length}"
+    def values(self, results: ModelBalance) -> Iterator[Value]:
+        """Yield balance and overlap: see :meth:`ModelBalance.values`."""
+        return results.values()
 
 
 def _cv_states(segment_length: int | None) -> tuple[str, str]:
-    return f"cv_total_{_label(segment_length)}", f"cv_count_{_label(segment_length)}"
+    return f"cv_total_{segment_name(segment_length)}", f"cv_count_{segment_name(segment_length)}"

@@ -1,6 +1,7 @@
 """What all routing metrics share: the layers that they expect, and results in full and as scalars to log."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Self
 
@@ -8,7 +9,27 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from consistency_reg.reading import LAYER, Reading
 from consistency_reg.routing import RoutingTrace
+
+
+@dataclass(frozen=True)
+class Value:
+    """One measure of a model and of its layers."""
+
+    reading: Reading
+    model: Tensor
+    layers: Sequence[Tensor] = ()
+
+    @property
+    def metric_key(self) -> str:
+        """The name in ``compute()``."""
+        return self.reading.measure.metric_key(self.reading.m)
+
+    @property
+    def logged_layers(self) -> Sequence[Tensor]:
+        """The layers, if the measure is logged of layers."""
+        return self.layers if LAYER in self.reading.measure.of else ()
 
 
 class RoutingMetric(Metric):
@@ -68,8 +89,18 @@ class RoutingMetric(Metric):
     def _results(self) -> Any:
         raise NotImplementedError
 
-    def _scalars(self, results: Any) -> dict[str, Tensor]:
+    def values(self, results: Any) -> Iterator[Value]:
+        """Yield the value of each measure of :mod:`consistency_reg.measures` that :meth:`results` holds."""
         raise NotImplementedError
+
+    def _scalars(self, results: Any) -> dict[str, Tensor]:
+        """Return the values under the names of ``compute()``: the model's first, then those of the layers."""
+        values = list(self.values(results))
+        scalars = {value.metric_key: value.model for value in values}
+        for value in values:
+            if value.logged_layers:
+                scalars |= self._by_layer(value.metric_key, value.logged_layers)
+        return scalars
 
     def _by_layer(self, name: str, values: Sequence[Tensor] | Tensor) -> dict[str, Tensor]:
         """One scalar for each layer, under its name."""

@@ -1,6 +1,6 @@
 """SRP of a model as a metric."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,8 @@ from torch import Tensor
 from consistency_reg.functional.bootstrap import percentile_interval
 from consistency_reg.functional.segments import check_segment_lengths
 from consistency_reg.functional.srp import ModelSRP, best_f1, model_srp, srp_counts
+from consistency_reg.measures import of_metric
+from consistency_reg.metrics.base import Value
 from consistency_reg.metrics.plots import interval_plot
 from consistency_reg.metrics.resampled import ResampledMetric
 from consistency_reg.routing import RoutingTrace
@@ -35,7 +37,7 @@ class SegmentRoutingPerformance(ResampledMetric):
         >>> ids = torch.tensor([[[0], [0], [1], [1]]])
         >>> metric.update(RoutingTrace([ids, ids], num_experts=4))
         >>> {name: round(float(value), 3) for name, value in metric.compute().items() if "layer" not in name}
-        {'static_srp': 0.667, 'srp_m2': 0.857, 'size_ratio_m2': 1.333, 'threshold_m2': 1.0, 'local_gain_m2': 0.19}
+        {'srp_m2': 0.857, 'size_ratio_m2': 1.333, 'threshold_m2': 1.0, 'static_srp': 0.667, 'local_gain_m2': 0.19}
     """
 
     higher_is_better = True
@@ -116,15 +118,24 @@ class SegmentRoutingPerformance(ResampledMetric):
             found[m] = replace(result, interval=_interval(windows_RLJ.sum(dim=1), m), layers=tuple(layers))
         return found
 
+    def values(self, results: dict[int, ModelSRP]) -> Iterator[Value]:
+        """Yield SRP and its companions: see :func:`srp_values`."""
+        return srp_values(results)
+
     def _scalars(self, results: dict[int, ModelSRP]) -> dict[str, Tensor]:
-        scalars = {"static_srp": next(iter(results.values())).static_srp}
+        scalars = super()._scalars(results)
         for m, result in results.items():
-            for name in ("srp", "size_ratio", "threshold", "local_gain"):
-                scalars[f"{name}_m{m}"] = getattr(result, name)
             if result.interval is not None:
                 scalars[f"srp_m{m}_low"], scalars[f"srp_m{m}_high"] = result.interval
-            scalars |= self._by_layer(f"srp_m{m}", [layer.srp for layer in result.layers])
         return scalars
+
+
+def srp_values(results: dict[int, ModelSRP]) -> Iterator[Value]:
+    """Yield SRP and its companions, of the model and of the layers, for each m that they depend on."""
+    for measure in of_metric("srp"):
+        for m, result in list(results.items())[: None if measure.by_segment else 1]:
+            of_layers = [getattr(layer, measure.attribute) for layer in result.layers]
+            yield Value(measure.at(m), getattr(result, measure.attribute), of_layers)
 
 
 def _interval(windows: Tensor, m: int) -> Tensor:

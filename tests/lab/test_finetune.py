@@ -267,7 +267,11 @@ def test_the_report_shows_before_and_after_and_says_where_the_control_is_missing
     write_run(tmp_path, "on-seed0", weight=0.3, hits=0.7, before=before, metrics={"val/agreement": 0.62})
     (table,) = fine_tuning_tables(read_folder(tmp_path)[0])
     row = dict(zip(table.header, table.rows[0], strict=True))
-    assert (row["perplexity"], row["at 2K"], row["agreement"]) == ("80.00 -> 70.00", "50.0 -> 30.0", "62.0")
+    assert (row["perplexity"], row["LRU misses at 2 x K (%)"], row["agreement (%)"]) == (
+        "80.00 -> 70.00",
+        "50.0 -> 30.0",
+        "62.0",
+    )
     assert row["control"] == "missing"
     assert "--consistency.weight 0" in table.note
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import mul
 
-from consistency_reg.metrics.hit_rates import ModelHitRates
+from consistency_reg.lab.knee import knee
+from consistency_reg.metrics.simulated_caches import ModelHitRates
 
 
 @dataclass(frozen=True)
@@ -29,31 +30,6 @@ class CacheChoice:
     misses: float
     memory_bytes: int | None
     loaded_bytes: float | None
-
-
-def knee(sizes: Sequence[float], hit_rates: Sequence[float]) -> int | None:
-    """Where a curve of hit rates bends: beyond it, slots bring less than they do on average.
-
-    The point with the greatest height above the chord from the first point to the last, both axes scaled to 0..1
-    ("Kneedle", Satopaa et al. 2011, for a curve that needs no smoothing); the smaller size on ties. The point is also
-    the one at the greatest distance to the chord.
-
-    Returns:
-        The point's index; None where no point lies above the chord: such a curve has no knee.
-
-    Example:
-        >>> knee([1, 2, 3, 4], [0.2, 0.8, 0.9, 1.0])
-        1
-        >>> knee([1, 2, 3], [0.0, 0.5, 1.0])
-    """
-    width, height = sizes[-1] - sizes[0], hit_rates[-1] - hit_rates[0]
-    if width <= 0 or height <= 0:
-        return None
-    above = [
-        (rate - hit_rates[0]) / height - (size - sizes[0]) / width for size, rate in zip(sizes, hit_rates, strict=True)
-    ]
-    best = max(range(len(above)), key=above.__getitem__)
-    return best if above[best] > 1e-9 else None  # rounding is no knee
 
 
 def ratios(rates: ModelHitRates) -> list[float]:

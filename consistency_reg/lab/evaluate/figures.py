@@ -1,26 +1,27 @@
 """What was measured as pictures."""
 
-import io
 from collections.abc import Sequence
 
 import torch
 
 from consistency_reg.lab.evaluate.advice import ratios
 from consistency_reg.lab.evaluate.measure import ADVISED_POLICY, Evaluation
-from consistency_reg.lab.evaluate.tables import KINDS, POLICY_NAMES, common_length
-from consistency_reg.lab.report.plots import COLOURS
+from consistency_reg.lab.evaluate.tables import KINDS, common_length
+from consistency_reg.lab.render.palette import COLOURS
+from consistency_reg.lab.render.png import panels as empty_panels
+from consistency_reg.lab.render.png import png
 from consistency_reg.optional import require
+from consistency_reg.reading import cache_label, segment_name
+from consistency_reg.tracking.figures import shown_token
 
 with require("plots"):
     from matplotlib.axes import Axes
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
 COLUMNS = 3
-DPI = 150
-LAST_SIMPLE_LETTER = "\u024f"  # fonts have the Latin letters up to here
+NAMES = ("srp", "hit_rates", "layers", "specialization", r"routing(_\d+)?")  # that a picture can have
 
 
 def figures(evaluations: Sequence[Evaluation]) -> dict[str, bytes]:
@@ -35,13 +36,6 @@ def figures(evaluations: Sequence[Evaluation]) -> dict[str, bytes]:
     for i, one in enumerate(evaluations):
         drawn["routing" if len(evaluations) == 1 else f"routing_{i + 1}"] = routing(one)
     return {name: png(figure) for name, figure in drawn.items()}
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as PNG; the same figure gives the same bytes."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
-    return file.getvalue()
 
 
 def srp_by_length(evaluations: Sequence[Evaluation]) -> Figure:
@@ -73,11 +67,11 @@ def hit_rates(evaluations: Sequence[Evaluation]) -> Figure:
     m = common_length(evaluations)
     figure, panels = _panels(len(evaluations))
     for axes, one in zip(panels, evaluations, strict=True):
-        curves = {f"SCH m={m}": one.sch[m]} if m in one.sch else {}
-        curves |= {POLICY_NAMES[name]: rates for name, rates in one.policies.items()}
+        curves = {cache_label(f"sch_{segment_name(m)}"): one.sch[m]} if m in one.sch else {}
+        curves |= {cache_label(name): rates for name, rates in one.policies.items()}
         for (label, rates), colour in zip(curves.items(), COLOURS, strict=False):
             xs = ratios(rates)
-            advised = label == POLICY_NAMES[ADVISED_POLICY]
+            advised = label == cache_label(ADVISED_POLICY)
             ys = [_percent(rates.at(x)) for x in xs]
             axes.plot(xs, ys, color=colour, label=label, linewidth=2.2 if advised else 1.2)
         shared = one.policies[ADVISED_POLICY].shared
@@ -89,7 +83,7 @@ def hit_rates(evaluations: Sequence[Evaluation]) -> Figure:
                 ":",
                 color="black",
                 linewidth=1.5,
-                label=f"{POLICY_NAMES[ADVISED_POLICY]}, one cache for all layers",
+                label=f"{cache_label(ADVISED_POLICY)}, one cache for all layers",
             )
         _mark_advice(axes, one)
         axes.set(xlabel="cache ratio rho: slots of a layer / K", title=one.recording.model)
@@ -150,7 +144,7 @@ def routing(evaluation: Evaluation) -> Figure:
     )
     if recording.sample:
         axes.set_xticks(
-            range(T), [_shown(text) for text in recording.sample], rotation=90, fontsize=7, parse_math=False
+            range(T), [shown_token(text) for text in recording.sample], rotation=90, fontsize=7, parse_math=False
         )
     axes.grid(visible=False)
     axes.set(xlabel="token", ylabel="expert")
@@ -180,13 +174,7 @@ def _mark_advice(axes: Axes, one: Evaluation) -> None:
 def _panels(count: int, width: float = 4.6, height: float = 4.2, *, sharey: bool = True) -> tuple[Figure, list[Axes]]:
     columns = min(count, COLUMNS)
     rows = -(-count // columns)
-    figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, columns, sharey=sharey, squeeze=False).flatten().tolist()
-    for axes in panels:
-        axes.grid(color="0.9", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+    figure, panels = empty_panels(rows, columns, columns * width, rows * height, sharey=sharey)
     for unused in panels[count:]:
         unused.set_visible(False)
     return figure, panels[:count]
@@ -204,9 +192,3 @@ def _colours(evaluations: Sequence[Evaluation]) -> list[str]:
 
 def _percent(value: torch.Tensor) -> float:
     return 100 * float(value)
-
-
-def _shown(token: str) -> str:
-    """A token as the label of a tick."""
-    text = token.replace("\n", "\\n").replace("\t", "\\t").strip() or "\u2423"
-    return "".join(letter if " " <= letter <= LAST_SIMPLE_LETTER or letter == "\u2423" else "\u25a1" for letter in text)

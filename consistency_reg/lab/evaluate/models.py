@@ -23,8 +23,6 @@ with require("transformers"):
 
     import consistency_reg.lab.model  # noqa: F401  makes its models known to the Auto classes
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -34,11 +32,13 @@ class Candidate:
         name: what tables call it.
         model: in evaluation mode, on its device.
         tokenizer: the model's own.
+        has_head: whether the checkpoint holds the head that predicts tokens.
     """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    has_head: bool = True
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -47,8 +47,18 @@ class Candidate:
 
     @property
     def body(self) -> nn.Module:
-        """The part that routes: without the head, whose logits nobody reads."""
+        """The part that routes: without the head."""
         return self.model if self.is_encoder_decoder else self.model.base_model
+
+    @property
+    def predicts(self) -> bool:
+        """Whether its loss on text says how good it is: a causal model with its head."""
+        return self.has_head and not self.is_encoder_decoder
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the head chooses among."""
+        return int(self.model.config.get_text_config().vocab_size)
 
     def text_of(self, token: int) -> str:
         """One token as text."""
@@ -104,21 +114,22 @@ def load(place: str, *, device: torch.device, dtype: str = "auto", trust_remote_
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     loaded: Any = kind.from_pretrained(path, **options)
     model, read = loaded
-    _check_complete(place, model, read["missing_keys"])
+    has_head = _check_complete(place, model, read["missing_keys"])
     nn.Module.to(model, device)
     folder = Path(path).resolve()  # "." and "model" are good names where one stands in the run
     name = place if not folder.is_dir() else folder.parent.name if folder.name == "model" else folder.name
-    return Candidate(name, model.eval(), tokenizer)
+    return Candidate(name, model.eval(), tokenizer, has_head)
 
 
-def _check_complete(place: str, model: PreTrainedModel, missing: Collection[str]) -> None:
-    """Raise where weights that route would be random; the head's do not matter."""
+def _check_complete(place: str, model: PreTrainedModel, missing: Collection[str]) -> bool:
+    """Return whether the head is there, and raise where weights that route would be random."""
     head = model.get_output_embeddings()
     heads = tuple(f"{name}." for name, module in model.named_modules() if module is head)
     if lacking := sorted(name for name in missing if not name.startswith(heads)):
         raise ValueError(
             f"{place} lacks {len(lacking)} of the model's weights, such as {lacking[0]}: they would be random"
         )
+    return not missing
 
 
 def expert_bytes(model: nn.Module, routers: Sequence[str], num_experts: Sequence[int]) -> list[int] | None:

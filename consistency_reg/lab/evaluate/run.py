@@ -20,6 +20,7 @@ Result = TypeVar("Result")
 SAMPLE_TOKENS = 96
 FIRST_BATCH = {"cuda": 64}  # rows that are tried first
 FIRST_BATCH_ELSEWHERE = 8  # a system that runs out of memory may end the program instead of saying so
+LOGITS = 2**27  # at a time: half a gigabyte in float32
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 
 
@@ -31,9 +32,10 @@ def record(
     batch_size: int | None = None,
     about: dict[str, Any] | None = None,
 ) -> Recording:
-    """The routing of a model on the rows of each domain. Every row is read by itself.
+    """Record the routing of a model on the rows of each domain, and its loss on them. Every row is read by itself.
 
-    An encoder-decoder reads each row in its encoder, and in its decoder, one token late, as what it is to say.
+    An encoder-decoder reads each row in its encoder, and in its decoder, one token late, as what it is to say; its loss
+    would be that of a copy, and is not recorded.
 
     Args:
         candidate: the model.
@@ -50,34 +52,41 @@ def record(
     rows = [torch.tensor(row) for of_domain in texts.values() for row in of_domain]
     length_N = torch.tensor([len(row) for row in rows])
     valid = torch.arange(int(length_N.max())) < length_N[:, None]
+    loss_N = torch.zeros(len(rows), dtype=torch.float64)
+    predicts = candidate.predicts
     layers: list[Tensor] = []
     capture = RouterCapture(body)
 
     token_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     late_ids = _one_token_late(candidate, token_ids) if candidate.is_encoder_decoder else None
 
-    def read(index: Tensor) -> RoutingTrace:
+    def read(index: Tensor) -> tuple[RoutingTrace, Tensor | None]:
         batch = index, slice(int(length_N[index].max()))
         mask = valid[batch].to(device)
         inputs: dict[str, Any] = {"input_ids": token_ids[batch].to(device), "attention_mask": mask.long()}
         if late_ids is not None:
             inputs |= {"decoder_input_ids": late_ids[batch].to(device), "decoder_attention_mask": mask.long()}
-        body(**inputs, use_cache=False)
+        output = (candidate.model if predicts else body)(**inputs, use_cache=False)
         trace = capture.trace(valid=mask)
         trace.check_values()
-        return trace
+        return trace, _row_losses(output.logits, inputs["input_ids"], mask).cpu() if predicts else None
 
     progress = tqdm(total=int(length_N.sum()), desc=candidate.name, unit="token", disable=None, leave=False)
     with capture, progress:
         longest_first = length_N.argsort(descending=True, stable=True)  # so that memory runs out at once or never
         size = batch_size or FIRST_BATCH.get(device.type, FIRST_BATCH_ELSEWHERE)
-        for index, trace in in_batches(longest_first, read, size):
+        if predicts and batch_size is None:
+            size = max(1, min(size, LOGITS // (int(length_N.max()) * candidate.vocabulary)))
+        for index, (trace, losses) in in_batches(longest_first, read, size):
             if not layers:
                 layers = [_storage(layer.expert_ids, layer.num_experts, valid) for layer in trace]
                 num_experts = [layer.num_experts for layer in trace]
             for stored, layer in zip(layers, trace, strict=True):
                 stored[index, : trace.shape[1]] = layer.expert_ids.to(stored.dtype).cpu()
+            if losses is not None:
+                loss_N[index] = losses
             progress.update(int(length_N[index].sum()))
+    domain_ids = torch.arange(len(texts)).repeat_interleave(torch.tensor([len(text) for text in texts.values()]))
     sample_row = int((length_N >= min(SAMPLE_TOKENS, int(length_N.max()))).nonzero()[0])
     sample = rows[sample_row][:SAMPLE_TOKENS].tolist()
     return Recording(
@@ -86,11 +95,12 @@ def record(
         num_experts=num_experts,
         layer_names=capture.layer_names,
         valid=valid,
-        domain_ids=torch.arange(len(texts)).repeat_interleave(torch.tensor([len(text) for text in texts.values()])),
+        domain_ids=domain_ids,
         domains=list(texts),
         token_ids=token_ids,
         decoder_token_ids=late_ids,
         expert_bytes=expert_bytes(body, capture.layer_names, num_experts),
+        text_loss=_by_domain(list(texts), domain_ids, loss_N, length_N - 1) if predicts else {},
         sample_row=sample_row,
         sample=[candidate.text_of(token) for token in sample],
         about=about or {},
@@ -128,6 +138,27 @@ def _unless_out_of_memory(run: Callable[[Tensor], Result], batch: Tensor) -> Res
         if isinstance(error, torch.OutOfMemoryError) or any(said in str(error) for said in OUT_OF_MEMORY):
             return None
         raise
+
+
+def _row_losses(logits: Tensor, ids: Tensor, valid: Tensor) -> Tensor:
+    """Return the summed loss in nats of each row's tokens but the first: [B, T, V], [B, T] and [B, T] -> [B]."""
+    return torch.stack(
+        [
+            torch.nn.functional.cross_entropy(
+                row_logits[:-1][row_valid[1:]].float(), row_ids[1:][row_valid[1:]], reduction="sum"
+            ).double()
+            for row_logits, row_ids, row_valid in zip(logits, ids, valid, strict=True)
+        ]
+    )
+
+
+def _by_domain(
+    domains: Sequence[str], domain_ids: Tensor, loss_N: Tensor, predicted_N: Tensor
+) -> dict[str, tuple[float, int]]:
+    return {
+        name: (float(loss_N[domain_ids == domain].sum()), int(predicted_N[domain_ids == domain].sum()))
+        for domain, name in enumerate(domains)
+    }
 
 
 def _one_token_late(candidate: Candidate, ids: Tensor) -> Tensor:

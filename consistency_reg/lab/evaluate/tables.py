@@ -1,22 +1,22 @@
 """What was measured as tables for the terminal."""
 
-import math
 from collections.abc import Callable, Sequence
-from statistics import fmean
 
 from torch import Tensor
 
 from consistency_reg.lab.evaluate.measure import ADVISED_POLICY, FAVOURITES, Evaluation
-from consistency_reg.lab.report.runs import COLLAPSED_BELOW
-from consistency_reg.lab.report.tables import Table, number, percent
-from consistency_reg.metrics.hit_rates import ModelHitRates
+from consistency_reg.lab.render.table import Table, in_bytes, number, percent
+from consistency_reg.measures import COLLAPSED_BELOW, GLOBAL_CV, HIT_RATE, LOCAL_GAIN, MIN_SHARE, SRP, of_metric
+from consistency_reg.metrics.simulated_caches import ModelHitRates
+from consistency_reg.reading import Measure, cache_label, segment_name
 
-POLICY_NAMES = {"lru": "LRU", "lfu": "LFU", "belady": "Belady", "fixed": "fixed set"}
 KINDS = {
     "domain": ("domains", "CV of the usage share"),
     "vocabulary": ("token ids", f"share of the {FAVOURITES} favourites"),
 }
-RULES = "hit rates: mean over documents and layers; the first load into a slot that is still free counts as a hit"
+RULES = (
+    "mean over documents and layers; the first load into a slot that is still free counts as a hit; K experts active"
+)
 SHARED_RULES = "as many slots in all as a cache for each layer has; K is the sum over the layers"
 
 
@@ -27,6 +27,8 @@ def tables(evaluations: Sequence[Evaluation]) -> list[Table]:
     if any(cache.shared for one in evaluations for cache in one.policies.values()):
         parts.append(shared_hit_rates(evaluations))
     parts.append(balance(evaluations))
+    if any(one.recording.text_loss for one in evaluations):
+        parts.append(perplexity(evaluations))
     if any(len(one.domain_srp) > 1 for one in evaluations):
         parts.append(domains(evaluations))
     if any(one.kinds for one in evaluations):
@@ -41,43 +43,30 @@ def common_length(evaluations: Sequence[Evaluation]) -> int:
 
 
 def ranking(evaluations: Sequence[Evaluation]) -> Table:
-    """The models by SRP, beside what would make a high SRP worthless."""
+    """Return the models by SRP, next to what would make a high SRP worthless."""
     m = common_length(evaluations)
-    header = ["model", f"SRP m={m}", "local gain", f"SCH m={m} at 2K", "LRU at 2K", "global CV", "smallest share"]
-    measured = sorted((one for one in evaluations if m in one.srp), key=lambda one: -float(one.srp[m].srp))
+    hits = [HIT_RATE.at(cache=f"sch_{segment_name(m)}", ratio=2), HIT_RATE.at(ratio=2)]
+    shown = [SRP.at(m), LOCAL_GAIN.at(m), *hits, GLOBAL_CV.at(), MIN_SHARE.at()]
+    measured = sorted((one for one in evaluations if m in one.srp), key=lambda one: -one.get(SRP.at(m)))
     rows = [
-        [
-            f"{place}. {_name(one)}",
-            percent(float(one.srp[m].srp)),
-            percent(float(one.srp[m].local_gain)),
-            percent(float(one.sch[m].at(2))),
-            percent(float(one.policies["lru"].at(2))),
-            number(3)(_mean_cv(one)),
-            number(2)(one.min_share),
-        ]
+        [f"{place}. {_name(one)}", *(reading.show(one.get(reading), finer=1) for reading in shown)]
         for place, one in enumerate(measured, start=1)
     ]
-    return Table("Ranking by SRP (in %)", header, rows, "without local gain a high SRP is imbalance")
+    header = ["model", *(reading.header for reading in shown)]
+    return Table("Ranking by SRP", header, rows, "without local gain a high SRP is imbalance")
 
 
 def consistency(evaluations: Sequence[Evaluation]) -> Table:
-    """SRP by segment length, beside what imbalance alone would reach."""
-    header = ["model", "m", "SRP", "95% interval", "static SRP", "local gain", "rho_hat"]
-    note = "rho_hat: experts that the best segment router loads for one that is used; local gain: SRP - static SRP"
-    table = Table("Consistency (SRP and gain in %)", header, note=note)
+    """Return SRP by segment length, next to what imbalance alone would reach."""
+    measures = of_metric("srp")
+    header = ["model", "m", *(measure.bare_label + measure.unit_label for measure in measures)]
+    header.insert(3, "95% interval")
+    table = Table("Consistency", header, note=meanings(measures))
     for one in evaluations:
         for place, (m, result) in enumerate(one.srp.items()):
-            table.rows.append(
-                [
-                    "" if place else _name(one),
-                    str(m),
-                    percent(float(result.srp)),
-                    _interval(result.interval),
-                    percent(float(result.static_srp)),
-                    percent(float(result.local_gain)),
-                    number(2)(float(result.size_ratio)),
-                ]
-            )
+            values = [measure.show(one.get(measure.at(m))) for measure in measures]
+            values.insert(1, _interval(result.interval))
+            table.rows.append(["" if place else _name(one), str(m), *values])
     return table
 
 
@@ -105,38 +94,23 @@ def _hit_rates(
     title: str, evaluations: Sequence[Evaluation], cell: Callable[[ModelHitRates, float], str], note: str
 ) -> Table:
     ratios = sorted({ratio for one in evaluations for ratio in one.cache_ratios})
-    table = Table(title, ["model", "cache", *(f"{ratio:g}K slots" for ratio in ratios)], note=note)
+    table = Table(title, ["model", "cache", *(f"{ratio:g} x K slots" for ratio in ratios)], note=note)
     for one in evaluations:
-        caches = {f"SCH m={m}": rates for m, rates in one.sch.items()}
-        caches |= {POLICY_NAMES[name]: rates for name, rates in one.policies.items()}
-        for place, (name, rates) in enumerate(caches.items()):
-            table.rows.append(["" if place else _name(one), name, *(cell(rates, ratio) for ratio in ratios)])
+        for place, (cache, rates) in enumerate(one.caches.items()):
+            cells = [cell(rates, ratio) for ratio in ratios]
+            table.rows.append(["" if place else _name(one), cache_label(cache), *cells])
     return table
 
 
 def balance(evaluations: Sequence[Evaluation]) -> Table:
-    """Global balance beside local, which consistency costs."""
-    segments = sorted({m for one in evaluations for m in one.balance.local_cv if m})
-    header = ["model", "SD [points]", "global CV", "max/mean", "smallest share"]
-    rows = [
-        [
-            _name(one),
-            number(2)(fmean(float(layer.sd) for layer in one.balance.layers)),
-            number(3)(_mean_cv(one)),
-            number(2)(max(float(layer.max_over_mean) for layer in one.balance.layers)),
-            number(2)(one.min_share),
-            *(number(3)(_mean(one.balance.local_cv.get(m))) for m in segments),
-            number(3)(_mean(one.balance.local_cv[None])),
-            percent(_mean(one.balance.overlap)),
-        ]
-        for one in evaluations
-    ]
-    header += [*(f"local CV m={m}" for m in segments), "in a document", "overlap (%)"]
+    """Return global balance next to local, which consistency costs."""
+    readings = dict.fromkeys(value.reading for one in evaluations for value in one.balance.values())
+    rows = [[_name(one), *(reading.show(one.get(reading), finer=1) for reading in readings)] for one in evaluations]
     note = (
         "means over layers; max/mean and smallest share (of the fair share) are the worst layer's; "
         f"below {COLLAPSED_BELOW} a model counts as collapsed"
     )
-    return Table("Balance", header, rows, note)
+    return Table("Balance", ["model", *(reading.header for reading in readings)], rows, note)
 
 
 def domains(evaluations: Sequence[Evaluation]) -> Table:
@@ -148,6 +122,20 @@ def domains(evaluations: Sequence[Evaluation]) -> Table:
         results = [one.domain_srp.get(name, {}).get(m) for name in names]
         rows.append([_name(one), *("" if result is None else percent(float(result.srp)) for result in results)])
     return Table(f"SRP by domain, m={m} (in %)", ["model", *names], rows)
+
+
+def perplexity(evaluations: Sequence[Evaluation]) -> Table:
+    """Return the perplexity of each model on all text and by domain."""
+    domains = list(dict.fromkeys(domain for one in evaluations for domain in one.recording.domains))
+    rows = [
+        [_name(one), *(_perplexity(one.recording.perplexity(domain)) for domain in (None, *domains))]
+        for one in evaluations
+    ]
+    return Table("Perplexity", ["model", "all", *domains], rows, "of the tokens after a row's first one")
+
+
+def _perplexity(value: float | None) -> str:
+    return "" if value is None else number(2)(value)
 
 
 def specialization(evaluations: Sequence[Evaluation]) -> Table:
@@ -168,12 +156,13 @@ def specialization(evaluations: Sequence[Evaluation]) -> Table:
 def advice(evaluations: Sequence[Evaluation]) -> Table:
     """Cache sizes to choose from."""
     header = ["model", "cache", "slots a layer", "hits (%)", "fast memory", "misses a token", "loads a token"]
-    table = Table(f"Advice: an {POLICY_NAMES[ADVISED_POLICY]} cache for each layer", header)
+    note = "the first load of an expert into a free slot is not counted: a document loads up to its slots once more"
+    table = Table(f"Advice: an {cache_label(ADVISED_POLICY)} cache for each layer", header, note=note)
     for one in evaluations:
         if "knee" not in one.advice:
             table.rows.append([_name(one), "no knee", *[""] * (len(header) - 2)])
         for place, (name, choice) in enumerate(one.advice.items()):
-            label = f"{name} (rho {choice.ratio:.3g})" if name == "knee" else name
+            label = f"{name} (rho {choice.ratio:.3g})" if name == "knee" else f"rho {choice.ratio:.3g}"
             slots = sorted(set(choice.slots))
             table.rows.append(
                 [
@@ -189,19 +178,9 @@ def advice(evaluations: Sequence[Evaluation]) -> Table:
     return table
 
 
-def in_bytes(count: float | None) -> str:
-    """A number of bytes with a unit; "unknown" for None.
-
-    Example:
-        >>> in_bytes(1_234_000), in_bytes(12), in_bytes(None)
-        ('1.23 MB', '12 B', 'unknown')
-    """
-    if count is None:
-        return "unknown"
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.3g} B"
+def meanings(measures: Sequence[Measure]) -> str:
+    """Return a note that says what each of some measures is."""
+    return "; ".join(f"{measure.bare_label}: {measure.meaning}" for measure in measures)
 
 
 def _name(one: Evaluation) -> str:
@@ -218,11 +197,3 @@ def _interval(interval: Tensor | None) -> str:
 
 def _with_interval(value: Tensor, interval: Tensor | None) -> str:
     return f"{percent(float(value))} {_interval(interval)}".rstrip()
-
-
-def _mean(values: Tensor | None) -> float:
-    return math.nan if values is None else float(values.mean())
-
-
-def _mean_cv(one: Evaluation) -> float:
-    return fmean(float(layer.cv) for layer in one.balance.layers)

@@ -1,25 +1,25 @@
-"""Which text a model is judged on: rows of token ids, each a piece of one document."""
+"""Choose the text that a model is judged on: rows of token ids, each a piece of one document."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 
-from consistency_reg.lab.corpus.sources import DataSource
+from consistency_reg.lab.corpus.sources import local_source
 from consistency_reg.lab.corpus.text import load_domain
 from consistency_reg.optional import require
 
 with require("transformers"):
     import datasets
 
-FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 ENCODED_AT_ONCE = 64  # documents
+FEW_DOCUMENTS = 8  # of a domain, which one odd document among them can tilt
 
 Rows = list[list[int]]
 Documents = Iterable[Mapping[str, str]]  # {"text": ...}
 
 
 def corpus_documents(domains: Sequence[str], corpus_bytes: int) -> dict[str, datasets.Dataset]:
-    """The validation documents of domains of the default corpus, those whose packages are installed.
+    """Return the validation documents of domains of the default corpus, those whose packages are installed.
 
     Raises:
         ValueError: an unknown domain, or none of them can be read.
@@ -32,18 +32,22 @@ def corpus_documents(domains: Sequence[str], corpus_bytes: int) -> dict[str, dat
 
 
 def dataset_documents(path: str, config: str | None, split: str, text_column: str) -> datasets.Dataset:
-    """The documents of a data set of the hub, a folder, or a file (JSON, CSV, Parquet, text).
+    """Return the documents of a data set of the hub, a folder, or a file (JSON, CSV, Parquet, text).
 
     Raises:
         ValueError: ``text_column`` is no column of strings; no such split.
         OSError: no such data set.
     """
-    file = Path(path)
-    if file.suffix in FORMATS and not file.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    kind = FORMATS.get(file.suffix) if file.is_file() else None
-    place = {"path": path} if kind is None else {"path": kind, "data_files": path}
-    return DataSource(**place, name=config, split=split, validation_split=split, text_column=text_column).load().train
+    source = local_source(path, name=config, split=split, validation_split=split, text_column=text_column)
+    text = source.load()
+    if text.is_chat:
+        raise ValueError(f"{path} holds chats, which evaluate does not read: give text, or another --text-column")
+    return text.train
+
+
+def sampled(documents: datasets.Dataset, seed: int) -> datasets.Dataset:
+    """Return the documents in a random order that the seed decides: files are often sorted by kind."""
+    return documents.shuffle(seed=seed)
 
 
 def cut(
@@ -58,16 +62,27 @@ def cut(
     single token is left out: nothing follows it.
 
     Args:
-        domains: the documents of each domain.
+        domains: the documents of each domain, in the order in which they are taken.
         encode: from texts to token ids.
         length: T.
         max_tokens: of all domains together; a domain with less text does not leave its share to others.
 
     Raises:
         ValueError: a domain without text.
+
+    Warns:
+        UserWarning: a domain of which few documents decide.
     """
     share = max_tokens // len(domains)
-    rows = {name: _rows(_encoded(documents, encode), length, share) for name, documents in domains.items()}
+    taken = {name: _rows(_encoded(documents, encode), length, share) for name, documents in domains.items()}
+    rows = {name: found for name, (found, _) in taken.items()}
+    if few := {name: documents for name, (_, documents) in taken.items() if 0 < documents < FEW_DOCUMENTS}:
+        found = ", ".join(f"{name} ({documents})" for name, documents in few.items())
+        warnings.warn(
+            f"fewer than {FEW_DOCUMENTS} documents decide what is measured of {found}: give more or shorter documents, "
+            "or more --max-tokens",
+            stacklevel=2,
+        )
     if empty := [name for name, found in rows.items() if not found]:
         raise ValueError(f"the data must hold at least one document of two tokens, got none in {', '.join(empty)}")
     return rows
@@ -80,7 +95,8 @@ def _encoded(documents: Documents, encode: Callable[[list[str]], Rows]) -> Itera
         yield from encode(batch)
 
 
-def _rows(documents: Iterable[list[int]], length: int, max_tokens: int) -> Rows:
+def _rows(documents: Iterable[list[int]], length: int, max_tokens: int) -> tuple[Rows, int]:
+    """Return the rows, and from how many documents they come."""
     first: Rows = []
     rest: Rows = []
     left = max_tokens
@@ -97,4 +113,4 @@ def _rows(documents: Iterable[list[int]], length: int, max_tokens: int) -> Rows:
             break
         rows.append(row[:left])
         left -= len(rows[-1])
-    return rows
+    return rows, min(len(first), len(rows))

@@ -11,12 +11,14 @@ The file is safetensors. Its tensors, for N rows of T tokens and K active of E r
 
 Its metadata are ``format`` = "consistency_reg.routing", ``format_version`` = "1" and ``routing``, a JSON object with
 the keys ``model``, ``num_experts`` and ``layer_names`` (one for each layer), ``domains`` (names), and optional ones:
-``expert_bytes`` (bytes of one routed expert of each layer), ``sample_row`` and ``sample`` (a row's number, and its
+``expert_bytes`` (bytes of one routed expert of each layer), ``text_loss`` (by domain, the summed loss in nats of the
+predicted tokens and their number), ``sample_row`` and ``sample`` (a row's number, and its
 first tokens as text) and ``about`` (versions and settings, as they were).
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor
 
 from consistency_reg.functional.segments import document_positions
+from consistency_reg.lab.evaluate.foreign_traces import is_foreign, read_foreign
 from consistency_reg.lab.files import write_atomically
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
@@ -34,9 +37,20 @@ with require("transformers"):
     from safetensors.torch import save
 
 FORMAT, VERSION = "consistency_reg.routing", "1"
-IN_METADATA = ("model", "num_experts", "layer_names", "domains", "expert_bytes", "sample_row", "sample", "about")
+IN_METADATA = (
+    "model",
+    "num_experts",
+    "layer_names",
+    "domains",
+    "expert_bytes",
+    "text_loss",
+    "sample_row",
+    "sample",
+    "about",
+)
 OF_TOKENS = ("document_ids", "token_ids", "decoder_token_ids")  # [N, T], optional
 STACKS = ("encoder", "decoder")
+MOST_BYTES = 2**40  # of one expert
 CHUNK_ROWS = 1024  # in int64 at a time
 
 
@@ -56,6 +70,8 @@ class Recording:
         token_ids: [N, T] int64, what the model read, an encoder-decoder's encoder; None where that is not known.
         decoder_token_ids: [N, T] int64, what the decoder of an encoder-decoder read.
         expert_bytes: parameter bytes of one routed expert of each layer; None where that is not known.
+        text_loss: by domain, the summed loss of the predicted tokens in nats, and how many they are; empty where that
+            is not known.
         sample_row: a row to look at.
         sample: its first tokens as text; empty where they are not known.
         about: versions and settings.
@@ -72,6 +88,7 @@ class Recording:
     token_ids: Tensor | None = None
     decoder_token_ids: Tensor | None = None
     expert_bytes: Sequence[int] | None = None
+    text_loss: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     sample_row: int = 0
     sample: Sequence[str] = ()
     about: dict[str, Any] = field(default_factory=dict)
@@ -80,6 +97,12 @@ class Recording:
     def tokens(self) -> int:
         """Real tokens of all rows."""
         return int(self.valid.sum())
+
+    def perplexity(self, domain: str | None = None) -> float | None:
+        """Return the perplexity of a domain, of the whole text when None; None where the loss is not known."""
+        losses = [found for name, found in self.text_loss.items() if domain in (None, name)]
+        count = sum(tokens for _, tokens in losses)
+        return math.exp(sum(loss for loss, _ in losses) / count) if count else None
 
     @property
     def longest_document(self) -> int:
@@ -151,12 +174,27 @@ def save_trace(recording: Recording, path: Path) -> None:
 def load_trace(path: Path) -> Recording:
     """Read what :func:`save_trace` or another program wrote, and check all of it.
 
+    Also the files of :mod:`~consistency_reg.lab.evaluate.foreign_traces`, by their names.
+
     Raises:
         ValueError: the file is truncated, of another kind or of a later version, or its content does not fit together.
         OSError: there is no such file, or it cannot be read.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no trace file {path}")
+    routing, tensors = read_foreign(path) if is_foreign(path) else _read_saved(path)
+    try:
+        recording = _recording(routing, tensors)
+        for trace, _ in recording.chunks():
+            trace.check_values()
+    except (KeyError, TypeError, ValueError) as error:
+        said = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} holds no routing that fits together: {said}") from error
+    return recording
+
+
+def _read_saved(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the metadata and tensors that :func:`save_trace` wrote."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -169,13 +207,10 @@ def load_trace(path: Path) -> Recording:
         found = metadata.get("format_version")
         raise ValueError(f"{path} must have format_version {VERSION!r}, got {found!r}: another version wrote it")
     try:
-        recording = _recording(json.loads(metadata["routing"]), tensors)
-        for trace, _ in recording.chunks():
-            trace.check_values()
-    except (KeyError, TypeError, ValueError) as error:
+        return json.loads(metadata["routing"]), tensors
+    except (KeyError, ValueError) as error:
         said = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} holds no routing that fits together: {said}") from error
-    return recording
 
 
 def _recording(routing: dict[str, Any], tensors: dict[str, Tensor]) -> Recording:
@@ -201,6 +236,12 @@ def _recording(routing: dict[str, Any], tensors: dict[str, Tensor]) -> Recording
     for name in ("num_experts", "expert_bytes"):
         if known.get(name) is not None and len(known[name]) != layers:
             raise ValueError(f"{name} must have one entry for each of the {layers} layers, got {len(known[name])}")
+    of_expert = known.get("expert_bytes") or [1]
+    if not all(isinstance(size, int) and 1 <= size <= MOST_BYTES for size in of_expert):
+        raise ValueError(f"expert_bytes must be whole numbers from 1 to {MOST_BYTES}, got {of_expert}")
+    for domain, found in known.get("text_loss", {}).items():
+        if domain not in known["domains"] or len(found) != 2 or not math.isfinite(found[0]) or found[1] < 1:
+            raise ValueError(f"text_loss must hold (loss, tokens) of each domain, got {found} for {domain!r}")
     if domain_ids.shape != valid.shape[:1] or domain_ids.is_floating_point():
         raise ValueError(f"domain_ids must be integers [N] = {[len(valid)]}, got {list(domain_ids.shape)}")
     if domain_ids.numel() and not 0 <= int(domain_ids.min()) <= int(domain_ids.max()) < len(known["domains"]):

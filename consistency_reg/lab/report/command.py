@@ -5,42 +5,35 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from consistency_reg.lab.arguments.report import parser
 from consistency_reg.lab.files import write_atomically
-from consistency_reg.lab.report.figures import DRAWN, Picture, pictures
+from consistency_reg.lab.render.markdown import document, update
+from consistency_reg.lab.render.outputs import check_writable, write_pictures
+from consistency_reg.lab.render.page import page
+from consistency_reg.lab.render.png import Picture
+from consistency_reg.lab.render.table import Table
+from consistency_reg.lab.render.terminal import print_tables, print_verdict
+from consistency_reg.lab.report.figures import DRAWN, pictures
 from consistency_reg.lab.report.findings import Findings
-from consistency_reg.lab.report.markdown import markdown, update
-from consistency_reg.lab.report.page import page
 from consistency_reg.lab.report.pairs import pair_runs
 from consistency_reg.lab.report.records import append_csv, fingerprint, read_csv, write_csv, write_json
 from consistency_reg.lab.report.runs import Run, distinct_names, read_folder, refuse_different_data
-from consistency_reg.lab.report.tables import MARKS, Table
+from consistency_reg.lab.report.tables import origin_tables
+from consistency_reg.lab.report.verdict import verdict
 from consistency_reg.lab.report.wandb_runs import PREFIX, read_wandb
-from consistency_reg.lab.usage import CommandParser
 from consistency_reg.lab.wandb_login import open_run
 from consistency_reg.optional import require
 from consistency_reg.tracking.artifacts import log_artifact
 
-with require("plots"):
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-EXAMPLE = """\
-examples:
-  consistency-reg report runs/demo                      the cells of an ablation
-  consistency-reg report runs/a runs/b --baseline a     single runs
-  consistency-reg report recipes/results/demo.csv       committed results
-  consistency-reg report wandb:me/project/demo          a group of runs in wandb
-"""
 REPORT_FILES = ("report.html", "tables.md", "table.csv", "table.json")
-NARROWEST = 120
 MOST_PLACES = 6
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``consistency-reg report``: tables on the terminal, and CSV, JSON, PNGs and HTML in a folder."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
+    folder = options.out or default_folder(options.runs)
+    _check_places(options, folder)
     runs = gather(options.runs)
     refuse_different_data(runs)
     findings = Findings(runs, pair_runs(runs, options.baseline), options.baseline)
@@ -48,16 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         added = append_csv(runs, options.append_csv)
         print(f"{options.append_csv}: {added} rows added, {len(runs) - added} were there")
     tables = findings.tables()
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, NARROWEST)
-    for table in reversed(tables):  # the last lines of a terminal are what is read first
-        print_table(table, console)
-    folder = options.out or default_folder(options.runs)
+    print_tables(reversed(tables))  # the last lines of a terminal are what is read first
     drawn = write_report(folder, ", ".join(Path(source).name for source in options.runs), findings, tables)
     print(f"{folder}: {', '.join([*REPORT_FILES, *(f'{one.name}.png' for one in drawn)])}")
     if options.pictures is not None:
-        write_pictures(options.pictures, drawn)
+        write_pictures(options.pictures, {one.name: one.png for one in drawn}, DRAWN)
     for path in options.update:
         found = sum(update(path, source, tables) for source in options.runs)
         print(f"{path}: {found} tables")
@@ -68,7 +56,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"wandb: {place}")
     if (more := len(set(places)) - MOST_PLACES) > 0:
         print(f"wandb: {more} more beside these")
+    print_verdict(verdict(findings))
     return 0
+
+
+def _check_places(options: argparse.Namespace, folder: Path) -> None:
+    """Raise ValueError if something could not be written after the work; nothing is read or written before."""
+    check_writable("--out", folder)
+    if options.pictures is not None:
+        check_writable("--pictures", options.pictures)
+    if options.append_csv is not None:
+        check_writable("the folder of --append-csv", options.append_csv.parent)
+    for path in options.update:
+        if not path.is_file():
+            raise ValueError(f"--update must name a Markdown file that is there, got {path}")
+        check_writable("the folder of --update", path.parent)
 
 
 def gather(sources: Sequence[str]) -> list[Run]:
@@ -100,25 +102,16 @@ def default_folder(sources: Sequence[str]) -> Path:
 
 
 def write_report(folder: Path, title: str, findings: Findings, tables: Sequence[Table]) -> list[Picture]:
-    """Write ``report.html``, ``tables.md``, ``table.csv``, ``table.json`` and the PNGs; the PNGs."""
+    """Write ``report.html``, ``tables.md``, ``table.csv``, ``table.json`` and the PNGs; return the PNGs."""
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(findings.runs, folder / "table.csv")
     write_json(findings.runs, folder / "table.json")
     drawn = list(pictures(findings, source=fingerprint(findings.runs)))
-    write_pictures(folder, drawn)
-    texts = [f"## {table.title}\n\n{markdown(table)}\n{table.note}\n" for table in tables]
-    write_atomically(folder / "tables.md", f"# Report: {title}\n\n" + "\n".join(texts))
-    write_atomically(folder / "report.html", page(f"Report: {title}", tables, drawn, findings.runs))
+    write_pictures(folder, {one.name: one.png for one in drawn}, DRAWN)
+    write_atomically(folder / "tables.md", document(f"Report: {title}", tables))
+    origin = origin_tables(findings.runs)
+    write_atomically(folder / "report.html", page(f"Report: {title}", tables, drawn, origin))
     return drawn
-
-
-def write_pictures(folder: Path, drawn: Sequence[Picture]) -> None:
-    """Write the PNGs; those of figures that the runs have nothing for any more go."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in DRAWN:
-        (folder / f"{name}.png").unlink(missing_ok=True)
-    for picture in drawn:
-        write_atomically(folder / f"{picture.name}.png", picture.png)
 
 
 def log_to_wandb(project: str, folder: Path, tables: Sequence[Table], drawn: Sequence[Picture]) -> None:
@@ -135,51 +128,3 @@ def log_to_wandb(project: str, folder: Path, tables: Sequence[Table], drawn: Seq
         run.log({key: wandb.Image(str(path)) for key, path in images.items()})
         run.log({"report/page": wandb.Html((folder / "report.html").read_text(), inject=False)})
         log_artifact(run, name, "report", [*(folder / file for file in REPORT_FILES), *images.values()])
-
-
-def print_table(table: Table, console: Console) -> None:
-    """Print a table; a narrow terminal wraps its header."""
-    title = Text(table.title, style="bold")
-    shown = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for index, name in enumerate(table.header):
-        shown.add_column(
-            Text(name),
-            justify="left" if index == 0 else "right",
-            overflow="fold",
-            no_wrap=index == 0,
-            min_width=max(map(len, name.split()), default=0),
-        )
-    for row in table.rows:
-        shown.add_row(*(Text(cell) for cell in row), style="red" if row[0].endswith(MARKS) else None)
-    console.print(shown)
-    if table.note:
-        console.print(Text(f"{table.note}\n", style="dim"))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        "consistency-reg report",
-        description="Compare finished runs: perplexity, consistency, cache hits, balance, and what each run\n"
-        "changes against the run without the consistency term and with all else equal.",
-        epilog=EXAMPLE,
-    )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUNS",
-        help="run folders, folders of them, CSVs, wandb:ENTITY/PROJECT[/GROUP]",
-    )
-    parser.add_argument("--baseline", metavar="NAME", help="compare all with this run, or with this cell seed by seed")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the files (RUNS/report, or report)")
-    parser.add_argument("--pictures", type=Path, metavar="DIR", help="write the figures here too, for committing")
-    parser.add_argument(
-        "--update",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="renew the tables in a Markdown file",
-    )
-    parser.add_argument("--append-csv", type=Path, metavar="FILE", help="add a row a run to this CSV, for committing")
-    parser.add_argument("--wandb", metavar="PROJECT", help="log tables and figures as a run of this wandb project")
-    return parser

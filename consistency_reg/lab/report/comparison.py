@@ -3,18 +3,19 @@
 import math
 from collections.abc import Callable
 
+from consistency_reg.lab.render.table import Table, change, millions, number, percent, points, spread
+from consistency_reg.lab.render.verdict import CV_RATIO_AT_MOST
 from consistency_reg.lab.report.effects import sign
 from consistency_reg.lab.report.gate import GATE, LEAST_EXPERTS, LEAST_SEEDS, STUDY, Criterion, large_enough, passes
 from consistency_reg.lab.report.hypervolume import BUDGETS, REFERENCE, Budget
-from consistency_reg.lab.report.pairs import CV_RATIO_AT_MOST
-from consistency_reg.lab.report.runs import COLLAPSED_BELOW
-from consistency_reg.lab.report.tables import Table, change, millions, number, percent, points, spread
+from consistency_reg.measures import COLLAPSED_BELOW
 from consistency_reg.optional import require
 
 with require("plots"):
     import pandas as pd
 
 OVER_SEEDS = "means over the seeds, in parentheses the lowest and the highest"
+STUDY_TITLE = "30% fewer for +1%"
 LEFT_OUT = (
     f"left out: runs with an expert below {COLLAPSED_BELOW} of its fair share or a global CV above "
     f"{CV_RATIO_AT_MOST} times the baseline's"
@@ -29,6 +30,7 @@ def cell_table(cells: pd.DataFrame) -> Table:
         [*header, "global CV over baseline's", "left out", "dominated by"],
         note=f"changes against the baseline of the same seed: {OVER_SEEDS}; SRP in percentage points; {LEFT_OUT}; "
         "dominated: another cell that stays has no more misses and no more perplexity, on average",
+        gives_way=("against", "dominated by", "term", "seeds"),
     )
     for _, cell in cells.iterrows():
         table.rows.append(
@@ -60,6 +62,7 @@ def loss_table(losses: pd.DataFrame) -> Table:
         f"{100 * REFERENCE[0]:+g}% perplexity and {100 * REFERENCE[1]:g}% fewer LRU misses, in percent of the box up "
         f"to 0% perplexity and no misses at all; {OVER_SEEDS}, SD over seeds; behind: the first loss less this one, "
         f"seed by seed; fewest misses: change of the best cell's mean within a budget of perplexity; {LEFT_OUT}",
+        gives_way=("SD", "against", "behind the first", "seeds", "left out"),
     )
     for _, loss in losses.iterrows():
         table.rows.append(
@@ -82,9 +85,10 @@ def gate_table(cells: pd.DataFrame) -> Table:
     """Each cell against the gate, the cells that pass first, then those with the fewest misses."""
     table = Table(
         "Gate",
-        ["cell", "seeds", *(_bound(criterion) for criterion in GATE), "gate", "30% fewer for +1%"],
+        ["cell", "seeds", *(_bound(criterion) for criterion in GATE), "gate", STUDY_TITLE],
         note=f"in parentheses by how much a bound is met, or missed (!); the gate also asks for {LEAST_SEEDS} seeds "
         f"and {LEAST_EXPERTS} routed experts; the last column is the bar of arXiv 2608.18261, on averages",
+        gives_way=(STUDY_TITLE, "seeds"),
     )
     rows = []
     for _, cell in cells.iterrows():
@@ -115,6 +119,7 @@ def effect_table(effects: pd.DataFrame) -> Table:
         ],
         note="differences to the run that differs in this choice alone, of the same seed and as many tokens: "
         f"{OVER_SEEDS}; SRP and SD in percentage points; ±: the seeds do not agree on the sign",
+        gives_way=("active", "seeds", "SRP m=16"),
     )
     columns = (("misses", change), ("perplexity", change), ("srp", points), ("sd", lambda value: points(value / 100)))
     for _, effect in effects.iterrows():

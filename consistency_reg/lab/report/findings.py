@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from consistency_reg.lab.render.table import Table
 from consistency_reg.lab.report import comparison
 from consistency_reg.lab.report.cells import cell_frame, chosen
 from consistency_reg.lab.report.cost import cost_frame
@@ -13,7 +14,7 @@ from consistency_reg.lab.report.hypervolume import loss_frame
 from consistency_reg.lab.report.pairs import Pair, pair_frame
 from consistency_reg.lab.report.published import agreement, beside_published
 from consistency_reg.lab.report.runs import Run
-from consistency_reg.lab.report.tables import Table, overview_table, pair_table, run_tables
+from consistency_reg.lab.report.tables import overview_table, pair_table, run_tables
 from consistency_reg.optional import require
 
 with require("plots"):

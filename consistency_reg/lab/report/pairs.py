@@ -4,24 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from consistency_reg.lab.report.runs import (
-    GLOBAL_CV,
-    LOCAL_GAIN,
-    MAX_MEAN,
-    MIN_SHARE,
-    MISSES_FROM,
-    PERPLEXITY,
-    SRP,
-    Run,
-    loss_labels,
-)
+from consistency_reg.lab.render.verdict import CV_RATIO_AT_MOST
+from consistency_reg.lab.report.measured import GLOBAL_CV, LOCAL_GAIN, MAX_MEAN, MIN_SHARE, PERPLEXITY, SRP
+from consistency_reg.lab.report.runs import Run, loss_labels
 from consistency_reg.optional import require
 
 with require("plots"):
     import pandas as pd
     from pandas.core.groupby import DataFrameGroupBy
-
-CV_RATIO_AT_MOST = 1.5  # of the baseline's global CV: what a run may trade away of balance and still be compared
 
 
 @dataclass(frozen=True)
@@ -34,7 +24,7 @@ class Pair:
     @property
     def misses_change(self) -> float:
         """Relative change of the LRU misses at cache = 25% of the experts; -0.3 is 30% fewer."""
-        return _ratio(1 - self.run.get(MISSES_FROM), 1 - self.baseline.get(MISSES_FROM)) - 1
+        return _ratio(self.run.misses, self.baseline.misses) - 1
 
     @property
     def perplexity_change(self) -> float:

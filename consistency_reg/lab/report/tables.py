@@ -1,171 +1,115 @@
-"""The tables of a report as text cells, for the terminal and for the page."""
+"""The tables of a report about its runs: overview, measures of each run, pairs, and how the runs were made."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
 
+from consistency_reg.lab.render.table import Table, change, millions, multiple, number, points
+from consistency_reg.lab.report.measured import PERPLEXITY
 from consistency_reg.lab.report.pairs import Pair
-from consistency_reg.lab.report.runs import (
-    COLLAPSED_BELOW,
-    GLOBAL_CV,
-    LOCAL_CV,
-    LOCAL_GAIN,
-    MAX_MEAN,
-    MIN_SHARE,
-    MISSES_FROM,
-    PERPLEXITY,
-    SRP,
-    Run,
-)
-
-MARKS = ("(collapsed)", "(left out)")  # at the end of a row's first cell
-Column = tuple[str, Callable[[Run], float], Callable[[float], str]]
+from consistency_reg.lab.report.runs import Run
+from consistency_reg.measures import COLLAPSED_BELOW, shown_in
+from consistency_reg.reading import VALIDATION, Reading
 
 
 @dataclass(frozen=True)
-class Table:
-    """A title, a header, and a row of text for each run; ``note`` says what the marks mean."""
+class Column:
+    """A column of a table of runs: its name, what it reads of a run, and how that becomes text."""
 
-    title: str
-    header: list[str]
-    rows: list[list[str]] = field(default_factory=list)
-    note: str = ""
-
-
-def percent(value: float) -> str:
-    """A share in percent: 0.4567 -> 45.7."""
-    return "" if math.isnan(value) else f"{100 * value:.1f}"
-
-
-def change(value: float) -> str:
-    """A change in percent with its sign: -0.305 -> -30.5%."""
-    return "" if math.isnan(value) else f"{100 * value:+.1f}%"
-
-
-def points(value: float) -> str:
-    """A difference of two shares in percentage points: 0.041 -> +4.1."""
-    return "" if math.isnan(value) else f"{100 * value:+.1f}"
-
-
-def number(digits: int) -> Callable[[float], str]:
-    """Fixed digits: number(2)(1.234) -> 1.23."""
-    return lambda value: "" if math.isnan(value) else f"{value:.{digits}f}"
-
-
-def multiple(value: float) -> str:
-    """A ratio: 1.064 -> 1.06x."""
-    return "" if math.isnan(value) else f"{value:.2f}x"
-
-
-def millions(value: float) -> str:
-    """Parameters: 12345678 -> 12.35M."""
-    return f"{value / 1e6:.2f}M"
-
-
-def spread(show: Callable[[float], str], mean: float, low: float, high: float) -> str:
-    """A mean over seeds with the lowest and the highest; the mean alone where they are one.
-
-    Example:
-        >>> spread(change, -0.3, -0.4, -0.2)
-        '-30.0% (-40.0 to -20.0)'
-    """
-    lowest, highest = show(low).rstrip("%"), show(high).rstrip("%")
-    return show(mean) if lowest == highest else f"{show(mean)} ({lowest} to {highest})"
-
-
-def metric(name: str) -> Callable[[Run], float]:
-    """Reads a metric, NaN where it was not measured."""
-    return lambda run: run.get(name)
+    name: str
+    read: Callable[[Run], float]
+    show: Callable[[float], str]
 
 
 def overview_table(runs: Sequence[Run]) -> Table:
-    """A row for each cell, over its seeds: what a reader asks first."""
+    """Return a row for each cell, over its seeds: what a reader asks first."""
     cells: dict[str, list[Run]] = {}
     for run in runs:
         cells.setdefault(run.cell, []).append(run)
-    columns: list[tuple[str, str, Callable[[float], str], Callable[[list[float]], float]]] = [
-        ("perplexity", PERPLEXITY, number(1), fmean),
-        ("SRP m=16 (%)", SRP, percent, fmean),
-        ("static SRP (%)", "val/static_srp", percent, fmean),
-        ("LRU misses at 25% of the experts (%)", MISSES_FROM, lambda hits: percent(1 - hits), fmean),
-        ("global CV", GLOBAL_CV, number(2), fmean),
-        ("local CV m=16", LOCAL_CV, number(2), fmean),
-        ("smallest share", MIN_SHARE, number(2), min),
-    ]
+    shown = [(measure_column(reading), reading.measure.over_layers) for reading in shown_in("overview")]
     rows = [
         [
             f"{cell} (collapsed)" if any(run.collapsed for run in group) else cell,
             group[0].architecture,
             term(group[0]),
             str(len(group)),
-            *(show(over([run.get(name) for run in group])) for _, name, show, over in columns),
+            *(column.show((min if worst == "min" else fmean)(map(column.read, group))) for column, worst in shown),
         ]
         for cell, group in cells.items()
     ]
     note = "means over the seeds; smallest share: the least used expert of any seed, over its fair share"
-    return Table(
-        "Overview", ["cell", "experts/active", "term", "seeds", *(column[0] for column in columns)], rows, note
-    )
+    header = ["cell", "experts/active", "term", "seeds", *(column.name for column, _ in shown)]
+    return Table("Overview", header, rows, note, gives_way=("local CV m=16", "experts/active", "seeds", "term"))
 
 
 def run_tables(runs: Sequence[Run]) -> list[Table]:
-    """A row for each run, its columns spread over tables that a terminal can hold; none where nothing was measured."""
+    """Return tables with a row for each run: sizes and speed, perplexity by domain, and the measures of each kind."""
     domains = list(dict.fromkeys(domain for run in runs for domain in run.domains))
+    consistency, caches, balance = (
+        [measure_column(reading, finer) for reading in shown_in("runs", panel)]
+        for panel, finer in (("Consistency", 0), ("Caches", 0), ("Balance", 1))
+    )
+    collapsed = f"; below {COLLAPSED_BELOW} a run counts as collapsed" if any(run.collapsed for run in runs) else ""
     tables = [
         _table(
             "Models",
             runs,
             [
-                ("parameters", lambda run: run.total_parameters, millions),
-                ("active", lambda run: run.active_parameters, millions),
-                ("perplexity", metric(PERPLEXITY), number(2)),
-                ("tokens/s", lambda run: run.tokens_per_s, number(0)),
-                ("tokens", lambda run: run.tokens, millions),
-                ("seconds", lambda run: run.wall_time_s, number(0)),
+                Column("parameters", lambda run: run.total_parameters, millions),
+                Column("active", lambda run: run.active_parameters, millions),
+                measure_column(PERPLEXITY, 1),
+                Column("tokens/s", lambda run: run.tokens_per_s, number(0)),
+                Column("tokens", lambda run: run.tokens, millions),
+                Column("seconds", lambda run: run.wall_time_s, number(0)),
             ],
             leading=[("experts", lambda run: run.architecture), ("term", term), ("seed", lambda run: str(run.seed))],
-        ),
-        _table("Perplexity by domain", runs, [(name, metric(f"val/ppl/{name}"), number(2)) for name in domains]),
-        _table(
-            "Consistency (SRP, gain and overlap in %)",
-            runs,
-            [
-                *((f"SRP m={m}", metric(f"val/srp/m{m}"), percent) for m in (4, 16, 64)),
-                *((f"rho_hat m={m}", metric(f"val/rho_hat/m{m}"), number(2)) for m in (4, 16, 64)),
-                ("static SRP", metric("val/static_srp"), percent),
-                ("local gain m=16", metric(LOCAL_GAIN), percent),
-                ("overlap", metric("val/overlap"), percent),
-            ],
+            gives_way=("seconds", "experts", "tokens", "parameters"),
         ),
         _table(
-            "Cache and balance (hit rates in %)",
+            "Perplexity by domain",
             runs,
-            [
-                ("LRU hits at K", metric("val/cache/lru_k"), percent),
-                ("at 2K", metric("val/cache/lru_2k"), percent),
-                ("at 25% of experts", metric("val/cache/lru_25pct"), percent),
-                ("global CV", metric(GLOBAL_CV), number(3)),
-                ("max/mean", metric(MAX_MEAN), number(2)),
-                ("smallest share", metric(MIN_SHARE), number(2)),
-                ("local CV m=16", metric(LOCAL_CV), number(3)),
-            ],
-            note=f"smallest share: of the fair share; below {COLLAPSED_BELOW} a run counts as collapsed"
-            if any(run.collapsed for run in runs)
-            else "smallest share: of the fair share",
+            [measure_column(PERPLEXITY.within(VALIDATION, domain=domain), 1, domain) for domain in domains],
         ),
+        _table(
+            "Consistency and balance",
+            runs,
+            [*consistency, *balance],
+            note=f"smallest share: of the fair share{collapsed}; without local gain a high SRP is imbalance",
+            gives_way=tuple(column.name for column in consistency if "rho_hat" in column.name),
+        ),
+        _table("Cache misses", runs, caches),
     ]
     return [table for table in tables if len(table.header) > 1]
 
 
+def measure_column(reading: Reading, finer: int = 0, name: str = "") -> Column:
+    """Return the column of a measure: hit rates are shown as misses, shares in percent.
+
+    Args:
+        reading: of the table of measures; of the validation unless it says otherwise.
+        finer: more digits than the measure usually has.
+        name: of the column; that of the measure and its unit when empty.
+    """
+    logged = reading if reading.stage else reading.within(VALIDATION)
+    label = name or (reading.complement or reading.label) + reading.measure.unit_label
+
+    def read(run: Run) -> float:
+        value = run.get(logged)
+        return 1 - value if reading.complement else value
+
+    return Column(label, read, lambda value: reading.show(value, finer))
+
+
 def pair_table(pairs: Sequence[Pair]) -> Table:
-    """A row for each pair."""
+    """Return a row for each pair."""
     header = ["run", "against", "LRU misses at 25%", "perplexity", "SRP m=16", "local gain", "smallest share"]
     table = Table(
         "Paired with its baseline",
         [*header, "max/mean", "global CV"],
         note="changes against the baseline of the same seed; SRP and gain in percentage points, max/mean and CV as "
         "multiples",
+        gives_way=("max/mean", "local gain", "against"),
     )
     for pair in pairs:
         table.rows.append(
@@ -184,16 +128,32 @@ def pair_table(pairs: Sequence[Pair]) -> Table:
     return table
 
 
+def origin_tables(runs: Sequence[Run]) -> list[Table]:
+    """Return how each run was made, and the hashes of the text."""
+    made = [
+        [
+            run.name,
+            run.command,
+            run.git_commit,
+            ", ".join(f"{name} {version}" for name, version in run.versions.items()),
+            run.device,
+        ]
+        for run in runs
+    ]
+    text = [[domain, str(sha256)] for domain, sha256 in runs[0].data.get("corpus", {}).items()]
+    return [
+        Table("How the runs were made", ["run", "command", "commit", "versions", "device"], made),
+        Table("Text", ["domain", "SHA-256, its first digits"], text),
+    ]
+
+
 def run_name(run: Run) -> str:
-    """The run's name, with a mark when an expert collapsed."""
+    """Return the run's name, with a mark when an expert collapsed."""
     return f"{run.name} (collapsed)" if run.collapsed else run.name
 
 
 def term(run: Run) -> str:
-    """The consistency term and its weight.
-
-    For example "LocalConsistency 0.3"; "none" without one.
-    """
+    """Return the consistency term and its weight, such as "LocalConsistency 0.3"; "none" without one."""
     return f"{run.loss} {run.weight:g}" if run.weight else run.loss
 
 
@@ -204,12 +164,13 @@ def _table(
     *,
     leading: Sequence[tuple[str, Callable[[Run], str]]] = (),
     note: str = "",
+    gives_way: tuple[str, ...] = (),
 ) -> Table:
-    """A table without the columns that no run has."""
-    kept = [column for column in columns if not all(math.isnan(column[1](run)) for run in runs)]
-    header = ["run", *(name for name, _ in leading), *(name for name, _, _ in kept)]
+    """Return a table without the columns that no run has."""
+    kept = [column for column in columns if not all(math.isnan(column.read(run)) for run in runs)]
+    header = ["run", *(name for name, _ in leading), *(column.name for column in kept)]
     rows = [
-        [run_name(run), *(read(run) for _, read in leading), *(show(read(run)) for _, read, show in kept)]
+        [run_name(run), *(read(run) for _, read in leading), *(column.show(column.read(run)) for column in kept)]
         for run in runs
     ]
-    return Table(title, header, rows, note)
+    return Table(title, header, rows, note, gives_way)

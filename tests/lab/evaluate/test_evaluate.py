@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -22,18 +23,20 @@ from wandb_file import read_run
 from consistency_reg import functional
 from consistency_reg.capture import RouterCapture
 from consistency_reg.functional.specialization import grouped_usage
-from consistency_reg.lab.evaluate.advice import choose, knee, knee_ratio
+from consistency_reg.lab.evaluate.advice import choose, knee_ratio
 from consistency_reg.lab.evaluate.command import main
 from consistency_reg.lab.evaluate.figures import figures
 from consistency_reg.lab.evaluate.measure import measure
 from consistency_reg.lab.evaluate.models import Candidate, expert_bytes, load
 from consistency_reg.lab.evaluate.records import to_csv, to_json
 from consistency_reg.lab.evaluate.run import in_batches, record
-from consistency_reg.lab.evaluate.tables import in_bytes, tables
+from consistency_reg.lab.evaluate.tables import tables
 from consistency_reg.lab.evaluate.text import cut
 from consistency_reg.lab.evaluate.traces import load_trace, save_trace
-from consistency_reg.metrics.hit_rates import CacheHitRates, ModelHitRates
-from consistency_reg.tracking.measures import RoutingMeasures
+from consistency_reg.lab.knee import knee
+from consistency_reg.lab.render.table import in_bytes
+from consistency_reg.metrics.simulated_caches import CacheHitRates, ModelHitRates
+from consistency_reg.tracking.accumulate import RoutingMeasures
 
 PNG = b"\x89PNG"
 WORDS = [f"w{i}" for i in range(3, COMMON["vocab_size"])]
@@ -465,6 +468,60 @@ def test_several_models_are_ranked(place, capsys):
     ranked = [line.split(". ")[1] for line in lines[start:] if line.strip()[:2] in {f"{i}." for i in range(1, 6)}]
     order = sorted(found["models"], key=lambda model: -model["srp"]["2"]["srp"])
     assert [line.startswith(model["model"]) for line, model in zip(ranked, order, strict=True)] == [True] * 5
+
+
+@torch.no_grad()
+def test_perplexity_is_that_of_each_row_by_itself(olmoe, texts, tmp_path):
+    recording = record(olmoe, texts, batch_size=2)
+    sums, counts = [], []
+    for domain, rows in texts.items():
+        each = [
+            float(olmoe.model(torch.tensor([row]), labels=torch.tensor([row])).loss) * (len(row) - 1) for row in rows
+        ]
+        sums.append(sum(each))
+        counts.append(sum(map(len, rows)) - len(rows))
+        assert recording.perplexity(domain) == pytest.approx(np.exp(sums[-1] / counts[-1]), rel=1e-4)
+    assert recording.perplexity() == pytest.approx(np.exp(sum(sums) / sum(counts)), rel=1e-4)
+    save_trace(recording, tmp_path / "trace")
+    assert load_trace(tmp_path / "trace").perplexity("code") == recording.perplexity("code")
+
+
+def test_perplexity_is_told_of_causal_models_alone(place, capsys):
+    found = evaluate(place, models=("olmoe", "switch"))
+    perplexities = [model["perplexity"] for model in found["models"]]
+    assert perplexities[0]["all"] == perplexities[0]["words"] > 1
+    assert perplexities[1:] == [{"all": None}, {"all": None}]
+    assert "Perplexity" in capsys.readouterr().out
+
+
+def test_models_can_be_given_names(place, tmp_path):
+    options = ["--data", str(place / "words.jsonl"), "--segment-lengths", "4", "--out", str(tmp_path / "out")]
+    assert main([f"before={place / 'olmoe'}", f"after={place / 'olmoe'}", *options, "--device", "cpu"]) == 0
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert [model["model"] for model in found["models"]] == ["before", "after"]
+
+
+def test_documents_are_drawn_from_the_whole_text_by_a_seed(place, tmp_path):
+    with open(tmp_path / "sorted.jsonl", "w") as file:
+        for word in [*["w3"] * 30, *["w9"] * 30]:  # the head of the file is of one kind
+            print(json.dumps({"text": " ".join([word] * 10)}), file=file)
+
+    def seen(*options):
+        folder, trace = tmp_path / "out", tmp_path / "trace"
+        data = ["--data", str(tmp_path / "sorted.jsonl"), "--segment-lengths", "4", "--max-tokens", "220"]
+        saved = ["--out", str(folder), "--save-trace", str(trace), "--device", "cpu"]
+        assert main([str(place / "olmoe"), *data, *saved, *options]) == 0
+        return load_trace(trace).token_ids
+
+    first, again, other = seen(), seen(), seen("--seed", "1")
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert set(first[:, 1].tolist()) == set(other[:, 1].tolist()) == {3, 9}
+
+
+def test_few_documents_are_warned_of():
+    with pytest.warns(UserWarning, match=r"fewer than 8 documents decide what is measured of long \(1\): give more"):
+        cut({"long": numbered([50]), "short": numbered([3] * 20)}, encode, 10, 60)
 
 
 def test_a_finished_run_and_its_domains(place, tmp_path, monkeypatch):

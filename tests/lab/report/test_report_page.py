@@ -15,9 +15,7 @@ from run_folders import write_demo, write_designs, write_losses, write_run
 from consistency_reg.lab.report import main, pair_runs, read_folder
 from consistency_reg.lab.report.figures import DRAWN, frontier, hit_rates, published, tradeoff
 from consistency_reg.lab.report.findings import Findings
-from consistency_reg.lab.report.markdown import update
-from consistency_reg.lab.report.plots import Looks
-from consistency_reg.lab.report.tables import Table
+from consistency_reg.lab.report.looks import Looks
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = "<img src=x onerror=\"document.title='run'\">"
@@ -180,18 +178,3 @@ def test_files_are_the_same_bytes_for_the_same_runs_and_pictures_of_earlier_ones
     for path in Path("a").iterdir():
         assert path.read_bytes() == Path("b", path.name).read_bytes()
     assert {path.name for path in Path("docs").iterdir()} == {path.name for path in Path("a").glob("*.png")}
-
-
-def test_marked_tables_of_a_markdown_file_are_renewed_and_others_left(tmp_path):
-    path = tmp_path / "README.md"
-    mark = "<!-- report a.csv: Runs -->\nold\n<!-- end of report -->\n"
-    other = "<!-- report b.csv: Runs -->\nkept\n<!-- end of report -->\n"
-    path.write_text(f"# Title\n{mark}between\n{other}")
-    tables = [Table("Runs", ["run", "SRP"], [["a|b", "44.1"]])]
-    assert update(path, "a.csv", tables) == 1
-    made = "\n| run | SRP |\n|---|---|\n| a\\|b | 44.1 |\n\n"
-    assert path.read_text() == f"# Title\n{mark.replace('old' + chr(10), made)}between\n{other}"
-    with pytest.raises(ValueError, match=r"asks for the table 'Runs' of a.csv; there are \['Pairs'\]"):
-        update(path, "a.csv", [Table("Pairs", ["run"])])
-    with pytest.raises(ValueError, match=r"has no <!-- report c\.csv: TITLE -->"):
-        update(path, "c.csv", tables)

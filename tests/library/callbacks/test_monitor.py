@@ -4,32 +4,10 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from processes import on_processes
-from test_regularizer import ToyMoE, regularizer, tokens, toy
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from toy_lightning import Domains, Validated, layer_ids, loader, regularizer, tokens, toy, validated
 
-from consistency_reg import RouterCapture, RoutingMonitor, RoutingTrace, functional
-from consistency_reg.tracking.measures import RoutingMeasures
-
-
-class Validated(ToyMoE):
-    def validation_step(self, batch, batch_idx, dataloader_idx=0):
-        (ids,) = batch
-        self.log("val/ce", nn.functional.cross_entropy(self(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()))
-
-
-class Domains(Validated):
-    def validation_step(self, batch, batch_idx, dataloader_idx=0):
-        self(batch[0][:, :-1])
-
-
-def validated(kind=Validated):
-    torch.manual_seed(1)
-    return kind()
-
-
-def loader(ids, batch_size=4):
-    return DataLoader(TensorDataset(ids), batch_size=batch_size)
+from consistency_reg import RoutingMonitor, RoutingTrace, functional
+from consistency_reg.tracking.accumulate import RoutingMeasures
 
 
 def trainer(callbacks, **options):
@@ -40,12 +18,6 @@ def trainer(callbacks, **options):
         "enable_model_summary": False,
     }
     return Trainer(accelerator="cpu", max_epochs=1, callbacks=callbacks, **quiet, **options)
-
-
-def layer_ids(module, ids):
-    with torch.no_grad(), RouterCapture(module) as capture:
-        module(ids[:, :-1])
-    return list(capture.trace().expert_ids)
 
 
 def test_it_logs_the_measures_of_all_validation_data():

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import transformers
-from architectures import DOCUMENT, check, document, draw_routers, examine, walk
+from architectures import DOCUMENT, check, check_routing, document, draw_routers, examine, walk
 from tiny_architectures import E, K, build
 
 from consistency_reg import LocalConsistencyLoss, RouterAnchorLoss, RouterCapture, RoutingTrace
@@ -15,7 +15,8 @@ from consistency_reg.capture import DEFAULT_ADAPTERS
 REPRESENTATIVES = (
     *("olmoe", "gpt_oss", "deepseek_v3", "deepseek_v2", "deepseek_v4", "mistral4", "axk2", "ernie4_5_moe", "flint"),
     *("longcat_flash", "kolibri1", "afmoe", "minimax_m2", "hunyuan_v1_moe", "dbrx", "jetmoe", "llama4_text"),
-    *("gemma4_text", "zaya", "doge", "switch_transformers", "nllb-moe", "granitemoehybrid"),
+    *("gemma4_text", "zaya", "doge", "switch_transformers", "nllb-moe", "granitemoehybrid", "phimoe", "lfm2_moe"),
+    *("openai_privacy_filter", "cohere2_moe", "jamba", "inkling_text", "laguna", "beam", "hy_v3"),
 )
 COMMITTED = DOCUMENT.read_text(encoding="utf-8")
 
@@ -24,6 +25,15 @@ COMMITTED = DOCUMENT.read_text(encoding="utf-8")
 def test_each_way_to_route_is_captured(model_type):
     model, inputs, _ = build(model_type)
     check(model, inputs)
+
+
+@pytest.mark.parametrize("model_type", REPRESENTATIVES)
+def test_each_way_to_route_can_know_the_cache_or_says_why_not(model_type):
+    """The weights of another choice are those that the router's own code gives it."""
+    model, inputs, _ = build(model_type)
+    said = check_routing(model, inputs)
+    refused = {"doge", "nllb-moe", "phimoe"}
+    assert said.startswith("no: " if model_type in refused else "yes")
 
 
 def test_every_adapter_has_a_representative():
@@ -140,8 +150,10 @@ def test_what_cannot_be_captured_says_why():
 def test_the_table_is_of_the_installed_version_and_all_causal_models_pass():
     if f"transformers {transformers.__version__}." not in COMMITTED:
         pytest.skip(f"the table is of another version than {transformers.__version__}")
-    result = dict(re.findall(r"^\|[^|]*\| `([^`]+)` \| causal \|[^|]*\| (.*) \|$", COMMITTED, flags=re.MULTILINE))
-    assert set(REPRESENTATIVES) - {"switch_transformers", "nllb-moe"} <= set(result)
+    result = dict(
+        re.findall(r"^\|[^|]*\| `([^`]+)` \| causal \|[^|]*\| ([^|]*) \|[^|]*\|$", COMMITTED, flags=re.MULTILINE)
+    )
+    assert set(REPRESENTATIVES) - {"switch_transformers", "nllb-moe", "openai_privacy_filter"} <= set(result)
     assert set(result.values()) == {"pass"}
 
 

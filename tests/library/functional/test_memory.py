@@ -6,9 +6,9 @@ import pytest
 import torch
 from memory import peak_bytes
 
+from consistency_reg.cache_policies import POLICIES
 from consistency_reg.functional import cache_hit_rate, sch, srp, usage_counts
 from consistency_reg.functional.balance import local_cv_means, overlap_mean
-from consistency_reg.functional.cache import POLICIES
 
 T, E, K = 64, 16, 4
 CHUNK_TOKENS = 16 * T
@@ -30,7 +30,7 @@ def test_memory_does_not_grow_with_the_rows(measure, monkeypatch):
         ("routing", "CHECKED_TOKENS", CHUNK_TOKENS),
         ("functional.srp", "CHUNK_TOKENS", CHUNK_TOKENS),
         ("functional.balance", "CHUNK_TOKENS", CHUNK_TOKENS),
-        ("functional.cache", "CHUNK_ACCESSES", CHUNK_TOKENS * K),
+        ("functional.cache_hits", "CHUNK_ACCESSES", CHUNK_TOKENS * K),
     ):
         monkeypatch.setattr(import_module(f"consistency_reg.{module}"), name, size)
     generator = torch.Generator().manual_seed(0)

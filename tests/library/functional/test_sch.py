@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from reference import cache_hits_oracle, documents
 from strategies import joined_documents, models_with_one_cache, on_cases, routings
 
-from consistency_reg.functional import policies, stack
-from consistency_reg.functional.cache import cache_hit_counts
+from consistency_reg.functional import stack, stack_priorities
+from consistency_reg.functional.cache_hits import cache_hit_counts
 from consistency_reg.functional.sch import sch
 
 
@@ -82,7 +82,7 @@ def test_documents_that_are_worked_on_in_groups_count_the_same(monkeypatch):
 def test_keys_that_do_not_fit_32_bits_count_the_same(monkeypatch):
     ids = torch.rand(4, 50, 16, generator=torch.Generator().manual_seed(0)).topk(3).indices
     narrow = sch_counts(ids, 16, 9)
-    monkeypatch.setattr(policies, "fitting_dtype", lambda largest, at_least=None: torch.int64)
+    monkeypatch.setattr(stack_priorities, "fitting_dtype", lambda largest, at_least=None: torch.int64)
     assert torch.equal(sch_counts(ids, 16, 9).hits, narrow.hits)
 
 

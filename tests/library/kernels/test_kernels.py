@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from strategies import routings
 
 from consistency_reg import kernels
-from consistency_reg.functional.cache import cache_hit_counts, row_hit_rates
+from consistency_reg.functional.cache_aware import cache_aware_choice
+from consistency_reg.functional.cache_hits import Simulation, cache_hit_counts, row_hit_rates
 from consistency_reg.functional.segments import document_positions
 from consistency_reg.functional.srp import srp_counts
 from consistency_reg.routing import RoutingTrace
@@ -32,10 +33,10 @@ small = routings(max_rows=2, max_tokens=9).filter(lambda routing: routing.num_ex
 @contextmanager
 def segments_of(tokens):
     """One program sees to so many tokens of a row."""
-    from consistency_reg.kernels import cache, srp
+    from consistency_reg.kernels import cache_hits, srp
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "SEGMENT_TOKENS", tokens)
+        patch.setattr(cache_hits, "SEGMENT_TOKENS", tokens)
         patch.setattr(srp, "SEGMENT_TOKENS", tokens)
         yield
 
@@ -56,22 +57,23 @@ def test_a_cpu_tensor_goes_to_no_kernel():
 
 def test_importing_the_package_does_not_import_triton():
     command = (
-        "import sys, consistency_reg.functional.cache, consistency_reg.kernels; assert 'triton' not in sys.modules"
+        "import sys, consistency_reg.functional.cache_hits, consistency_reg.kernels; assert 'triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", command], check=True)
 
 
-def assert_caches_equal(ids, E, m, masks):
-    from consistency_reg.kernels import cache
+def assert_caches_equal(ids, E, m, masks, cold="free"):
+    from consistency_reg.kernels import cache_hits
 
     position = document_positions(ids.shape[:2], **masks)
     on_device, position_on_device = ids.to(DEVICE), position.to(DEVICE)
     for policy in POLICIES:
-        expected = cache_hit_counts(ids, E, policy, **masks, segment_length=m).hits
-        found = cache.document_hits(on_device, E, position_on_device, len(expected), policy, m)
+        simulation = Simulation(policy, m, cold=cold)
+        expected = cache_hit_counts(ids, E, policy, **masks, segment_length=m, cold=cold).hits
+        found = cache_hits.document_hits(on_device, E, position_on_device, len(expected), simulation)
         assert torch.equal(found.cpu(), expected)
-        by_row = row_hit_rates(RoutingTrace([ids], E, **masks), policy, m)
-        rates = cache.row_hit_rates(on_device, E, position_on_device, policy, m).cpu()
+        by_row = row_hit_rates(RoutingTrace([ids], E, **masks), simulation)
+        rates = cache_hits.row_hit_rates(on_device, E, position_on_device, simulation).cpu()
         assert torch.allclose(rates, by_row.hit_rate, rtol=0, atol=1e-13)
         assert torch.equal(by_row.documents, (position == 0).sum(dim=1))
 
@@ -91,10 +93,10 @@ def assert_windows_equal(ids, E, lengths, masks):
 @in_kernels
 @pytest.mark.parametrize("tokens", [512, 2])
 @settings(max_examples=40 if ON_GPU else 4, deadline=None)
-@given(routing=small, m=st.integers(1, 12))
-def test_cache_kernel_equals_the_functional_version(tokens, routing, m):
+@given(routing=small, m=st.integers(1, 12), cold=st.sampled_from(["free", "miss"]))
+def test_cache_kernel_equals_the_functional_version(tokens, routing, m, cold):
     with segments_of(tokens):
-        assert_caches_equal(routing.expert_ids, routing.num_experts, m, routing.masks)
+        assert_caches_equal(routing.expert_ids, routing.num_experts, m, routing.masks, cold)
 
 
 @in_kernels
@@ -104,6 +106,62 @@ def test_cache_kernel_equals_the_functional_version(tokens, routing, m):
 def test_srp_kernel_equals_the_functional_version(tokens, routing, m):
     with segments_of(tokens):
         assert_windows_equal(routing.expert_ids, routing.num_experts, [m], routing.masks)
+
+
+@in_kernels
+@settings(max_examples=40 if ON_GPU else 6, deadline=None)
+@given(
+    routing=small,
+    K=st.integers(1, 3),
+    extra=st.integers(0, 3),
+    strength=st.sampled_from([0.0, 0.2, 1.0]),
+    guaranteed=st.integers(0, 1),
+    seed=st.integers(0, 99),
+)
+def test_cache_aware_kernel_equals_the_functional_version(routing, K, extra, strength, guaranteed, seed):
+    from consistency_reg.kernels import cache_aware
+
+    E, masks = max(routing.num_experts, K), routing.masks
+    scores = torch.randn(2, *routing.valid.shape, E, generator=torch.Generator().manual_seed(seed))
+    options = {"top_k": K, "slots": K + extra, "strength": strength, "guaranteed": guaranteed, **masks}
+    T = scores.shape[-2] // 2
+    expected = cache_aware_choice(scores, **options)
+    before = cache_aware_choice(scores[:, :, :T], **parts_of(options, slice(0, T)))
+    on_device = {
+        name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in options.items()
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        scanned = []
+        patch.setattr(cache_aware, "scan", lambda *args, scan=cache_aware.scan: scanned.append(1) or scan(*args))
+        patch.setattr(kernels, "takes", lambda tensor: True)
+        found = cache_aware_choice(scores.to(DEVICE), **on_device)
+        state = type(before.state)(*(value.to(DEVICE) for value in vars(before.state).values()))
+        rest = parts_of(on_device, slice(T, None))
+        continued = cache_aware_choice(scores[:, :, T:].to(DEVICE), **rest, state=state)
+    assert scanned
+    real = routing.valid
+    assert torch.equal(found.expert_ids.cpu()[:, real], expected.expert_ids[:, real])
+    assert torch.equal(found.residents.cpu()[:, real], expected.residents[:, real])
+    assert torch.equal(found.state.last_use.cpu(), expected.state.last_use)
+    assert torch.equal(continued.expert_ids.cpu()[:, real[:, T:]], expected.expert_ids[:, :, T:][:, real[:, T:]])
+    assert torch.equal(continued.state.last_use.cpu(), expected.state.last_use)
+
+
+def parts_of(options, tokens):
+    """The options of a choice for some of its tokens."""
+    return options | {name: options[name][:, tokens] for name in ("valid", "document_ids")}
+
+
+@in_kernels
+def test_cache_aware_kernel_leaves_out_experts_that_were_ruled_out(monkeypatch):
+    scores = torch.randn(1, 12, 6, generator=torch.Generator().manual_seed(3))
+    scores[..., 3:] = -torch.inf
+    expected = cache_aware_choice(scores, 3, 4, 0.4)
+    monkeypatch.setattr(kernels, "takes", lambda tensor: True)
+    found = cache_aware_choice(scores.to(DEVICE), 3, 4, 0.4)
+    assert torch.equal(found.expert_ids.cpu(), expected.expert_ids)
+    short = cache_aware_choice(scores.to(DEVICE), 4, 4, 0.4).expert_ids.cpu()
+    assert (short.sort().values.diff() > 0).all()
 
 
 def compile_for_h100(kernel, pointers, integers, constants):
@@ -121,27 +179,24 @@ def compile_for_h100(kernel, pointers, integers, constants):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", ["POLICY", "SCH", "USES"])
 @pytest.mark.parametrize(("by_document", "K", "m", "bits"), [(True, 8, 16, 28), (False, 1, 1, 40)])
-def test_cache_kernel_compiles_for_a_gpu(policy, by_document, K, m, bits):
+def test_cache_kernel_compiles_for_a_gpu(kind, by_document, K, m, bits):
     pytest.importorskip("triton")
     import triton.language as tl
 
-    from consistency_reg.kernels import cache
+    from consistency_reg.kernels import cache_hits
 
-    next_token = "*i32" if policy == "belady" else None
+    priorities = "*i32" if kind == "POLICY" and by_document else None
     document, out = ("*i64", "*i64") if by_document else (None, "*fp64")
     ids = {"ids": "*i64", "starts": "*i32", "lengths": "*i32"}
     keys = {"EXPERT_BITS": 6, "CLOCK_BITS": 13, "BITS": bits, "KEY": tl.int32 if bits <= 30 else tl.int64}
     compile_for_h100(
-        cache._simulate,
-        ids | {"next_token": next_token, "document": document, "out": out},
+        cache_hits._simulate,
+        ids | {"priorities": priorities, "document": document, "out": out},
         {"T": 512, "K": K, "E": 64, "m": m},
-        keys | {"POLICY": cache.POLICIES[policy], "SEGMENT": 512, "X": 64},
+        keys | {"KIND": getattr(cache_hits, kind), "COLD_HITS": by_document, "SEGMENT": 512, "X": 64},
     )
-    if policy == "belady":
-        integers = {"T": 512, "K": K}
-        compile_for_h100(cache._find_next_uses, ids | {"next_token": "*i32"}, integers, {"SEGMENT": 512, "X": 64})
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
@@ -156,6 +211,19 @@ def test_srp_kernel_compiles_for_a_gpu(sequences, K, m):
     compile_for_h100(srp._count_windows, pointers, integers, {"REPLICAS": 16, "X": 64})
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+@pytest.mark.parametrize("choose", [True, False])
+@pytest.mark.parametrize(("K", "scores"), [(8, "*fp32"), (1, "*fp64")])
+def test_cache_aware_kernel_compiles_for_a_gpu(choose, K, scores):
+    pytest.importorskip("triton")
+    from consistency_reg.kernels import cache_aware
+
+    pointers = dict.fromkeys(("base", "preferred"), scores) | dict.fromkeys(("key", "start", "last_use", "ids"), "*i64")
+    pointers |= {"depth": "*i32", "residents": "*u8"}
+    integers = {"T": 512, "E": 64, "K": K, "C": 16}
+    compile_for_h100(cache_aware._walk, pointers, integers, {"CHOOSE": choose, "X": 64})
+
+
 @in_kernels
 def test_functions_hand_over_to_the_kernels(monkeypatch):
     ids = torch.rand(2, 7, 5, generator=torch.Generator().manual_seed(0)).topk(2).indices
@@ -164,7 +232,9 @@ def test_functions_hand_over_to_the_kernels(monkeypatch):
     def everything(ids, valid):
         yield from (cache_hit_counts(ids, 5, policy, valid).hits for policy in ("lru", "fixed"))
         yield cache_hit_counts(ids, 5, "sch", segment_length=3).hits
-        yield from (row_hit_rates(RoutingTrace([ids], 5, valid=valid), policy, 3).hit_rate for policy in POLICIES)
+        trace = RoutingTrace([ids], 5, valid=valid)
+        yield from (row_hit_rates(trace, Simulation(policy, 3)).hit_rate for policy in POLICIES)
+        yield row_hit_rates(trace, Simulation("lru", replay="access")).hit_rate
         counts = srp_counts(ids, 5, [2, 99], valid, per_sequence=True)
         yield from (*counts.windows.values(), *counts.sequence_windows.values(), counts.usage)
         assert srp_counts(ids, 5, [2], valid).sequence_windows == {}
@@ -177,21 +247,21 @@ def test_functions_hand_over_to_the_kernels(monkeypatch):
 
 @in_kernels
 def test_kernels_on_nothing():
-    from consistency_reg.kernels import cache
+    from consistency_reg.kernels import cache_hits
     from consistency_reg.kernels.srp import window_counts
 
     for shape in ((0, 4, 2), (3, 0, 2)):
         ids = torch.zeros(shape, dtype=torch.int64, device=DEVICE)
         position = document_positions(ids.shape[:2], device=ids.device)
-        assert cache.document_hits(ids, 5, position, 0, "lru").shape == (0, 5)
-        assert cache.row_hit_rates(ids, 5, position, "lru").tolist() == [[0] * 5] * shape[0]
+        assert cache_hits.document_hits(ids, 5, position, 0, Simulation("lru")).shape == (0, 5)
+        assert cache_hits.row_hit_rates(ids, 5, position, Simulation("lru")).tolist() == [[0] * 5] * shape[0]
         assert window_counts(ids, 5, position, 2)[0].sum() == 0
 
 
 @in_kernels
 def test_keys_of_64_bits(monkeypatch):
     ids = torch.rand(1, 5, 6, generator=torch.Generator().manual_seed(0)).topk(2).indices
-    monkeypatch.setattr("consistency_reg.kernels.cache.INT32_BITS", 0)
+    monkeypatch.setattr("consistency_reg.kernels.cache_hits.INT32_BITS", 0)
     assert_caches_equal(ids, 6, 3, {})
 
 
@@ -215,7 +285,9 @@ def test_tensors_on_a_gpu_go_to_the_kernels_and_the_host_does_not_wait():
     valid = torch.arange(50) < torch.tensor([[50], [3], [0], [20]])
 
     def both(ids, valid):
-        return row_hit_rates(RoutingTrace([ids], 16, valid=valid), "sch", 4), srp_counts(ids, 16, [4], valid)
+        return row_hit_rates(RoutingTrace([ids], 16, valid=valid), Simulation("sch", 4)), srp_counts(
+            ids, 16, [4], valid
+        )
 
     expected = both(ids, valid)
     ids, valid = ids.cuda(), valid.cuda()

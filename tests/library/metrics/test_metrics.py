@@ -19,9 +19,10 @@ from reference import (
 )
 from strategies import joined_documents, models, models_with_one_cache, on_cases, trace_of
 
+from consistency_reg.cache_policies import POLICIES
 from consistency_reg.functional.balance import local_cv, overlap_rate, usage_balance, usage_counts
 from consistency_reg.functional.bootstrap import poisson_weights
-from consistency_reg.functional.cache import POLICIES, cache_hit_rate
+from consistency_reg.functional.cache_hits import cache_hit_rate
 from consistency_reg.functional.sch import sch
 from consistency_reg.functional.specialization import (
     domain_specialization,
@@ -179,10 +180,10 @@ class NoKernel:
 @every_metric
 def test_update_never_waits_for_the_device(make, monkeypatch):
     pytest.importorskip("triton")
-    from consistency_reg.kernels import cache, srp
+    from consistency_reg.kernels import cache_hits, srp
 
     monkeypatch.setattr("consistency_reg.kernels.takes", lambda tensor: True)
-    for module, kernel in ((cache, "_simulate"), (cache, "_find_next_uses"), (srp, "_count_windows")):
+    for module, kernel in ((cache_hits, "_simulate"), (srp, "_count_windows")):
         monkeypatch.setattr(module, kernel, NoKernel())
     update_without_values(make)
 

@@ -1,27 +1,11 @@
 """The figures of a report, a module each."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from consistency_reg.lab.render.png import Picture, png
 from consistency_reg.lab.report.figures import balance, cost, effects, frontier, hit_rates, layers, published, tradeoff
 from consistency_reg.lab.report.findings import Findings
-from consistency_reg.lab.report.plots import Looks, png
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure as PNG.
-
-    Attributes:
-        name: of its file, without the ending.
-        caption: what it shows, and how to read it.
-        png: the bytes.
-    """
-
-    name: str
-    caption: str
-    png: bytes
-
+from consistency_reg.lab.report.looks import Looks
 
 DRAWN = {
     "frontier": frontier,

@@ -1,7 +1,8 @@
 """What the term costs and saves as tokens are seen."""
 
+from consistency_reg.lab.render.png import legend_below, panels
 from consistency_reg.lab.report.findings import Findings
-from consistency_reg.lab.report.plots import Looks, legend_below, panels
+from consistency_reg.lab.report.looks import Looks
 from consistency_reg.optional import require
 
 with require("plots"):

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from consistency_reg.lab.render.png import entry, legend_below, panels, whiskers
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.gate import GATE
-from consistency_reg.lab.report.plots import Looks, entry, legend_below, panels, whiskers
+from consistency_reg.lab.report.looks import Looks
 from consistency_reg.optional import require
 
 with require("plots"):

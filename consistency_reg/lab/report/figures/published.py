@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from consistency_reg.lab.render.palette import COLOURS
+from consistency_reg.lab.render.png import panels, whiskers
 from consistency_reg.lab.report.findings import Findings
-from consistency_reg.lab.report.plots import COLOURS, Looks, panels, whiskers
+from consistency_reg.lab.report.looks import Looks
 from consistency_reg.lab.report.published import BASELINE, agreement
 from consistency_reg.optional import require
 

@@ -1,0 +1,345 @@
+"""Hit rates of cache policies on recorded routing, for every cache size at once: LRU, LFU, Belady and the fixed set.
+
+A cache of experts that starts empty with each document. Counting, the same for every policy (and for SCH, see
+:mod:`~consistency_reg.functional.sch`):
+
+1. hits of a token are counted for its K experts against the cache as it was before the token; an expert that was never
+   used before hits when the cache has a free slot left, and each such first use of a token takes a slot of its own;
+2. then each of the K experts in turn becomes resident, and if the cache is full the resident with the lowest priority
+   other than itself is evicted.
+
+That is replay by token. By access, each of the K experts is looked up and becomes resident before the next is looked
+up, as in an engine that loads an expert when it comes to it. First uses may also be counted as misses. The policies are
+those of :mod:`~consistency_reg.cache_policies`.
+
+N rows, T tokens, K active of E routed experts, D documents, C slots.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from consistency_reg import kernels
+from consistency_reg.cache_policies import CACHE_POLICIES, EVICTING, check_policy
+from consistency_reg.functional.segments import (
+    check_segment_lengths,
+    document_positions,
+    row_chunks,
+    side_by_side,
+)
+from consistency_reg.functional.stack import Columns, Priorities, column_groups, stack_hits
+from consistency_reg.functional.stack_priorities import PolicyPriorities, WindowUses
+from consistency_reg.routing import RoutingTrace
+
+SIMULATED = (*EVICTING, "sch", "uses")  # "uses" counts the uses of each expert instead of hits
+REPLAYS = ("token", "access")
+COLD = ("free", "miss")
+CHUNK_ACCESSES = 2**22  # that are looked at together: bounds memory, and leaves enough documents to work on at once
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What is simulated, and how its hits are counted.
+
+    Args:
+        policy: "lru", "lfu", "belady", or "sch" with windows of ``segment_length`` tokens; "uses" counts the uses of
+            each expert instead of hits.
+        segment_length: m of "sch".
+        replay: "token" looks all experts of a token up before they become resident, "access" one by one.
+        cold: "free" counts the first use of an expert as a hit where a slot is free, "miss" never.
+
+    Raises:
+        TypeError: a segment length that is not one integer.
+        ValueError: an unknown policy, replay or way to count first uses; "sch" by access.
+    """
+
+    policy: str
+    segment_length: int = 1
+    replay: str = "token"
+    cold: str = "free"
+
+    def __post_init__(self) -> None:
+        check_policy(self.policy, SIMULATED)
+        if self.replay not in REPLAYS:
+            raise ValueError(f"replay must be one of {REPLAYS}, got {self.replay!r}")
+        if self.cold not in COLD:
+            raise ValueError(f"cold must be one of {COLD}, got {self.cold!r}")
+        if not isinstance(self.segment_length, int):
+            raise TypeError(f"segment_length must be one integer number of tokens, got {self.segment_length!r}")
+        check_segment_lengths(self.segment_length, name="segment_length")
+        if self.policy == "sch" and self.replay != "token":
+            raise ValueError(f"replay of 'sch' must be 'token', as its windows are of tokens, got {self.replay!r}")
+
+    def priorities(self, columns: Columns) -> Priorities:
+        """Return the keys of the columns' experts, see :mod:`~consistency_reg.functional.stack`."""
+        if self.policy == "sch":
+            return WindowUses(columns, self.segment_length)
+        return PolicyPriorities(columns, CACHE_POLICIES[self.policy])
+
+
+@dataclass(frozen=True)
+class HitCounts:
+    """The hits and accesses of some documents: integers, to be concatenated over batches.
+
+    Attributes:
+        hits: [D, E] int64, with a cache of 1, 2, ..., E slots; for "uses" the uses of each expert.
+        accesses: [D] int64, tokens x K of each document.
+        rows: [D] int64, the row of the batch that each document stands in; documents are in reading order.
+    """
+
+    hits: Tensor
+    accesses: Tensor
+    rows: Tensor
+
+    @property
+    def hit_rate(self) -> Tensor:
+        """Return the hit rate of each document: [D, E] float64."""
+        return self.hits / self.accesses[:, None].double()
+
+
+@dataclass(frozen=True)
+class RowHitRates:
+    """The hit rates of the documents of each row, summed, which needs no count of the documents.
+
+    Attributes:
+        hit_rate: [N, E] float64, the sum over a row's documents of their hit rates with 1, 2, ..., E slots.
+        documents: [N] int64, how many documents each row has.
+    """
+
+    hit_rate: Tensor
+    documents: Tensor
+
+
+def cache_hit_rate(
+    expert_ids: Tensor | Sequence[Tensor],
+    num_experts: int | Sequence[int],
+    policy: str = "lru",
+    valid: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    *,
+    replay: str = "token",
+    cold: str = "free",
+) -> Tensor:
+    """Return the hit rate of a cache of experts for every size, the mean over documents of equal weight.
+
+    ``hits / (T K)`` of a document. The expert that stays longer: "lru" the more recently used; "lfu" the one with more
+    uses in the document so far; "belady" the one that is accessed sooner, those of one later token in the order of its
+    accesses; all with ties to the more recent use. "fixed" is a set that never changes and is resident from the start,
+    the experts that the whole given data uses most (the lower id on ties), the set that static SRP is about. Memory
+    beyond the result does not grow with N.
+
+    Args:
+        expert_ids: [N, T, K] int64, one layer; or a list with one for each layer, for one cache that all layers share
+            (the accesses of a token are those of the first layer, then those of the second, ...).
+        num_experts: E; one for all layers or one for each.
+        policy: "lru", "lfu", "belady" or "fixed".
+        valid: [N, T] bool, True for real tokens; all when None.
+        document_ids: [N, T] integers; one document a row when None.
+        replay: "token" looks the K experts of a token up together and then makes them resident, as SCH does; "access"
+            one by one in the router's order, each resident before the next is looked up. Engines differ in this.
+        cold: "free" counts the first use of an expert as a hit where the cache has a free slot, as SCH does; "miss" as
+            a miss. No matter to "fixed".
+
+    Returns:
+        [E] float64, the hit rate with a cache of 1, 2, ..., E slots (the sum of E for a list of layers).
+
+    Raises:
+        TypeError: ids that are not int64, masks of a wrong dtype.
+        ValueError: shapes that do not match, K > E, ids out of range or repeated within a token, an unknown policy,
+            replay or way to count first uses, no valid token.
+
+    Example:
+        >>> ids = torch.tensor([[[0, 1], [0, 2], [0, 1], [0, 2]]])
+        >>> cache_hit_rate(ids, 3, "lru"), cache_hit_rate(ids, 3, "belady")
+        (tensor([0.1250, 0.6250, 1.0000], dtype=torch.float64), tensor([0.1250, 0.6250, 1.0000], dtype=torch.float64))
+        >>> cache_hit_rate(ids, 3, "lru", replay="access", cold="miss")
+        tensor([0.0000, 0.3750, 0.6250], dtype=torch.float64)
+    """
+    check_policy(policy)
+    trace = checked_trace(expert_ids, num_experts, valid, document_ids)
+    if policy != "fixed":
+        return mean_hit_rate(simulate(trace, Simulation(policy, replay=replay, cold=cold)))
+    uses = Simulation("uses", replay=replay, cold=cold)
+    usage_E = torch.stack([part.hits.sum(dim=0) for part in simulate(trace, uses)]).sum(dim=0)
+    return mean_hit_rate(simulate(trace, uses))[most_used(usage_E)].cumsum(dim=0)
+
+
+def cache_hit_counts(
+    expert_ids: Tensor | Sequence[Tensor],
+    num_experts: int | Sequence[int],
+    policy: str = "lru",
+    valid: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    *,
+    segment_length: int = 1,
+    replay: str = "token",
+    cold: str = "free",
+) -> HitCounts:
+    """Return the hits of each document, see :func:`cache_hit_rate`. Ids are not checked, only their shape.
+
+    Layers of equal E and K may stand below each other as more rows: they are simulated at once.
+
+    Args:
+        expert_ids, num_experts, valid, document_ids, replay, cold: see :func:`cache_hit_rate`.
+        policy: "lru", "lfu", "belady", "fixed", or "sch" with windows of ``segment_length`` tokens; "uses" counts the
+            uses of each expert instead of hits.
+        segment_length: m of "sch".
+
+    Example:
+        >>> counts = cache_hit_counts(torch.tensor([[[0], [1], [0]]]), 2, "lru")
+        >>> counts.hits.tolist(), counts.accesses.tolist()
+        ([[1, 3]], [3])
+    """
+    check_policy(policy, (*SIMULATED, "fixed"))
+    trace = RoutingTrace(_layers(expert_ids), num_experts, valid=valid, document_ids=document_ids)
+    simulated = Simulation("uses" if policy == "fixed" else policy, segment_length, replay, cold)
+    parts = list(simulate(trace, simulated))
+    hits_DE, accesses_D, rows_D = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("hits", "accesses", "rows")
+    )
+    if policy == "fixed":
+        hits_DE = hits_DE[:, most_used(hits_DE.sum(dim=0))].cumsum(dim=1)
+    return HitCounts(hits_DE, accesses_D, rows_D)
+
+
+def row_hit_rates(trace: RoutingTrace, simulation: Simulation) -> RowHitRates:
+    """Return the hit rates of each row's documents, summed: on a GPU the host never waits for it.
+
+    Args:
+        trace: N rows; several layers are one cache that they share. Only shapes are checked.
+        simulation: instead of "fixed" there is "uses", the share of a document's accesses that each expert has, from
+            which the hit rates of the fixed set follow once all data is seen.
+
+    Example:
+        >>> trace = RoutingTrace([torch.tensor([[[0], [1], [0]], [[1], [1], [1]]])], num_experts=2)
+        >>> rates = row_hit_rates(trace, Simulation("lru"))
+        >>> rates.hit_rate.sum(dim=0) / rates.documents.sum()
+        tensor([0.6667, 1.0000], dtype=torch.float64)
+    """
+    rates, documents = [], []
+    for _, ids, E, position_BT in _chunks(trace, simulation):
+        if kernels.takes(ids):
+            from consistency_reg.kernels import cache_hits
+
+            rates_BE = cache_hits.row_hit_rates(ids, E, position_BT, simulation)
+        else:
+            part = _count_hits(ids, E, position_BT, simulation, whole_rows=_whole_rows(trace))
+            rates_BE = torch.zeros(len(ids), E, dtype=torch.float64, device=ids.device)
+            rates_BE.index_add_(0, part.rows, part.hit_rate)
+        rates.append(rates_BE)
+        documents.append((position_BT == 0).sum(dim=1))
+    return RowHitRates(torch.cat(rates), torch.cat(documents))
+
+
+def simulate(trace: RoutingTrace, simulation: Simulation) -> Iterator[HitCounts]:
+    """Yield the hits of the documents, some rows at a time; several layers are one cache that they share."""
+    for rows, ids, E, position_BT in _chunks(trace, simulation):
+        part = _count_hits(ids, E, position_BT, simulation, whole_rows=_whole_rows(trace))
+        yield HitCounts(part.hits, part.accesses, part.rows + rows.start)
+
+
+def mean_hit_rate(parts: Iterable[HitCounts]) -> Tensor:
+    """Return the mean over documents [E] float64; raise ValueError where there are none."""
+    rates_PE, documents_P = zip(*((part.hit_rate.sum(dim=0), len(part.rows)) for part in parts), strict=True)
+    if sum(documents_P) == 0:
+        raise ValueError("expert_ids must hold at least one valid token, got none")
+    return torch.stack(rates_PE).sum(dim=0) / sum(documents_P)
+
+
+def most_used(usage: Tensor) -> Tensor:
+    """Return the experts by their usage [E], the lower id first on ties: what a fixed set of any size begins with.
+
+    Example:
+        >>> most_used(torch.tensor([3, 7, 3]))
+        tensor([1, 0, 2])
+    """
+    return usage.argsort(descending=True, stable=True)
+
+
+def checked_trace(
+    expert_ids: Tensor | Sequence[Tensor],
+    num_experts: int | Sequence[int],
+    valid: Tensor | None,
+    document_ids: Tensor | None,
+) -> RoutingTrace:
+    """Return one layer or several as a trace whose values are checked too."""
+    trace = RoutingTrace(_layers(expert_ids), num_experts, valid=valid, document_ids=document_ids)
+    trace.check_values()
+    return trace
+
+
+def _layers(expert_ids: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return [expert_ids] if isinstance(expert_ids, Tensor) else expert_ids
+
+
+def _chunks(trace: RoutingTrace, simulation: Simulation) -> Iterator[tuple[slice, Tensor, int, Tensor]]:
+    """Yield some rows at a time, their ids [B, T, K] and E with the layers side by side, and positions [B, T].
+
+    By access, each access is a token of its own: T*K tokens of one expert.
+    """
+    (N, T), experts = trace.shape, [layer.num_experts for layer in trace]
+    for rows in row_chunks(N, T * sum(layer.top_k for layer in trace), CHUNK_ACCESSES):
+        ids_BTK = side_by_side([layer[rows] for layer in trace.expert_ids], experts)
+        masks = [None if mask is None else mask[rows] for mask in (trace.valid, trace.document_ids)]
+        position_BT = document_positions((len(ids_BTK), T), *masks, device=ids_BTK.device)
+        if simulation.replay == "access":
+            ids_BTK, position_BT = one_by_one(ids_BTK, position_BT)
+        yield rows, ids_BTK, sum(experts), position_BT
+
+
+def one_by_one(expert_ids: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the accesses of tokens as tokens of one expert each, and their positions: [B, T*K, 1] and [B, T*K].
+
+    Example:
+        >>> one_by_one(torch.tensor([[[4, 7], [0, 0]]]), torch.tensor([[0, -1]]))
+        (tensor([[[4],
+                 [7],
+                 [0],
+                 [0]]]), tensor([[ 0,  1, -1, -1]]))
+    """
+    B, T, K = expert_ids.shape
+    position_BTK = position[:, :, None] * K + torch.arange(K, device=position.device)
+    position_BTK = position_BTK.masked_fill(position[:, :, None] < 0, -1)
+    return expert_ids.reshape(B, T * K, 1), position_BTK.view(B, T * K)
+
+
+def _whole_rows(trace: RoutingTrace) -> bool:
+    return trace.valid is None and trace.document_ids is None
+
+
+def _count_hits(ids_BTK: Tensor, E: int, position_BT: Tensor, simulation: Simulation, *, whole_rows: bool) -> HitCounts:
+    rows_D, first_D, length_D = _documents(position_BT, whole_rows=whole_rows)
+    K = ids_BTK.shape[-1]
+    if kernels.takes(ids_BTK):
+        from consistency_reg.kernels.cache_hits import document_hits
+
+        hits_DE = document_hits(ids_BTK, E, position_BT, len(rows_D), simulation)
+    elif simulation.policy == "uses":
+        document_S = torch.arange(len(rows_D), device=ids_BTK.device).repeat_interleave(length_D)
+        bin_SK = document_S[:, None] * E + ids_BTK[position_BT >= 0]
+        hits_DE = torch.bincount(bin_SK.flatten(), minlength=len(rows_D) * E).view(-1, E)
+    else:
+        hits_DE = torch.zeros(len(rows_D), E, dtype=torch.int64, device=ids_BTK.device)
+        with torch.inference_mode():  # half the cost of a small operation
+            for group in column_groups(length_D, E, K):
+                columns = Columns(ids_BTK.flatten(0, 1), E, first_D[group], length_D[group])
+                hits_DE[group] = stack_hits(simulation.priorities(columns), cold_hits=simulation.cold == "free")
+    return HitCounts(hits_DE, length_D * K, rows_D)
+
+
+def _documents(position_NT: Tensor, *, whole_rows: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Return row, first token (counted over all rows) and length of each document, in reading order: [D] each.
+
+    Waits for a GPU to learn D, unless every row is one document.
+    """
+    N, T = position_NT.shape
+    if whole_rows:
+        rows_D = torch.arange(N if T else 0, device=position_NT.device)
+        return rows_D, rows_D * T, torch.full_like(rows_D, T)
+    position_S = position_NT.flatten()
+    first_D = (position_S == 0).nonzero()[:, 0]
+    following_S = torch.cat([position_S[1:], position_S.new_full((1,), -1)])
+    last_S = (position_S >= 0) & (following_S <= 0)
+    return first_D // max(T, 1), first_D, position_S[last_S] + 1

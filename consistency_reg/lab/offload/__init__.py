@@ -1,0 +1,1 @@
+"""``consistency-reg offload``: run models whose experts are read from disk, and compare what a token takes."""

@@ -1,0 +1,91 @@
+"""Which colour and shape stands for which run, in all figures of a report."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from consistency_reg.lab.render.palette import COLOURS, NO_TERM, SHAPES
+from consistency_reg.lab.render.png import entry
+from consistency_reg.lab.report.pairs import Pair
+from consistency_reg.lab.report.runs import Run, loss_labels
+from consistency_reg.measures import COLLAPSED_BELOW
+from consistency_reg.optional import require
+
+with require("plots"):
+    from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
+
+
+@dataclass(frozen=True)
+class Looks:
+    """Colour by consistency term, shape by what runs have in common besides it; the same in all figures of a report.
+
+    Where all have the rest in common, shape too tells the terms apart.
+    """
+
+    colours: dict[str, str]
+    shapes: dict[str, str]
+    loss_of: dict[str, str]
+    setting_of: dict[str, str]
+
+    @classmethod
+    def of(cls, runs: Sequence[Run], pairs: Sequence[Pair]) -> "Looks":
+        """Looks of the runs' losses and settings, in the runs' order."""
+        loss_of = loss_labels(runs)
+        losses = list(dict.fromkeys(loss_of[run.name] for run in runs if run.loss != "none"))
+        colours = {loss: COLOURS[i % len(COLOURS)] for i, loss in enumerate(losses)}
+        setting_of = _settings(runs, pairs)
+        settings = list(dict.fromkeys(setting_of[run.cell] for run in runs))
+        by_loss = len(settings) == 1
+        shapes = {name: SHAPES[i % len(SHAPES)] for i, name in enumerate(losses if by_loss else settings)}
+        return cls({"none": NO_TERM, **colours}, {"none": "o", **shapes} if by_loss else shapes, loss_of, setting_of)
+
+    def colour(self, run: Run) -> str:
+        """Of the run's term."""
+        return self.colours[self.loss_of[run.name]]
+
+    def shape(self, run: Run) -> str:
+        """Of what it shares with other terms; of the term where all share it."""
+        return self.shapes.get(self.setting_of[run.cell]) or self.shapes[self.loss_of[run.name]]
+
+    def point(self, axes: Axes, run: Run, x: float, y: float) -> None:
+        """The run; hollow without a term, crossed out when collapsed."""
+        face = "white" if run.loss == "none" else self.colour(run)
+        style: dict[str, Any] = {
+            "color": self.colour(run),
+            "markerfacecolor": face,
+            "markersize": 8,
+            "markeredgewidth": 1.6,
+        }
+        axes.plot(x, y, self.shape(run), zorder=3, **style)
+        if run.collapsed:
+            axes.plot(x, y, "x", color="black", markersize=14, markeredgewidth=1.5, zorder=4)
+
+    def legend(self, runs: Sequence[Run], *, collapsed: bool = True) -> list[Line2D]:
+        """What colours and shapes mean."""
+        handles = []
+        shaped_by_loss = set(self.shapes) == set(self.colours)
+        for loss, colour in self.colours.items():
+            shape = self.shapes[loss] if shaped_by_loss else "_"
+            if loss != "none":
+                handles.append(entry(loss, shape, color=colour, markeredgewidth=1.6 if shaped_by_loss else 4))
+        if any(run.loss == "none" for run in runs):
+            handles.append(entry("no term", "o", color=NO_TERM, markerfacecolor="white", markeredgewidth=1.6))
+        if not shaped_by_loss:
+            handles += [entry(name, shape, color="0.35") for name, shape in self.shapes.items()]
+        if collapsed and any(run.collapsed for run in runs):
+            handles.append(entry(f"an expert below {COLLAPSED_BELOW} of its fair share", "x", color="black"))
+        return handles
+
+
+def _settings(runs: Sequence[Run], pairs: Sequence[Pair]) -> dict[str, str]:
+    """By cell what runs share besides the term: the architecture where that says it, else the baseline's cell."""
+    against = {pair.run.cell: pair.baseline.cell for pair in pairs}
+    architectures = {run.cell: run.architecture for run in runs}
+    settings = {cell: against.get(cell, cell if cell in against.values() else "") for cell in architectures}
+    named = {setting: architectures[setting] for setting in settings.values() if setting}
+    told_apart = len(set(named.values())) == len(named)
+    return {
+        cell: f"{architectures[cell]} experts/active" if told_apart or not setting else setting
+        for cell, setting in settings.items()
+    }

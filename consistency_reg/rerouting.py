@@ -1,0 +1,465 @@
+"""Routing that knows the cache: a model whose routers prefer the experts that are in fast memory."""
+
+import inspect
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from consistency_reg.capture import DEFAULT_ADAPTERS, RouterAdapter, RouterCall
+from consistency_reg.capture.finding import Router, find_routers, how_to_register, is_ids
+from consistency_reg.functional.cache_aware import CacheAwareChoice, cache_aware_choice, check_cache_aware
+from consistency_reg.hooks import OwnedHook
+from consistency_reg.masks import Masks, batch_masks, named_arguments
+from consistency_reg.routing import WEIGHTS
+from consistency_reg.running_caches import (
+    Forward,
+    RunningCaches,
+    cached_tokens,
+    keep,
+    kv_cache,
+    last_tokens,
+    running_caches,
+)
+
+REMEMBERED = 16  # forwards whose backward passes are still to come, as with a loss of several forwards
+TOP_K = ("top_k", "num_experts_per_tok", "moe_top_k")
+
+
+class CacheAwareRouting:
+    """Lets every router of a model prefer the experts that a cache of ``cache_ratio * K`` slots a layer would hold.
+
+    A context manager, or :meth:`attach` and :meth:`detach`. The model's code and weights stay as they are: what its
+    routers return is replaced. For each token, with scores z by which the router selects, experts that the LRU cache
+    of this layer and document holds get the bonus ``strength * delta``, where delta is the mean of ``max(z) - min(z)``
+    over the document so far; the K best are chosen, and weighed by the router's own rule from its unchanged scores.
+    Equations: :func:`consistency_reg.functional.cache_aware_ids`.
+
+    A forward without a KV cache is whole sequences; with one it goes on with the caches of experts that stand beside
+    that KV cache, row by row, so ``generate`` chooses as one forward of the whole text does. Beams, copies of a KV
+    cache and generations that take turns keep their caches apart.
+
+    A :class:`~consistency_reg.RouterCapture` sees what was chosen, and the scores as they were. Gradients flow through
+    the weights of the chosen experts, and activation checkpointing chooses the same again. Under ``torch.compile``
+    attach before the first compiled forward.
+
+    Args:
+        model: any module that contains routers which are supported, see docs/architectures.md.
+        cache_ratio: slots of the cache of each layer, in units of its K; rounded to whole slots.
+        strength: of the preference, 0 for none. 0.1 is usual for "prior".
+        guaranteed: so many of the router's best experts are always chosen; 0 to K.
+        method: "prior" (above), "max_rank" or "cumulative".
+        layers: regular expression; change the routers whose name matches it (``re.search``) alone.
+        adapters: kinds of routers to look for, before the built-in ones.
+        masks: ``forward's arguments by name -> (valid, document_ids)``, each [B, T] or None; reads ``attention_mask``
+            and ``document_ids`` or ``position_ids`` of the innermost model around the router when None.
+
+    Raises:
+        ValueError: a strength that is negative or not a number; fewer slots than K; ``guaranteed`` outside 0 to K; a
+            router whose choice cannot be changed or whose weights are not known; a model without routers. In a
+            forward: rows that are not those of the KV cache.
+        RuntimeError: it is attached already; in a forward, routers that were not called, a KV cache that was cut.
+
+    Example:
+        >>> class ToyTopKRouter(nn.Linear):
+        ...     def forward(self, x):
+        ...         logits = super().forward(x).flatten(0, 1)
+        ...         weights, ids = logits.softmax(-1).topk(2)
+        ...         return logits, weights / weights.sum(-1, keepdim=True), ids
+        >>> model = nn.Sequential(ToyTopKRouter(8, 6))
+        >>> with CacheAwareRouting(model, cache_ratio=2.0, strength=0.1) as routing:
+        ...     _ = model(torch.randn(3, 5, 8))
+        >>> routing.hits + routing.misses
+        30
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cache_ratio: float = 2.0,
+        strength: float = 0.1,
+        guaranteed: int = 1,
+        method: str = "prior",
+        layers: str | None = None,
+        adapters: Sequence[RouterAdapter] = (),
+        masks: Callable[[Mapping[str, Any]], Masks] | None = None,
+    ) -> None:
+        self.model = model
+        self.guaranteed = guaranteed
+        self.method = method
+        self.masks = masks
+        self.given_masks: Masks | None = None  # of the next forwards, for callers that know them better
+        self.active = True
+        self._routers = find_routers(model, (*adapters, *DEFAULT_ADAPTERS), layers)
+        for router in self._routers.values():
+            _check_changeable(router)
+        self._cache_ratio, self._strength = 1.0, 0.0
+        self.cache_ratio = cache_ratio
+        self.strength = strength
+        self._stacks = {name: _stack_of(model, name) for name in self._routers}
+        self._handles: list[RemovableHandle] = []
+        self._forwards: list[tuple[nn.Module, Forward]] = []  # open ones, the innermost last
+        self._shapes: dict[str, tuple[int, int]] = {}
+        self._calls: dict[str, RouterCall] = {}  # of routers whose experts are given what was chosen elsewhere
+        self.reset()
+
+    @property
+    def strength(self) -> float:
+        """The strength from the next forward on."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, strength: float) -> None:
+        if not isinstance(strength, Real) or not (math.isfinite(strength) and strength >= 0):
+            raise ValueError(f"strength must be a finite number of at least 0, got {strength!r}")
+        self._check(self.cache_ratio, float(strength))
+        self._strength = float(strength)
+
+    @property
+    def cache_ratio(self) -> float:
+        """Slots of each layer's cache in units of its K, from the next forward on."""
+        return self._cache_ratio
+
+    @cache_ratio.setter
+    def cache_ratio(self, cache_ratio: float) -> None:
+        if not isinstance(cache_ratio, Real) or not 1 <= cache_ratio < math.inf:
+            raise ValueError(
+                "cache_ratio must be a number of at least 1, so that a cache has a slot for each of the K experts of a "
+                f"token, got {cache_ratio!r}"
+            )
+        self._check(float(cache_ratio), 0.0)
+        self._cache_ratio = float(cache_ratio)
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The routers' names in the model, in its order."""
+        return tuple(self._routers)
+
+    @property
+    def layer_hits(self) -> dict[str, int]:
+        """The uses of experts that were in the cache of their layer, by the router's name, since the last reset."""
+        return {name: int(self._counts[name][0]) if name in self._counts else 0 for name in self._routers}
+
+    @property
+    def layer_misses(self) -> dict[str, int]:
+        """The uses of experts that were not, the first ones of a document included, by the router's name."""
+        return {name: int(self._counts[name][1]) if name in self._counts else 0 for name in self._routers}
+
+    @property
+    def hits(self) -> int:
+        """The sum of :attr:`layer_hits`."""
+        return sum(self.layer_hits.values())
+
+    @property
+    def misses(self) -> int:
+        """The sum of :attr:`layer_misses`."""
+        return sum(self.layer_misses.values())
+
+    def reset(self) -> None:
+        """Set the counts to zero and empty all caches: a KV cache that is gone on with begins with empty ones."""
+        self._counts: dict[str, Tensor] = {}
+        self._owner = object()
+        self._remembered: dict[str, deque[tuple[Tensor, Tensor]]] = {
+            name: deque(maxlen=REMEMBERED) for name in self._routers
+        }
+
+    def attach(self) -> "CacheAwareRouting":
+        """Change the routing from the next forward on.
+
+        Raises:
+            RuntimeError: a routing is attached to one of these routers already.
+        """
+        for router in self._routers.values():
+            for hook in router.module._forward_hooks.values():
+                if isinstance(hook, OwnedHook) and isinstance(hook.owner, CacheAwareRouting):
+                    raise RuntimeError(f"a CacheAwareRouting is attached to {router} already: detach() it first")
+        self._forwards.clear()
+        listen = self._handles.append
+        for stack in {id(stack): stack for stack in self._stacks.values()}.values():
+            listen(stack.register_forward_pre_hook(OwnedHook(self, "_begin"), with_kwargs=True, prepend=True))
+            listen(stack.register_forward_hook(OwnedHook(self, "_end"), always_call=True, prepend=True))
+        for name, router in self._routers.items():
+            block = self.model.get_submodule(router.block_name)
+            listen(block.register_forward_pre_hook(OwnedHook(self, "_see_block", name), with_kwargs=True))
+            hook = OwnedHook(self, "_reroute", name)  # before those who listen to the router
+            listen(router.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
+            if router.experts is not None:
+                hook = OwnedHook(self, "_reroute_experts", name)
+                listen(router.experts.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
+        return self
+
+    def detach(self) -> None:
+        """Leave the model as it was; without effect when not attached. The counts stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._forwards.clear()
+        self._calls.clear()
+
+    def __enter__(self) -> "CacheAwareRouting":
+        return self.attach()
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    def _check(self, cache_ratio: float, strength: float) -> None:
+        for name, router in self._routers.items():
+            if (top_k := _top_k(self.model, router)) is not None:
+                self._check_layer(name, top_k, top_k + 1, cache_ratio, strength)
+
+    def _check_layer(self, name: str, top_k: int, num_experts: int, cache_ratio: float, strength: float) -> None:
+        try:
+            slots = _slots(cache_ratio, top_k)
+            check_cache_aware(num_experts, top_k, slots, strength, self.guaranteed, self.method)
+        except ValueError as error:
+            raise ValueError(f"{self._routers[name]}: {error}") from None
+
+    # --- forwards of a stack ---
+
+    @torch.compiler.disable
+    def _begin(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = named_arguments(stack, args, kwargs)
+        shape, cache = _batch_shape(given), kv_cache(given)
+        running = None if cache is None else running_caches(cache, self._owner, shape and shape[0])
+        before = 0 if cache is None else cached_tokens(cache)
+        masks = self._read_masks(given, shape, cache is not None, before)
+        running = running or RunningCaches(self._owner)
+        forward = Forward(shape, masks, running, cache, remembers=torch.is_grad_enabled())
+        self._forwards.append((stack, forward))
+
+    @torch.compiler.disable
+    def _end(self, stack: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        open_ones = [index for index, (module, _) in enumerate(self._forwards) if module is stack]
+        if not open_ones:
+            return
+        _, forward = self._forwards[open_ones[-1]]
+        del self._forwards[open_ones[-1] :]
+        if output is None or not self.active:
+            return  # an error ended it
+        expected = [name for name, module in self._stacks.items() if module is stack]
+        if expected and not forward.heard:
+            raise RuntimeError(
+                f"none of the routers {expected} was called in a forward of the {type(stack).__name__}, so their "
+                "choice is as it was: a fused or replaced MoE block by-passes them, or the model was compiled before "
+                "CacheAwareRouting was attached. Routers that need not run are left out with layers=..."
+            )
+        cache = forward.cache if forward.cache is not None else _cache_returned(output)
+        if cache is not None:
+            keep(cache, forward.running)
+
+    def _read_masks(
+        self, given: dict[str, Any], shape: tuple[int, int] | None, has_cache: bool, before: int | None
+    ) -> Masks:
+        if self.given_masks is not None:
+            return self.given_masks
+        if self.masks is not None:
+            return self.masks(given)
+        if shape is None:
+            return None, None
+        mask = given.pop("attention_mask", None)
+        if isinstance(mask, Mapping):  # one for each kind of attention
+            mask = mask.get("full_attention", next(iter(mask.values()), None))
+        valid = last_tokens(mask, shape[1], shape[1] if before is None else before)
+        if has_cache:  # each row is one document, which goes on
+            return valid, None
+        _, document_ids = batch_masks(given)
+        return valid, document_ids if document_ids is None or document_ids.shape == shape else None
+
+    # --- calls of a router ---
+
+    def _see_block(self, name: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(hidden, Tensor) and hidden.dim() == 3:
+            self._shapes[name] = (hidden.shape[0], hidden.shape[1])
+
+    @torch.compiler.disable
+    def _reroute(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self.active:
+            return None
+        router = self._routers[name]
+        logits, own_ids = router.adapter.read(module, output)
+        block = self.model.get_submodule(router.block_name)
+        function = router.adapter.read_score_function(module)
+        given = (*args, *kwargs.values())
+        call = RouterCall(module, block, given, output, logits.reshape(-1, logits.shape[-1]), function)
+        if own_ids is None:  # the experts are given them
+            self._calls[name] = call
+            return None
+        own_ids = own_ids.reshape(-1, own_ids.shape[-1]).long()
+        chosen = self._choose(name, call, own_ids, lambda: router.adapter.own_weights(call, own_ids))
+        if chosen is None:
+            return None
+        assert router.adapter.weights is not None
+        return router.adapter.reroute(call, chosen, router.adapter.weights(call, chosen))
+
+    @torch.compiler.disable
+    def _reroute_experts(self, name: str, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Change what experts are given beside their hidden states: one tensor of ids, and one of weights."""
+        if (call := self._calls.pop(name, None)) is None:
+            return None
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        (own_ids,) = (value for value in given if is_ids(value))
+        (own_weights,) = (value for value in given if value.is_floating_point() and value.shape == own_ids.shape)
+        chosen = self._choose(name, call, own_ids.reshape(-1, own_ids.shape[-1]).long(), lambda: own_weights)
+        if chosen is None:
+            return None
+        weigh = self._routers[name].adapter.weights
+        assert weigh is not None
+        weights = weigh(call, chosen).to(own_weights.dtype)
+
+        def exchanged(value: Any) -> Any:
+            if value is own_ids:
+                return chosen.view(own_ids.shape).to(own_ids.dtype)
+            return weights.view(own_weights.shape) if value is own_weights else value
+
+        return tuple(map(exchanged, args)), {key: exchanged(value) for key, value in kwargs.items()}
+
+    def _choose(self, name: str, call: RouterCall, own_ids: Tensor, own_weights: Callable[[], Tensor]) -> Tensor | None:
+        """Return the chosen experts [N, K] of a call, or None where they are the router's own."""
+        forward = next((open_one for stack, open_one in self._forwards[::-1] if stack is self._stacks[name]), None)
+        if forward is not None:
+            forward.heard.add(name)
+        if forward is None or torch._C._current_graph_task_id() != -1:  # within a backward pass
+            return self._chosen_before(name, own_ids)
+        if name not in self._counts:
+            self._check_first(name, call, own_ids, own_weights)
+        choice = self._choice(name, call, own_ids, forward)
+        forward.running.states[name] = choice.state
+        self._count(name, choice, forward.masks[0])
+        chosen = choice.expert_ids.reshape(own_ids.shape)
+        if forward.remembers:
+            self._remembered[name].append((own_ids, chosen))
+        return chosen if self.strength else None
+
+    @torch.no_grad()
+    def _choice(self, name: str, call: RouterCall, own_ids: Tensor, forward: Forward) -> CacheAwareChoice:
+        router = self._routers[name]
+        shape = self._shape(name, len(own_ids), forward)
+        scores = router.adapter.read_scores(call.router, call.logits, own_ids, call.args[1:])
+        top_k, num_experts = own_ids.shape[-1], scores.shape[-1]
+        masks = forward.masks if shape == forward.shape else (None, None)
+        probabilities = None
+        if self.method == "cumulative":
+            weights = WEIGHTS[call.score_function](call.logits.float())
+            probabilities = (weights / weights.sum(dim=-1, keepdim=True)).view(*shape, -1)
+        return cache_aware_choice(
+            scores.view(*shape, -1),
+            top_k,
+            _slots(self.cache_ratio, top_k),
+            self.strength if num_experts > top_k else 0.0,
+            self.guaranteed,
+            *masks,
+            method=self.method,
+            probabilities=probabilities,
+            own_ids=own_ids.view(*shape, -1),
+            state=forward.running.states.get(name),
+        )
+
+    def _shape(self, name: str, tokens: int, forward: Forward) -> tuple[int, int]:
+        """Return the (B, T) of a call on so many tokens."""
+        for shape in (forward.shape, self._shapes.get(name)):
+            if shape is not None and shape[0] * shape[1] == tokens:
+                return shape
+        raise RuntimeError(
+            f"{self._routers[name]} ran on {tokens} tokens, which are not those of the batch "
+            f"({forward.shape or 'of unknown shape'}): the rows of its caches cannot be told"
+        )
+
+    @torch.no_grad()
+    def _check_first(self, name: str, call: RouterCall, own_ids: Tensor, own_weights: Callable[[], Tensor]) -> None:
+        """Refuse a router whose weights are not what its adapter says, before they are changed."""
+        router = self._routers[name]
+        self._check_layer(name, own_ids.shape[-1], call.logits.shape[-1] + 1, self.cache_ratio, self.strength)
+        assert router.adapter.weights is not None
+        own = own_weights()
+        tolerance = 1e-3 if own.dtype in (torch.float32, torch.float64) else 3e-2
+        weights = router.adapter.weights(call, own_ids).float()
+        own = own.reshape(weights.shape).float()
+        if not torch.allclose(weights, own, rtol=tolerance, atol=tolerance * 1e-2):
+            raise ValueError(
+                f"{router} does not weigh its experts as its adapter says (they differ by up to "
+                f"{(weights - own).abs().max():.3g}): the weights of other experts would be wrong."
+                f"{how_to_register(type(call.router).__name__)}"
+            )
+
+    def _chosen_before(self, name: str, own_ids: Tensor) -> Tensor | None:
+        """Return what was chosen when a checkpointed layer ran first: that of the forward with the same own choice."""
+        found = [pair for pair in self._remembered[name] if pair[0].shape == own_ids.shape]
+        if not found:
+            raise RuntimeError(
+                f"{self._routers[name]} ran outside of a forward of the {type(self._stacks[name]).__name__} around it: "
+                "the rows of its caches cannot be told"
+            )
+        if not self.strength:
+            return None
+        if len(found) > 1:
+            found.sort(key=lambda pair: int((pair[0] == own_ids).sum()))
+        return found[-1][1]
+
+    @torch.no_grad()
+    def _count(self, name: str, choice: CacheAwareChoice, valid: Tensor | None) -> None:
+        valid = None if valid is None or valid.shape != choice.hits.shape[:2] else valid
+        hits = choice.hits if valid is None else choice.hits & valid[:, :, None]
+        uses = choice.hits.numel() if valid is None else valid.sum() * choice.hits.shape[-1]
+        hit = hits.sum()
+        counted = torch.stack([hit, uses - hit])
+        self._counts[name] = counted if name not in self._counts else self._counts[name] + counted
+
+
+def _slots(cache_ratio: float, top_k: int) -> int:
+    return round(cache_ratio * top_k)
+
+
+def _check_changeable(router: Router) -> None:
+    if router.adapter.fixed:
+        raise ValueError(
+            f"{router} cannot be made to know the cache: {router.adapter.fixed}. Leave it out with layers=..."
+        )
+    if router.adapter.weights is None:
+        raise ValueError(
+            f"{router} cannot be made to know the cache: how it weighs the experts that it has chosen is not known. "
+            "Its RouterAdapter must have weights=..., such as Weighing()."
+            f"{how_to_register(type(router.module).__name__)}"
+        )
+
+
+def _top_k(model: nn.Module, router: Router) -> int | None:
+    """Return K of a router before it has run, None where it does not say."""
+    if isinstance(router.adapter.top_k, int):
+        return router.adapter.top_k
+    names = (router.adapter.top_k,) if isinstance(router.adapter.top_k, str) else TOP_K
+    for owner in (router.module, model.get_submodule(router.block_name)):
+        for name in names:
+            if isinstance(value := getattr(owner, name, None), int):
+                return value
+    return None
+
+
+def _stack_of(model: nn.Module, router_name: str) -> nn.Module:
+    """Return the innermost module around a router that is called with the tokens of a batch: where its masks are."""
+    names = router_name.split(".")
+    for depth in range(len(names) - 1, 0, -1):
+        module = model.get_submodule(".".join(names[:depth]))
+        if {"input_ids", "inputs_embeds"} & inspect.signature(module.forward).parameters.keys():
+            return module
+    return model
+
+
+def _batch_shape(given: Mapping[str, Any]) -> tuple[int, int] | None:
+    for name in ("input_ids", "inputs_embeds"):
+        if isinstance(value := given.get(name), Tensor) and value.dim() >= 2:
+            return value.shape[0], value.shape[1]
+    first = next((value for value in given.values() if isinstance(value, Tensor)), None)
+    return None if first is None or first.dim() < 2 else (first.shape[0], first.shape[1])
+
+
+def _cache_returned(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        return kv_cache(output)
+    values = output if isinstance(output, tuple) else ()
+    return next((value for value in values if hasattr(value, "get_seq_length")), None)

@@ -1,0 +1,139 @@
+"""The price of cache-aware routing, on a tiny model and on a run of `consistency-reg fit`."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+from architectures import draw_routers
+from small_run import small_run
+
+from consistency_reg import CacheAwareRouting, RouterCapture
+from consistency_reg.lab import train as fit
+from consistency_reg.lab.evaluate import deployed
+from consistency_reg.lab.evaluate.deployed import append_rows, price, price_run
+from consistency_reg.lab.model import small_moe
+from consistency_reg.lab.module import next_token_losses
+
+VOCABULARY, ROWS, TOKENS = 64, 3, 24
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = small_moe(VOCABULARY, 32, 2, 2, 16, num_experts=8, top_k=2, context_length=TOKENS).eval()
+    draw_routers(RouterCapture(model))
+    return model
+
+
+@pytest.fixture(scope="module")
+def batches():
+    """Two domains; the rows of the second hold two documents each."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(VOCABULARY, (2, ROWS, TOKENS), generator=generator)
+    begins = torch.zeros(ROWS, TOKENS, dtype=torch.int64)
+    positions = torch.cat([torch.arange(10), torch.arange(TOKENS - 10)]).expand(ROWS, -1)
+    labels = ids[1].clone()
+    labels[:, 10] = -100
+    first = {"input_ids": ids[0], "labels": ids[0], "document_ids": begins}
+    second = {"input_ids": ids[1], "labels": labels, "document_ids": begins, "position_ids": positions}
+    second["document_ids"] = (torch.arange(TOKENS) >= 10).long().expand(ROWS, -1)
+    first["position_ids"] = torch.arange(TOKENS).expand(ROWS, -1)
+    return {"one": [first], "two": [second]}
+
+
+def test_strength_0_is_the_model_as_it_is(model, batches):
+    (row,) = price(model, batches, strengths=[0])
+    with torch.no_grad():
+        losses = [
+            next_token_losses(
+                model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits, batch["labels"]
+            )
+            for of_domain in batches.values()
+            for batch in of_domain
+        ]
+    assert row["perplexity"] == pytest.approx(float(torch.cat(losses).mean().exp()), rel=1e-5)
+    assert row["agreement"] == 1
+    assert (row["strength"], row["cache_ratio"], row["slots"], row["method"]) == (0, 2, 4, "prior")
+
+
+def test_rows_are_by_cache_ratio_and_strength_and_misses_fall(model, batches):
+    rows = list(price(model, batches, strengths=[0, 0.2, 1.0], cache_ratios=[1, 2]))
+    assert [(row["cache_ratio"], row["strength"]) for row in rows] == [
+        (ratio, s) for ratio in (1, 2) for s in (0, 0.2, 1)
+    ]
+    for same_ratio in (rows[:3], rows[3:]):
+        misses = [row["misses"] for row in same_ratio]
+        assert misses == sorted(misses, reverse=True)
+        assert misses[0] > misses[2]
+        agreement = [row["agreement"] for row in same_ratio]
+        assert agreement == sorted(agreement, reverse=True)
+    for row in rows:
+        assert row["misses_with_first_uses"] >= row["misses"]
+        assert row["perplexity"] == pytest.approx(math.exp(row["cross_entropy"]))
+        one_expert = 3 * 32 * 16 * 4  # SwiGLU's three matrices in fp32
+        assert row["bytes_per_token"] == pytest.approx(row["misses_with_first_uses"] * 2 * 2 * one_expert)
+
+
+def test_a_row_in_one_forward_is_what_generation_sees_token_by_token(model, batches):
+    batch = {name: value[:1] for name, value in batches["one"][0].items()}
+    (row,) = price(model, {"one": [batch]}, strengths=[0.3])
+    nats, cache = [], None
+    with CacheAwareRouting(model, 2, 0.3) as routing, torch.no_grad():
+        for t in range(TOKENS - 1):
+            output = model(batch["input_ids"][:, t : t + 1], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            nats.append(torch.nn.functional.cross_entropy(output.logits[:, -1], batch["input_ids"][:, t + 1]))
+        model(batch["input_ids"][:, -1:], past_key_values=cache)
+    assert row["cross_entropy"] == pytest.approx(float(torch.stack(nats).mean()), rel=1e-5)
+    assert row["misses_with_first_uses"] == routing.misses / (routing.hits + routing.misses)
+
+
+@pytest.mark.parametrize("settings", [{"strengths": [0, -1]}, {"cache_ratios": [0.5]}, {"guaranteed": 3}])
+def test_bad_settings_are_refused_before_the_first_forward(settings, model, batches, monkeypatch):
+    monkeypatch.setattr(model, "forward", None)
+    with pytest.raises(ValueError, match=r"must (be|lie)"):
+        next(price(model, batches, **settings))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run, and where it keeps its text."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONSISTENCY_REG_CACHE", str(folder / "cache"))
+        assert fit.main(small_run(folder / "run")) == 0
+        yield folder / "run"
+
+
+def test_a_finished_run_is_priced_on_its_own_validation_text(run, tmp_path, capsys):
+    path = tmp_path / "deployed.csv"
+    argv = [str(run), "--cache-aware", "0", "0.5", "--cache-ratios", "1", "2", "--csv", str(path)]
+    assert deployed.main(argv) == 0
+    assert deployed.main([str(run), "--cache-aware", "0", "--domains", "math", "--csv", str(path)]) == 0
+    rows = list(csv.DictReader(path.open()))
+    assert [row["strength"] for row in rows] == ["0.0", "0.5", "0.0", "0.5", "0.0"]
+    logged = json.loads((run / "result.json").read_text())["metrics"]
+    as_it_is = rows[2]
+    assert float(as_it_is["perplexity"]) == pytest.approx(logged["val/ppl"], rel=1e-5)
+    assert 1 - float(as_it_is["misses"]) == pytest.approx(logged["val/cache/lru_2k"], rel=1e-5)
+    assert float(as_it_is["balance/cv"]) == pytest.approx(logged["val/balance/cv"], rel=1e-5)
+    assert float(rows[-1]["perplexity"]) == pytest.approx(logged["val/ppl/math"], rel=1e-5)
+    assert (as_it_is["run"], as_it_is["seed"], as_it_is["loss"]) == ("run", "0", "LocalConsistency")
+    assert as_it_is["command"].endswith("--csv " + str(path))
+    assert json.loads(as_it_is["versions"])["torch"]
+    assert "run, strength 0, slots 8, perplexity" in capsys.readouterr().out
+
+
+def test_a_folder_without_a_finished_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must hold a finished run, with a result\.json"):
+        next(price_run(tmp_path))
+
+
+def test_rows_of_other_columns_are_refused(tmp_path):
+    path = tmp_path / "rows.csv"
+    append_rows(path, [{"a": 1}], "command")
+    append_rows(path, [{"a": 2}], "command")
+    with pytest.raises(ValueError, match="holds rows of other columns"):
+        append_rows(path, [{"b": 1}], "command")
+    assert [row["a"] for row in csv.DictReader(path.open())] == ["1", "2"]
