@@ -1,36 +1,11 @@
 """What ``consistency-reg fit`` does differently when a recipe begins with a checkpoint."""
 
 import hashlib
-from collections.abc import Sequence
 from typing import Any
 
 from consistency_reg.lab.pretrained import checkpoint_config, checkpoint_place, has_tokenizer, pretrained_moe
 
 CLASS_PATH = f"{pretrained_moe.__module__}.{pretrained_moe.__name__}"
-CONFIG_FILES = (".yaml", ".yml", ".json")  # what LightningCLI's own --model takes, or a mapping
-
-
-def checkpoint_arguments(argv: Sequence[str]) -> list[str]:
-    """``--model PATH_OR_ID`` as the key that it stands for, behind the recipes that say what the key means.
-
-    Example:
-        >>> checkpoint_arguments(["--model", "allenai/OLMoE-1B-7B-0924", "--config", "recipes/finetune.yaml"])
-        ['--config', 'recipes/finetune.yaml', '--model.model.path=allenai/OLMoE-1B-7B-0924']
-    """
-    kept, moved = list[str](), list[str]()
-    waiting = list(argv)
-    while waiting:
-        argument = waiting.pop(0)
-        name, equals, value = argument.partition("=")
-        if name != "--model" or not (equals or waiting):
-            kept.append(argument)
-            continue
-        value = value if equals else waiting.pop(0)
-        if value.startswith("{") or value.endswith(CONFIG_FILES):
-            kept.append(f"--model={value}")
-        else:
-            moved.append(f"--model.model.path={value}")
-    return kept + moved
 
 
 def is_fine_tuning(config: Any) -> bool:

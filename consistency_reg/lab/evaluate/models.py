@@ -23,8 +23,6 @@ with require("transformers"):
 
     import consistency_reg.lab.model  # noqa: F401  makes its models known to the Auto classes
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 
 @dataclass(frozen=True)
 class Candidate:
