@@ -14,8 +14,9 @@ from consistency_reg.lab.evaluate.records import to_csv
 from consistency_reg.lab.evaluate.tables import tables
 from consistency_reg.lab.evaluate.traces import Recording
 from consistency_reg.lab.render.measures_page import measures_table
+from consistency_reg.lab.report.pairs import Pair
 from consistency_reg.lab.report.runs import run_from_result
-from consistency_reg.lab.report.tables import overview_table, run_tables
+from consistency_reg.lab.report.tables import overview_table, pair_table, run_tables
 from consistency_reg.lab.workspace import workspace
 from consistency_reg.metrics import RoutingBalance
 from consistency_reg.reading import AS_PAIR, LAYER, MODEL, Measure
@@ -33,7 +34,7 @@ TWIN = Measure(
     name="balance_twin",
     attribute="sd",
     over_layers="mean",
-    shown={"runs": ({},), "overview": ({},), "card": ({},)},
+    shown={"runs": ({},), "overview": ({},), "pairs": ({},), "card": ({},)},
 )
 
 
@@ -78,6 +79,9 @@ def test_a_report_has_it_over_cells_and_of_each_run():
     assert dict(zip(overview.header, overview.rows[0], strict=True))["the twin"] == "0.12"
     (of_runs,) = (table for table in run_tables([run]) if "the twin" in table.header)
     assert dict(zip(of_runs.header, of_runs.rows[0], strict=True))["the twin"] == "0.123"
+    baseline = run_from_result(result("none", metrics={"val/balance/twin": 0.1}))
+    of_pair = pair_table([Pair(run, baseline)])
+    assert dict(zip(of_pair.header, of_pair.rows[0], strict=True))["the twin"] == "+23.0%"
 
 
 def test_card_workspace_and_docs_have_it():

@@ -36,6 +36,7 @@ TRAINER_DEFAULTS = {  # Lightning's, of the other keys; None besides
 }
 OF_VALIDATION = ("limit_val_batches", "overfit_batches", "fast_dev_run")
 ONLY_WATCH = ("Bar", "Monitor", "Summary", "Checkpoint")  # how callbacks that change nothing are named
+ADDED_LATER = {"trust_remote_code": False}  # options of a model
 STRENGTHS = ("weight", "target", "budget")  # how strong a term is, not what it is
 
 
@@ -122,11 +123,22 @@ def pair_digest(config: Mapping[str, Any]) -> str:
     for section, keys in PAIRED_SETTINGS.items():
         value = config.get(section)
         paired[section] = {key: value.get(key) for key in keys} if keys and isinstance(value, dict) else value
+    paired["model"] = _without_later_options(paired["model"])
     if more := _more_of_trainer(config):  # recipes that set none of it keep the digest of committed rows
         paired["trainer"] |= more
     if (anchor := config.get("anchor") or {}).get("weight"):
         paired["anchor"] = anchor
     return hashlib.sha256(json.dumps(_with_first_paths(paired), sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _without_later_options(model: Any) -> Any:
+    """Leave out options that were added after rows had been committed, where they say what was always done."""
+    built: Any = model.get("model") if isinstance(model, Mapping) else None
+    given = built.get("init_args") if isinstance(built, Mapping) else None
+    if not isinstance(given, Mapping):
+        return model
+    kept = {key: value for key, value in given.items() if key not in ADDED_LATER or value != ADDED_LATER[key]}
+    return {**model, "model": {**built, "init_args": kept}}
 
 
 def _with_first_paths(value: Any) -> Any:

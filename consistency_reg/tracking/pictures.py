@@ -1,4 +1,4 @@
-"""Pictures and tables of a validation: fixed texts, the cache curve, the table of experts, the table of domains."""
+"""Make the pictures and tables of a validation: fixed texts, the cache curve, experts, domains."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,7 +23,7 @@ STAGE = "val"
 
 
 class RoutingPictures:
-    """Keeps the routing of a few texts of a validation and draws it: the same texts every time.
+    """Keep the routing of a few texts of a validation and draw it: the same texts every time.
 
     Args:
         samples: how many texts, the first row of as many domains.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from consistency_reg import CacheAwareRouting
 from consistency_reg.functional.cache_hits import cache_hit_counts
-from consistency_reg.lab.evaluate.models import model_folder
+from consistency_reg.lab.checkpoint import model_folder
 from consistency_reg.lab.offload.decoding import READ_AT_ONCE, Pass, read_text, sampler, write_text
 from consistency_reg.lab.offload.measure import Measured
 from consistency_reg.offload import OffloadedExperts

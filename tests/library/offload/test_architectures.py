@@ -9,7 +9,7 @@ from consistency_reg import OffloadedExperts
 
 pytestmark = pytest.mark.slow
 
-# Which transformers 5.23 does not compute by its ExpertsInterface; and one that stores two modules' experts as one list.
+# Not computed by the ExpertsInterface of transformers 5.23; the last one stores two modules' experts as one list.
 NOT_OFFLOADED = {
     *("dbrx", "doge", "jetmoe", "llama4", "llama4_text", "longcat_flash", "nllb-moe", "switch_transformers"),
     "ernie4_5_vl_moe",
