@@ -23,7 +23,7 @@ def parser() -> CommandParser:
         epilog=EXAMPLE,
     )
     command.add_argument(
-        "models", nargs="*", type=labelled, metavar="[NAME=]MODEL", help="folder, finished run, or hub id of a model"
+        "models", nargs="*", type=labelled, metavar="[NAME=]MODEL", help="folder, finished run, PEFT adapter, or hub id"
     )
     command.add_argument("--trace", action="append", type=Path, default=[], metavar="FILE", help="saved routing")
     command.add_argument("--save-trace", type=Path, metavar="FILE", help="keep the routing of the MODEL")
@@ -34,7 +34,7 @@ def parser() -> CommandParser:
     )
     command.add_argument("--data-config", metavar="NAME", help="configuration of the data set")
     command.add_argument("--split", default="train", metavar="NAME", help="such as test or train[:1%%]; default: train")
-    command.add_argument("--text-column", default="text", metavar="NAME", help="of the data set; default: text")
+    command.add_argument("--text-column", default="text", metavar="NAME", help="text, or chats; default: text")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="which documents are drawn; default: 0")
     command.add_argument("--max-tokens", type=int, default=131_072, metavar="N", help="of all domains; default: 131072")
     command.add_argument(

@@ -86,6 +86,9 @@ def place(tmp_path_factory):
     with open(folder / "words.jsonl", "w") as file:
         for length in (90, 40, 3, 70, 25, 60, 33, 80):
             print(json.dumps({"text": " ".join(chosen.choices(WORDS, k=length)), "other": 1}), file=file)
+    (folder / "numbers.jsonl").write_text('{"a": 1, "b": 2}\n')
+    (folder / "latin.txt").write_bytes("w3\ncaf\xe9".encode("latin-1"))
+    (folder / "latin.jsonl").write_bytes('{"text": "caf\xe9"}\n{"text": "w3"}\n'.encode("latin-1"))
     (folder / "empty.jsonl").write_text('{"text": ""}\n{"text": "  "}\n')
     return folder
 
@@ -501,6 +504,24 @@ def test_models_can_be_given_names(place, tmp_path):
     assert [model["model"] for model in found["models"]] == ["before", "after"]
 
 
+def test_chats_are_read_through_the_tokenizers_template(place, tmp_path):
+    chats = [[{"role": "user", "content": "w3 w4 w5"}, {"role": "assistant", "content": "w6 w7"}] for _ in range(9)]
+    with open(tmp_path / "chats.jsonl", "w") as file:
+        for chat in chats:
+            print(json.dumps({"messages": chat, "source": "x"}), file=file)
+    shutil.copytree(place / "olmoe", tmp_path / "chatty")
+    options = ["--data", str(tmp_path / "chats.jsonl"), "--segment-lengths", "2", "--out", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="the tokenizer of chatty has no chat template, which chats need"):
+        main([str(tmp_path / "chatty"), *options])
+    with_template = tokenizer()
+    with_template.chat_template = "{% for m in messages %}w9 {{ m.content }} {% endfor %}</s>"
+    with_template.save_pretrained(tmp_path / "chatty")
+    trace = tmp_path / "trace"
+    assert main([str(tmp_path / "chatty"), *options, "--text-column", "messages", "--save-trace", str(trace)]) == 0
+    expected = with_template("w9 w3 w4 w5 w9 w6 w7 </s>", add_special_tokens=False)["input_ids"]
+    assert load_trace(trace).token_ids.tolist() == [expected] * 9
+
+
 def test_documents_are_drawn_from_the_whole_text_by_a_seed(place, tmp_path):
     with open(tmp_path / "sorted.jsonl", "w") as file:
         for word in [*["w3"] * 30, *["w9"] * 30]:  # the head of the file is of one kind
@@ -602,7 +623,10 @@ def model_and(*arguments):
         (lambda folder, place: [str(folder)], "must hold a model"),
         (lambda folder, place: [], "needs a MODEL or a --trace FILE"),
         (model_and("--data", "{place}/empty.jsonl"), "at least one document of two tokens, got none in empty"),
-        (model_and("--data", "{place}/words.jsonl", "--text-column", "other"), "text_column .* got 'other'"),
+        (model_and("--data", "{place}/words.jsonl", "--text-column", "other"), r"one of \['text'\], got 'other'"),
+        (model_and("--data", "{place}/numbers.jsonl"), r"strings or chats, of which there is none among \['a', 'b'\]"),
+        (model_and("--data", "{place}/latin.txt"), r"latin\.txt, line 2 is not UTF-8 \(byte 0xe9\)"),
+        (model_and("--data", "{place}/latin.jsonl"), r"latin\.jsonl, line 1 is not UTF-8 \(byte 0xe9\)"),
         (model_and("--data", "{place}/words.jsonl"), "name each domain once, got 'words' again"),
         (model_and("--domains", "cooking"), "domains must be among .* got 'cooking'"),
         (model_and("--sequence-length", "1000"), "must be at most 128, the context of olmoe, got 1000"),
