@@ -1,4 +1,4 @@
-"""What ``consistency-reg fit`` does differently when a recipe begins with a checkpoint."""
+"""Let ``consistency-reg fit`` begin with a checkpoint: the data follow it, and it is measured before the first step."""
 
 import hashlib
 from typing import Any
@@ -9,7 +9,7 @@ CLASS_PATH = f"{pretrained_moe.__module__}.{pretrained_moe.__name__}"
 
 
 def is_fine_tuning(config: Any) -> bool:
-    """Whether a recipe begins with a checkpoint."""
+    """Return whether a recipe begins with a checkpoint."""
     return config.model.model.class_path == CLASS_PATH
 
 
@@ -24,7 +24,7 @@ def follow_checkpoint(config: Any) -> None:
     """
     arguments, data = config.model.model.init_args, config.data
     arguments.path = path = str(arguments.path).replace("{seed}", str(config.seed_everything))
-    model = checkpoint_config(path).get_text_config()
+    model = checkpoint_config(path, arguments.get("trust_remote_code", False)).get_text_config()
     context = getattr(model, "max_position_embeddings", None)
     if context is not None and data.sequence_length > context:
         raise ValueError(
@@ -40,14 +40,17 @@ def follow_checkpoint(config: Any) -> None:
 
 
 def vocabulary_digest(tokenizer: Any) -> str:
-    """Equal for tokenizers with the same vocabulary, wherever they lie."""
+    """Return digits that are equal for tokenizers with the same vocabulary, wherever they lie."""
     pairs = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(repr(pairs).encode()).hexdigest()[:16]
 
 
 def measure_before(trainer: Any, module: Any, data: Any) -> dict[str, Any]:
-    """What result.json says of the checkpoint: ``before``, its measures on the text that the fine-tuned model is
-    measured on, and ``trainable_parameters``, how many of its parameters are to learn."""
+    """Return what ``result.json`` says of the checkpoint.
+
+    That is ``before``, its measures on the text that the fine-tuned model is measured on, and ``trainable_parameters``,
+    how many of its parameters are to learn.
+    """
     trainer.validate(module, datamodule=data, verbose=False)
     measured = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

@@ -26,7 +26,7 @@ def parser() -> CommandParser:
     command.add_argument("--slots", type=int, metavar="N", help="of every layer")
     command.add_argument("--cache-ratio", type=float, metavar="RHO", help="slots / K of every layer; default: 2")
     command.add_argument(
-        "--spread", default="equal", metavar="NAME", help="equal or shared by all layers; default: equal"
+        "--spread", default="equal", metavar="NAME", help="equal, auto (by measured hits) or shared; default: equal"
     )
     command.add_argument("--policy", default="lru", metavar="NAME", help="lru or lfu; default: lru")
     command.add_argument(

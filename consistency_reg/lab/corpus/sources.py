@@ -98,6 +98,8 @@ class DataSource:
             files = f" of {self.data_files}" if self.data_files else ""
             raise ValueError(f"no documents could be read from {self.path!r}{files}: is it empty? ({error})") from error
         column, kind = self._column(data)
+        if kind == CHAT and (mistake := self._mistake()):  # a message without content is read as one of nothing
+            raise ValueError(mistake)
         if empty := data.data.column(column).null_count:
             where = f"{self.path!r}{f' of {self.data_files}' if self.data_files else ''}"
             warnings.warn(f"{empty} of the {len(data)} rows of {where} have no {column!r}: left out", stacklevel=3)
@@ -132,9 +134,12 @@ class DataSource:
         if self.path != "json" or self.data_files is None:
             return None
         files = [self.data_files] if isinstance(self.data_files, str) else self.data_files
-        if self.text_column == CHAT:
-            return first_mistake(files, CHAT, _is_chat, 'a list of {"role", "content"}')
-        return first_mistake(files, self.text_column, lambda value: isinstance(value, str), "a string")
+        mistake = None
+        if self.text_column != CHAT:
+            mistake = first_mistake(files, self.text_column, lambda value: isinstance(value, str), "a string")
+        if mistake is None and self.text_column in (TEXT, CHAT):
+            mistake = first_mistake(files, CHAT, _is_chat, 'a list of {"role", "content"}')
+        return mistake
 
 
 def local_source(path: str, **options: Any) -> DataSource:
@@ -183,7 +188,8 @@ def _kind(feature: Any) -> str | None:
 
 def _is_chat(value: Any) -> bool:
     return isinstance(value, list) and all(
-        isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value
+        isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        for message in value
     )
 
 

@@ -99,8 +99,19 @@ def train_tokenizer(
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
-    """Somebody's tokenizer, from the hub or a folder; ValueError if it is not of the `tokenizers` library."""
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    """Return somebody's tokenizer, from the hub or a folder.
+
+    Raises:
+        ValueError: it is not of the `tokenizers` library, or runs code of its own.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"tokenizer {name_or_path!r} runs code of its own, which is not run here: name another, data.tokenizer"
+        ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"tokenizer must be one of the `tokenizers` library, got {type(tokenizer).__name__}")
     return tokenizer
@@ -118,6 +129,7 @@ def tokenize(
         ValueError: ``name``, which becomes part of a folder's name, may not be one; chats without a template.
         OSError: the cache cannot be written.
     """
+    check_name("a domain", name)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     adds_start = start is not None and not text.is_chat  # a template begins a chat as it wants to
     template = check_template(name, tokenizer) if text.is_chat else None
@@ -147,7 +159,7 @@ def tokenize(
     pipeline = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     encoding = cache_key(pipeline=pipeline, start=start, template=template, version=tokenizers.__version__)
     key = cache_key(text=text.key, tokenizer=encoding, code=Path(__file__).read_text())
-    folder = cached(cache_root(cache_dir) / "tokens" / f"{check_name('a domain', name)}-{key}", build)
+    folder = cached(cache_root(cache_dir) / "tokens" / f"{name}-{key}", build)
     about = json.loads((folder / "text.json").read_text())
     train, validation = (_read(folder, split, dtype, **about[split]) for split in ("train", "validation"))
     return TokenizedText(train, validation, about["sha256"])

@@ -5,17 +5,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from consistency_reg.lab.checkpoint import ADAPTER_CONFIG
 from consistency_reg.optional import require
 
 with require("transformers"):
     from transformers import PreTrainedModel
 
-CONFIG, BASE = "adapter_config.json", "base_model_name_or_path"
-
-
-def is_adapter(folder: Path) -> bool:
-    """Return whether a folder holds an adapter alone, without the model that it belongs to."""
-    return (folder / CONFIG).exists() and not (folder / "config.json").exists()
+BASE = "base_model_name_or_path"  # in the configuration
 
 
 def adapter_base(folder: Path) -> str:
@@ -25,14 +21,16 @@ def adapter_base(folder: Path) -> str:
         ValueError: the adapter names none.
         FileNotFoundError: it names a folder that is not there.
     """
-    base = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get(BASE)
+    base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get(BASE)
     if not base:
-        raise ValueError(f"{folder} is a PEFT adapter that names no base: write it into {CONFIG}, {BASE}")
+        raise ValueError(f"{folder} is a PEFT adapter that names no base: write it into {ADAPTER_CONFIG}, {BASE}")
     near = folder / base
     if not Path(base).exists() and near.is_dir():
         return str(near)
     if not Path(base).is_dir() and (base.startswith((".", "/", "~")) or base.count("/") > 1):
-        raise FileNotFoundError(f"{folder} is a PEFT adapter of {base}, which is not there: correct {BASE} in {CONFIG}")
+        raise FileNotFoundError(
+            f"{folder} is a PEFT adapter of {base}, which is not there: correct {BASE} in {ADAPTER_CONFIG}"
+        )
     return str(base)
 
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from tokenizers import Tokenizer, models
 
-from consistency_reg.lab.evaluate.models import load, model_folder
+from consistency_reg.lab.checkpoint import model_folder
+from consistency_reg.lab.evaluate.models import load
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 23)[None]
