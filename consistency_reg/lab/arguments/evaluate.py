@@ -6,6 +6,7 @@ from consistency_reg.lab.corpus.names import DOMAIN_NAMES
 from consistency_reg.lab.usage import CommandParser
 
 SEQUENCE_LENGTH = 512
+METHODS = ("prior", "max_rank", "cumulative")  # of functional.cache_aware, not imported: it loads torch
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXAMPLE = """\
 examples:
@@ -53,6 +54,10 @@ def parser() -> CommandParser:
     command.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     command.add_argument("--segment-lengths", nargs="+", type=integers, metavar="M", help="default: 4,16,64")
     command.add_argument("--cache-ratios", nargs="+", type=numbers, metavar="RHO", help="slots / K; default: 1,2,3,4")
+    command.add_argument(
+        "--cache-aware", nargs="+", type=numbers, metavar="S", help="strengths of cache-aware routing to price: 0.1,0.2"
+    )
+    command.add_argument("--method", choices=METHODS, default="prior", help="of cache-aware routing; default: prior")
     command.add_argument(
         "--no-shared-cache",
         dest="shared_cache",

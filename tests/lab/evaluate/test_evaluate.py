@@ -497,6 +497,27 @@ def test_perplexity_is_told_of_causal_models_alone(place, capsys):
     assert "Perplexity" in capsys.readouterr().out
 
 
+def test_cache_aware_routing_is_priced_on_the_same_text(place, capsys):
+    found = evaluate(place, "--cache-aware", "0.5,0", "2", "--cache-ratios", "1,2", "--max-tokens", "300")
+    rows = found["cache_aware"]
+    assert [(row["cache_ratio"], row["strength"]) for row in rows] == [(r, s) for r in (1, 2) for s in (0, 0.5, 2)]
+    (model,) = found["models"]
+    for row in rows[::3]:
+        assert row["perplexity"] == pytest.approx(model["perplexity"]["all"], rel=1e-5)
+        assert (row["agreement"], row["perplexity_change"], row["misses_change"]) == (1, 0, 0)
+    assert [1 - row["misses"] for row in rows[::3]] == pytest.approx(
+        [at["hit_rate"] for at in model["caches"]["lru"]["at_ratio"].values()], rel=1e-5
+    )
+    assert rows[2]["misses"] < rows[0]["misses"]
+    assert rows[2]["misses_change"] == pytest.approx(rows[2]["misses"] / rows[0]["misses"] - 1)
+    written = rows_of(place / "out" / "cache_aware.csv")
+    assert [float(row["perplexity"]) for row in written] == [row["perplexity"] for row in rows]
+    assert (place / "out" / "cache_aware.png").read_bytes().startswith(PNG)
+    printed = capsys.readouterr().out
+    assert "Cache-aware routing (prior)" in printed
+    assert f"olmoe, {K} slots: +0.5% perplexity buys " in printed
+
+
 def test_models_can_be_given_names(place, tmp_path):
     options = ["--data", str(place / "words.jsonl"), "--segment-lengths", "4", "--out", str(tmp_path / "out")]
     assert main([f"before={place / 'olmoe'}", f"after={place / 'olmoe'}", *options, "--device", "cpu"]) == 0
@@ -634,6 +655,8 @@ def model_and(*arguments):
         (model_and("--segment-lengths", "0"), "segment_lengths? must be"),
         (model_and("--cache-ratios", "0"), "--cache-ratios must be positive"),
         (model_and("--cache-ratios", "1,nan"), "--cache-ratios must be positive"),
+        (model_and("--cache-aware", "-1"), "--cache-aware must be strengths of 0 or more"),
+        (model_and("{place}/switch", "--cache-aware", "0.1"), "needs a causal model with its head.*: switch is none"),
         (model_and("--max-tokens", "1"), "--max-tokens must be at least 2, got 1"),
         (model_and("--batch-size", "0"), "--batch-size must be at least 1, got 0"),
         (model_and("{place}/switch", "--save-trace", "x"), "--save-trace keeps the routing of one MODEL, got 2"),
