@@ -12,7 +12,7 @@ from consistency_reg import moved
 
 if TYPE_CHECKING:
     from consistency_reg import functional
-    from consistency_reg.callbacks import ConsistencyRegularizer, RoutingMonitor
+    from consistency_reg.callbacks import CacheAwareTraining, ConsistencyRegularizer, RoutingMonitor
     from consistency_reg.capture import RouterAdapter, RouterCapture
     from consistency_reg.integrations import attach  # type: ignore[no-redef]
     from consistency_reg.losses import (
@@ -38,6 +38,7 @@ moved.install()
 
 _ON_FIRST_USE = {
     "CacheAwareRouting": "consistency_reg.rerouting",
+    "CacheAwareTraining": "consistency_reg.callbacks",
     "CacheConsistencyLoss": "consistency_reg.losses",
     "CacheHitRate": "consistency_reg.metrics",
     "ConsistencyRegularizer": "consistency_reg.callbacks",
@@ -60,6 +61,7 @@ _MODULES = ("callbacks", "capture", "functional", "integrations", "losses", "met
 
 __all__ = [
     "CacheAwareRouting",
+    "CacheAwareTraining",
     "CacheConsistencyLoss",
     "CacheHitRate",
     "ConsistencyRegularizer",

@@ -387,5 +387,5 @@ def parse(name: str) -> Reading | None:
     return None
 
 
-_STAGES = (f"{VALIDATION}/before", f"best/{VALIDATION}", VALIDATION, TRAINING)
+_STAGES = (f"{VALIDATION}/before", f"{VALIDATION}/deployed", f"best/{VALIDATION}", VALIDATION, TRAINING)
 _LAYER = re.compile(r"layer_(\d+)")

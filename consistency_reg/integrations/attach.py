@@ -18,6 +18,7 @@ from consistency_reg.integrations.carry import carry
 from consistency_reg.integrations.model_loss import Factors, add_to_loss
 from consistency_reg.losses import RoutingLoss
 from consistency_reg.masks import Masks, batch_masks, named_arguments
+from consistency_reg.routing import RoutingTrace
 from consistency_reg.term import Term, check_loss, check_weight, warn_of_frozen
 
 Scale = Callable[[Tensor], Tensor]
@@ -212,9 +213,9 @@ class Attachment:
         self._capture.clear()
         term = Term.of(self.loss, trace, self.weight)
         self.term = term.detach()
-        return self._join(output, term, given)
+        return self._join(output, term, trace, given)
 
-    def _join(self, output: Any, term: Term, given: Mapping[str, Any]) -> Any:
+    def _join(self, output: Any, term: Term, trace: RoutingTrace, given: Mapping[str, Any]) -> Any:
         """Return the output of a forward, with the term beside what is trained of it."""
         kind = type(self._model).__name__
         if self._scale is None:

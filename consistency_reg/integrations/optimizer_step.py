@@ -1,11 +1,12 @@
 """A term whose gradient over an optimizer step is the mean of the step's micro-batches, whatever their losses are."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from consistency_reg.integrations.attach import Attachment
+from consistency_reg.routing import RoutingTrace
 from consistency_reg.term import Term
 
 
@@ -19,11 +20,13 @@ class StepTerm(Attachment):
     Attributes:
         name: of the term, in the log and in checkpoints.
         base_name: the name without the number that tells it from others.
+        watch: is given the weighted term and its trace in each forward, if any.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, scale=self._scale_of_backward, **options)
         self.name = self.base_name = ""
+        self.watch: Callable[[Tensor, RoutingTrace], None] | None = None
         self._micro_batches, self._seen = 1, 0
         self._scaler: Any = None
         self._forget()
@@ -80,9 +83,11 @@ class StepTerm(Attachment):
                 "the wrong number: set gradient_accumulation_steps=1, or give a dataloader whose len() is right"
             )
 
-    def _join(self, output: Any, term: Term, given: Mapping[str, Any]) -> Any:
+    def _join(self, output: Any, term: Term, trace: RoutingTrace, given: Mapping[str, Any]) -> Any:
         self._terms.append(term.detach())
-        return super()._join(output, term, given)
+        if self.watch is not None and term.weight:
+            self.watch(term.weighted, trace)
+        return super()._join(output, term, trace, given)
 
     def _scale_of_backward(self, one: Tensor) -> Tensor:
         self._backwards.append(len(self._terms))

@@ -1,6 +1,5 @@
 """The consistency term in transformers' Trainer and in TRL's trainers: scheduled, normalized, logged."""
 
-import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from torch import Tensor
 from consistency_reg.capture import RouterAdapter
 from consistency_reg.integrations.attach import attachments
 from consistency_reg.integrations.optimizer_step import StepTerm
+from consistency_reg.integrations.trainer_state import checkpoint_of, micro_batches
 from consistency_reg.losses import RouterAnchorLoss, RoutingLoss
 from consistency_reg.masks import Masks
 from consistency_reg.optional import require
@@ -133,7 +133,7 @@ class ConsistencyCallback(TrainerCallback):
         self._attachment.during = state
         self._attachment.attach()
         if state.global_step and self.loss.state_dict():
-            self._load(_checkpoint(args, state) / STATE_FILE, self._attachment.name)
+            self._load(checkpoint_of(args, state) / STATE_FILE, self._attachment.name)
 
     def on_step_begin(
         self,
@@ -147,7 +147,7 @@ class ConsistencyCallback(TrainerCallback):
         """Set the weight of this optimizer step, and by what its gradients are scaled."""
         assert self._attachment is not None
         self._attachment.weight = self.schedule.at(state.global_step)
-        self._attachment.begin(_micro_batches(args, state, train_dataloader), getattr(optimizer, "scaler", None))
+        self._attachment.begin(micro_batches(args, state, train_dataloader), getattr(optimizer, "scaler", None))
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
         """Check and keep what a micro-batch had."""
@@ -187,7 +187,7 @@ class ConsistencyCallback(TrainerCallback):
     ) -> None:
         """Keep the state of every term in the checkpoint, if it has one."""
         terms = [term for term in attachments(model) if isinstance(term, StepTerm)]
-        folder = _checkpoint(args, state)
+        folder = checkpoint_of(args, state)
         if not terms or terms[0] is not self._attachment or not args.should_save or not folder.exists():
             return  # the first callback writes for all
         if states := {term.name: of_loss for term in terms if (of_loss := term.loss.state_dict())}:
@@ -218,18 +218,3 @@ class ConsistencyCallback(TrainerCallback):
             self._attachment.detach()
         self._attachment = None
         self._seen = {}
-
-
-def _micro_batches(args: TrainingArguments, state: TrainerState, dataloader: Any) -> int:
-    """Of the present optimizer step: the last one of an epoch may have fewer."""
-    accumulated = args.gradient_accumulation_steps
-    try:
-        batches = len(dataloader)
-    except TypeError:  # a stream
-        return accumulated
-    is_last = (state.global_step + 1) % max(math.ceil(batches / accumulated), 1) == 0
-    return (batches % accumulated or accumulated) if is_last else accumulated
-
-
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir or ".", f"checkpoint-{state.global_step}")

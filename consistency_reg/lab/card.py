@@ -50,7 +50,7 @@ A model for experiments, not for use.
 Perplexity compares only between models of one tokenizer and text. High SRP with low local gain, or a smallest usage
 near 0, is a collapsed router, not a consistent one.
 
-## How it was made
+{_deployment(result)}## How it was made
 
 ```
 {result["command"]}
@@ -97,6 +97,8 @@ def _origin(result: Mapping[str, Any]) -> str:
     weight = term["weight"]
     loss = ((term.get("loss") or {}).get("class_path") or "LocalConsistencyLoss").rpartition(".")[2]
     how = f"with {loss} at weight {weight:g}" if weight else "without a consistency term"
+    if strength := (result["config"].get("routing") or {}).get("strength"):
+        how += f", and cache-aware routing of strength {strength:g} in its forward pass"
     size = f"{sizes['total']:,} parameters, {sizes['active']:,} of them active"
     seen = f"{result['tokens']:,} tokens in {result['steps']:,} steps"
     base = _base(result)
@@ -136,6 +138,34 @@ def _measured(result: Mapping[str, Any]) -> str:
         for reading in _shown(result)
     ]
     return markdown(Table("", header, rows)).strip()
+
+
+def _deployment(result: Mapping[str, Any]) -> str:
+    """Return the section about deployment, its cost and what it saves; empty for a model that is deployed as it is."""
+    settings, metrics = result.get("deployment"), result["metrics"]
+    if not settings:
+        return ""
+    arguments = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    deployed = {reading: metrics.get(reading.within(f"{VALIDATION}/deployed").name) for reading in _shown(result)}
+    rows = [
+        [reading.label, _number(metrics[reading.name]), _number(value)]
+        for reading, value in deployed.items()
+        if value is not None
+    ]
+    return f"""## How to deploy it
+
+Its routers are to prefer the experts that are in the cache, as `config.json` says under `cache_aware_routing`:
+
+```python
+from consistency_reg import CacheAwareRouting
+
+with CacheAwareRouting.from_config(model):  # CacheAwareRouting(model, {arguments})
+    model.generate(...)
+```
+
+{markdown(Table("", ["of the validation", "as it is", "deployed so"], rows)).strip()}
+
+"""
 
 
 def _number(value: float | None) -> str:

@@ -36,12 +36,16 @@ TRAINER_DEFAULTS = {  # Lightning's, of the other keys; None besides
 }
 OF_VALIDATION = ("limit_val_batches", "overfit_batches", "fast_dev_run")
 ONLY_WATCH = ("Bar", "Monitor", "Summary", "Checkpoint")  # how callbacks that change nothing are named
+IN_THE_LOOP = "CacheAware"  # the name of cache-aware routing in training, where it is alone
+ROUTING = ("strength", "start_step", "ramp_steps", "cache_ratio", "guaranteed", "method")
 ADDED_LATER = {"trust_remote_code": False}  # options of a model
 STRENGTHS = ("weight", "target", "budget")  # how strong a term is, not what it is
 
 
 def consistency_term(config: Mapping[str, Any]) -> tuple[str, float]:
     """Name and weight of a recipe's consistency term; "none" where nothing of it reaches the loss.
+
+    Cache-aware routing in training counts as one, of its strength, where it is alone.
 
     Example:
         >>> consistency_term({"consistency": {"loss": {"class_path": "a.ReMoELoss"}, "weight": 0.1}})
@@ -50,7 +54,8 @@ def consistency_term(config: Mapping[str, Any]) -> tuple[str, float]:
     section = config.get("consistency") or {}
     weight = float(section.get("weight") or 0.0)
     if not any(section.get(strength) for strength in STRENGTHS):
-        return "none", 0.0
+        strength = _routing(config).get("strength", 0.0)
+        return (IN_THE_LOOP, float(strength)) if strength else ("none", 0.0)
     loss = section.get("loss") or {}
     name = loss.get("class_path", "LocalConsistencyLoss").rpartition(".")[2]
     if name == "make_loss":
@@ -69,7 +74,14 @@ def term_options(config: Mapping[str, Any]) -> dict[str, Any]:
     section = dict(config.get("consistency") or {})
     loss = section.pop("loss", None) or {}
     options = {**section, **(loss.get("init_args") or {})}
+    options |= {f"routing.{key}": value for key, value in _routing(config).items()}
     return {key: value for key, value in sorted(options.items()) if key not in STRENGTHS and value not in (None, [])}
+
+
+def _routing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The cache-aware routing in training; empty where there is none. How it is deployed is no part of it."""
+    section = config.get("routing") or {}
+    return {key: section[key] for key in ROUTING if key in section} if section.get("strength") else {}
 
 
 def architecture(config: Mapping[str, Any]) -> str:

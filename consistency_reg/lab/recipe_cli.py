@@ -17,7 +17,13 @@ with require("lightning"):
     from lightning.pytorch import Trainer
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from consistency_reg.callbacks import ConsistencyRegularizer, ExpertAgreement, RouterAnchor, RoutingMonitor
+from consistency_reg.callbacks import (
+    CacheAwareTraining,
+    ConsistencyRegularizer,
+    ExpertAgreement,
+    RouterAnchor,
+    RoutingMonitor,
+)
 from consistency_reg.callbacks.progress import TrainingBar
 from consistency_reg.lab.arguments.fit import recipe_words
 from consistency_reg.lab.checkpoint_files import WholeCheckpoints, let_save, refuse_damaged
@@ -37,13 +43,14 @@ A_KEY_OF = {  # each section of a recipe
     "trainer": "max_steps",
     "consistency": "weight",
     "anchor": "weight",
+    "routing": "strength",
     "monitor": "segment_lengths",
 }
 
 
 class RecipeCLI(LightningCLI):
     """Reads a recipe: ``model``, ``data``, ``trainer``, ``consistency`` (the regularizer), ``anchor`` (to earlier
-    routers), ``monitor``, ``run_dir``.
+    routers), ``routing`` (that knows the cache), ``monitor``, ``run_dir``.
 
     The seed decides initial weights and data order, so that runs with one seed are pairs. Nothing is written here, and
     a finished run is not built.
@@ -64,12 +71,14 @@ class RecipeCLI(LightningCLI):
         """Add the callbacks as keys of their own, and values that follow from others."""
         parser.add_lightning_class_args(ConsistencyRegularizer, "consistency")
         parser.add_lightning_class_args(RouterAnchor, "anchor")
+        parser.add_lightning_class_args(CacheAwareTraining, "routing")
         parser.add_lightning_class_args(RoutingMonitor, "monitor")
         parser.add_argument("--run_dir", type=str, default="runs/run", help="folder of the run")
         parser.add_argument("--wandb_project", type=str, default="consistency-reg", help="empty for no wandb")
         parser.add_argument("--checkpoint_every", type=int, default=50, help="optimizer steps between two checkpoints")
         parser.add_argument("--keep_checkpoints", type=int, default=0, help="how many of them stay next to the last")
         parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments("seed_everything", "routing.seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse as LightningCLI does, with errors that say what to do."""
@@ -105,6 +114,13 @@ class RecipeCLI(LightningCLI):
         self.compare_with_folder()
         if not self.is_finished:
             self.check_folder()
+
+    @property
+    def deployment(self) -> dict[str, Any]:
+        """The routing that the model is to be deployed with, as arguments of CacheAwareRouting; empty for none."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        routing = next(one for one in callbacks if isinstance(one, CacheAwareTraining))
+        return routing.deployed.settings() if routing.deployed.strength else {}
 
     def compare_with_folder(self) -> None:
         """Find out whether the folder holds this run; nothing is written.
@@ -196,9 +212,7 @@ class CheckOnly(RecipeCLI):
     def instantiate_classes(self) -> None:
         """Build all but the trainer."""
         with torch.device("meta"):
-            self.parser.instantiate_classes(
-                {key: self.config[key] for key in ("model", "data", "consistency", "anchor", "monitor")}
-            )
+            self.parser.instantiate_classes({key: self.config[key] for key in A_KEY_OF if key != "trainer"})
 
 
 def check_config(argv: Sequence[str]) -> None:

@@ -124,10 +124,12 @@ def _train(cli: RecipeCLI, last: Path) -> None:
 
 def _publish(cli: RecipeCLI, argv: Sequence[str], origin: dict[str, Any], before: dict[str, Any]) -> None:
     """Write the model with its card, and last the result, which says that the run is finished."""
-    folder = cli.folder
+    folder, deployment = cli.folder, cli.deployment
+    if deployment:
+        cli.model.model.config.cache_aware_routing = deployment
     with whole_folder(folder.model) as draft:
         save_plain(cli.model.model, draft)  # merges low-rank updates, which count as parameters until then
-        result = origin | _result(cli, argv) | before
+        result = origin | _result(cli, argv) | before | ({"deployment": deployment} if deployment else {})
         cli.datamodule.tokenizer.save_pretrained(draft)
         card = write_card(result, draft).name
     log_result(cli.trainer, result, result["name"], [folder.model / card, folder.config])

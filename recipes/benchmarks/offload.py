@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from consistency_reg import CacheAwareRouting, OffloadedExperts
+from consistency_reg.lab.checkpoint import model_folder
 from consistency_reg.lab.corpus.text import load_domain
-from consistency_reg.lab.evaluate.models import model_folder
 from consistency_reg.lab.offload.decoding import READ_AT_ONCE, read_text
 from consistency_reg.lab.offload.measure import Measured
 from consistency_reg.offload.calibration import calibrate

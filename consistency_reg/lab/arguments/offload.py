@@ -26,12 +26,10 @@ def parser() -> CommandParser:
     command.add_argument("--slots", type=int, metavar="N", help="of every layer")
     command.add_argument("--cache-ratio", type=float, metavar="RHO", help="slots / K of every layer; default: 2")
     command.add_argument(
-        "--spread", default="equal", metavar="NAME", help="equal or shared by all layers; default: equal"
+        "--spread", default="equal", metavar="NAME", help="equal, auto (by measured hits) or shared; default: equal"
     )
     command.add_argument("--policy", default="lru", metavar="NAME", help="lru or lfu; default: lru")
-    command.add_argument(
-        "--cache-aware", type=strengths, default=[0.0], metavar="S", help="bias to slots, such as 0,0.1"
-    )
+    command.add_argument("--cache-aware", type=strengths, metavar="S", help="bias to slots, such as 0,0.1; as trained")
     command.add_argument("--store", default="disk", metavar="NAME", help="disk or host memory; default: disk")
     command.add_argument("--reads", default="direct", metavar="NAME", help="direct or buffered; default: direct")
     command.add_argument("--read-bandwidth", metavar="SIZE", help="of a slower disk, such as 500MB a second")
