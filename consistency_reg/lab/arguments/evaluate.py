@@ -82,15 +82,15 @@ def labelled(text: str) -> tuple[str, str]:
 
 
 def integers(text: str) -> list[int]:
-    """Integers between commas."""
+    """Return the integers between commas."""
     return [int(value) for value in text.split(",") if value]
 
 
 def numbers(text: str) -> list[float]:
-    """Numbers between commas."""
+    """Return the numbers between commas."""
     return [float(value) for value in text.split(",") if value]
 
 
 def names(text: str) -> list[str]:
-    """Names between commas."""
+    """Return the names between commas."""
     return [value for value in text.split(",") if value]

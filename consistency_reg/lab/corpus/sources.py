@@ -107,7 +107,7 @@ class DataSource:
         return data if column == kind else data.rename_column(column, kind)
 
     def _column(self, data: datasets.Dataset) -> tuple[str, str]:
-        """The column of the documents, and whether it holds text or chats."""
+        """Return the column of the documents, and whether it holds text or chats."""
         kinds = {name: kind for name, feature in data.features.items() if (kind := _kind(feature)) is not None}
         if self.text_column in kinds:
             return self.text_column, kinds[self.text_column]
@@ -130,7 +130,7 @@ class DataSource:
         return [file for file in found if FORMATS.get(file.suffix) in TEXT_FORMATS]
 
     def _mistake(self) -> str | None:
-        """The first malformed line, where the source is files of JSON lines."""
+        """Return the first malformed line, where the source is files of JSON lines."""
         if self.path != "json" or self.data_files is None:
             return None
         files = [self.data_files] if isinstance(self.data_files, str) else self.data_files
@@ -179,7 +179,7 @@ def read_text(folder: Path) -> Text:
 
 
 def _kind(feature: Any) -> str | None:
-    """Whether a column holds text or chats; None for neither."""
+    """Return whether a column holds text or chats; None for neither."""
     if str(getattr(feature, "dtype", "")).endswith("string"):
         return TEXT
     inner = getattr(feature, "feature", None)
