@@ -347,4 +347,4 @@ def _preferences(
         is_promoted = before < strength
     E = z.shape[-1]
     base = -rank.to(z.dtype)
-    return base, base + E * is_promoted
+    return base, base + E * (is_promoted & z.isfinite())  # what the router ruled out stays out

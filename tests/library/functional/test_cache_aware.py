@@ -151,6 +151,16 @@ def test_experts_ruled_out_by_minus_infinity_stay_out():
     assert torch.equal(cache_aware_ids(scores, 2, 3, 0.4), allowed)
 
 
+@pytest.mark.parametrize(("method", "strength"), [("prior", 5.0), ("max_rank", 6), ("cumulative", 1.0)])
+def test_a_cached_expert_that_a_token_rules_out_stays_out(method, strength):
+    """Routers limit each token to its best groups of experts: those of the token before may be out."""
+    scores = torch.randn(1, 30, 6, generator=torch.Generator().manual_seed(3))
+    scores[:, ::2, 3:] = -torch.inf
+    scores[:, 1::2, :3] = -torch.inf
+    ids = cache_aware_ids(scores, 2, 4, strength, method=method)
+    assert scores.gather(-1, ids).isfinite().all()
+
+
 def test_a_strong_prior_saves_misses_and_the_guaranteed_are_always_chosen():
     scores = torch.randn(4, 100, 16, generator=torch.Generator().manual_seed(4))
     misses = [int((~cache_aware_choice(scores, 4, 8, strength).hits).sum()) for strength in (0.0, 0.1, 0.3, 1.0)]
