@@ -77,7 +77,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError(f"--tokens must be at least 1, got {options.tokens}")
     if not options.temperature >= 0:
         raise ValueError(f"--temperature must be 0 or more, got {options.temperature}")
-    if any(not strength >= 0 for strength in options.cache_aware):
+    if any(not strength >= 0 for strength in options.cache_aware or ()):
         raise ValueError(f"--cache-aware must be 0 or more, got {options.cache_aware}")
     check_writable("--out", options.out)
     return options

@@ -48,7 +48,7 @@ def measure(place: str, prompts: Sequence[str], options: argparse.Namespace, con
     offloaded = OffloadedExperts(path, spread=options.spread, curves=curves, **budget)
     with offloaded as model:
         _check_context(model, encoded, options, place)
-        for strength in options.cache_aware:
+        for strength in options.cache_aware or [_trained_strength(model)]:
             name = _name(path, place) + (f" + bias {strength:g}" if strength else "")
             with ExitStack() as stack:
                 if strength:
@@ -57,6 +57,12 @@ def measure(place: str, prompts: Sequence[str], options: argparse.Namespace, con
                 passes = list(_run(offloaded, encoded, tokenizer, name, options, console))
             texts = ["" if options.read else str(tokenizer.decode(one.ids)) for one in passes]
             yield Measured(name, _about(offloaded, place, strength, options), passes, texts, calibration)
+
+
+def _trained_strength(model: Any) -> float:
+    """Return the strength of the bias that a model was trained to be deployed with, 0 for none."""
+    deployment = getattr(model.config, "cache_aware_routing", None) or {}
+    return float(deployment.get("strength", 0.0))
 
 
 def _curves(

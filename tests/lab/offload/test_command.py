@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,17 @@ def test_with_the_bias_there_are_fewer_misses_and_the_slots_are_those_that_it_se
     assert biased["model"] == "baseline + bias 2"
     assert biased["numbers"]["misses_per_token"] < 0.8 * without["numbers"]["misses_per_token"]
     assert biased["numbers"]["perplexity"] != without["numbers"]["perplexity"]
+
+
+def test_a_model_that_was_trained_with_the_bias_has_it(folders, prompt, tmp_path):
+    trained = tmp_path / "trained"
+    shutil.copytree(folders[0], trained)
+    config = json.loads((trained / "config.json").read_text())
+    deployment = {"strength": 0.2, "cache_ratio": 2.0, "guaranteed": 1, "method": "prior"}
+    (trained / "config.json").write_text(json.dumps(config | {"cache_aware_routing": deployment}))
+    command = ["offload", str(trained), "--prompt", str(prompt), "--tokens", "3", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert json.loads((tmp_path / "out" / "offload.json").read_text())["models"][0]["model"] == "trained + bias 0.2"
 
 
 def test_slots_go_to_the_layers_where_hits_are(folders, prompt, tmp_path):
