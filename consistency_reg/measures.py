@@ -348,6 +348,11 @@ def of_metric(metric: str) -> tuple[Measure, ...]:
     return tuple(measure for measure in MEASURES if measure.metric == metric)
 
 
+def of_panel(panel: str) -> tuple[Measure, ...]:
+    """Return the measures that stand in a panel of trackers, such as "Balance"."""
+    return tuple(measure for measure in MEASURES if measure.panel == panel)
+
+
 def shown_in(place: str, panel: str | None = None) -> Iterator[Reading]:
     """What is shown at a place ("overview", "runs", "pairs", "card"), in the table's order; of one panel, or of all.
 
@@ -382,5 +387,5 @@ def parse(name: str) -> Reading | None:
     return None
 
 
-_STAGES = (f"{VALIDATION}/before", f"best/{VALIDATION}", VALIDATION, TRAINING)
+_STAGES = (f"{VALIDATION}/before", f"{VALIDATION}/deployed", f"best/{VALIDATION}", VALIDATION, TRAINING)
 _LAYER = re.compile(r"layer_(\d+)")

@@ -231,8 +231,52 @@ class Reading:
         return replace(self, stage=stage, layer=layer, domain=domain)
 
     def show(self, value: float, finer: int = 0) -> str:
-        """The value as text: see :meth:`Measure.show`."""
+        """Return the value as text: see :meth:`Measure.show`."""
         return self.measure.show(value, finer)
+
+    def compare(self, value: float, baseline: float) -> float:
+        """Return how a run stands next to its baseline, as the table says; where there is a complement, by 1 - value.
+
+        Args:
+            value: of the run; NaN where it was not measured.
+            baseline: of its baseline.
+
+        Returns:
+            A relative change, a difference, a multiple, or the value itself; NaN for a ratio to 0.
+
+        Example:
+            >>> from consistency_reg.measures import HIT_RATE, SRP
+            >>> round(HIT_RATE.at(share=0.25).compare(0.8, 0.6), 3), round(SRP.at(16).compare(0.6, 0.5), 3)
+            (-0.5, 0.1)
+        """
+        if self.complement:
+            value, baseline = 1 - value, 1 - baseline
+        how = self.measure.compared
+        if how == DIFFERENCE:
+            return value - baseline
+        if how == ITSELF:
+            return value
+        ratio = value / baseline if baseline else math.nan
+        return ratio - 1 if how == RELATIVE else ratio
+
+    def show_compared(self, compared: float) -> str:
+        """Return what :meth:`compare` gave as text; "" for NaN.
+
+        Example:
+            >>> from consistency_reg.measures import GLOBAL_CV, PERPLEXITY, SRP
+            >>> PERPLEXITY.at().show_compared(0.004), SRP.at(16).show_compared(0.1), GLOBAL_CV.at().show_compared(1.25)
+            ('+0.4%', '+10.0', '1.25x')
+        """
+        if math.isnan(compared):
+            return ""
+        measure = self.measure
+        if measure.compared == RELATIVE:
+            return f"{100 * compared:+.1f}%"
+        if measure.compared == MULTIPLE:
+            return f"{compared:.2f}x"
+        if measure.compared == ITSELF:
+            return measure.show(compared)
+        return f"{100 * compared:+.1f}" if measure.unit == SHARE else f"{compared:+.{measure.digits}f}"
 
     def _filled(self, label: str) -> str:
         return label.format(**{part: PART_LABELS[part](text) for part, text in self.parts})

@@ -1,4 +1,4 @@
-"""What the callbacks read from a batch and a trainer."""
+"""Read tokens and domains from a batch and a trainer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,9 @@ with require("lightning"):
 
 
 def token_ids(batch: Any) -> Tensor | None:
-    """The [B, T] token ids of a batch: under ``input_ids`` of a mapping, first in a sequence, or the batch itself.
+    """Return the [B, T] token ids of a batch; None where it has none.
+
+    They are under ``input_ids`` of a mapping, first in a sequence, or the batch itself.
 
     Example:
         >>> import torch
@@ -28,7 +30,7 @@ def token_ids(batch: Any) -> Tensor | None:
 
 
 def count_tokens(batch: Any, valid: Tensor | None) -> Tensor | int:
-    """Real tokens of a batch, on its device so that no host waits; 0 where they cannot be told."""
+    """Return the number of real tokens of a batch, on its device so that no host waits; 0 where it cannot be told."""
     if valid is not None:
         return valid.sum()
     ids = token_ids(batch)
@@ -36,7 +38,7 @@ def count_tokens(batch: Any, valid: Tensor | None) -> Tensor | int:
 
 
 def domain_names(trainer: Trainer) -> list[str]:
-    """The names of the validation loaders: the data module's ``domains`` if it has one for each, else their numbers."""
+    """Return a name for each validation loader: the data module's ``domains`` if they are as many, else numbers."""
     loaders = len(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
     names = getattr(getattr(trainer, "datamodule", None), "domains", None) or []
     return list(names) if len(names) == loaders else [str(index) for index in range(loaders)]

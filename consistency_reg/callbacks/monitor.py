@@ -1,4 +1,4 @@
-"""The measures of routing as a Lightning callback."""
+"""Bring the monitor of routing to Lightning."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ with require("lightning"):
 
 
 class RoutingMonitor(Callback):
-    """Measures routing, in validation over each dataloader (domain) and over all, and shows it in every logger.
+    """Measure routing, in validation over each dataloader (domain) and over all, and show it in every logger.
 
     Under ``val/``, of the model: ``srp/m16``, ``rho_hat/m16``, ``threshold/m16``, ``local_gain/m16``, ``static_srp``,
     ``overlap``, ``cache/lru_k``, ``cache/lru_2k``, ``cache/lru_25pct`` (hit rates), ``balance/cv``, ``balance/sd``,
@@ -124,7 +124,7 @@ class RoutingMonitor(Callback):
         self._capture = RouterCapture(pl_module, self.adapters).attach()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the model."""
+        """Take the hooks off the model."""
         self._release()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -227,7 +227,7 @@ class RoutingMonitor(Callback):
             self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the model."""
+        """Take the hooks off the model."""
         self._release()
 
     def state_dict(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from consistency_reg.tracking.tradeoff import TradeOff
 
 
 class MonitorCore:
-    """Measures the routing of training steps and of validations; knows no trainer.
+    """Measure the routing of training steps and of validations; knows no trainer.
 
     An adapter gives it the traces of a model, logs what it returns, and has it show the rest on a
     :class:`~consistency_reg.tracking.board.Board`. Names come without their stage: log them as ``train/NAME`` and

@@ -1,4 +1,4 @@
-"""The settings of an object in plain values, for the config of a run."""
+"""Give the settings of an object as plain values, for the config of a run."""
 
 import inspect
 from typing import Any

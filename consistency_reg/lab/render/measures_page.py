@@ -4,9 +4,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from consistency_reg import measures
 from consistency_reg.lab.render.markdown import update
 from consistency_reg.lab.render.table import Table
-from consistency_reg.measures import MEASURES
 from consistency_reg.reading import Measure, Reading
 
 SOURCE = "consistency_reg/measures.py"
@@ -37,7 +37,7 @@ def measures_table() -> Table:
             ", ".join(measure.stages),
             measure.logged_by,
         ]
-        for measure in MEASURES
+        for measure in measures.MEASURES
     ]
     header = ["name", "label", "what it is", "unit", "good", "of each", "stage", "logged by"]
     return Table("Measures", header, rows)

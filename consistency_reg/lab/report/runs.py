@@ -17,6 +17,7 @@ from consistency_reg.lab.recipe import (
 )
 from consistency_reg.lab.report.curves import Curve, read_curve
 from consistency_reg.lab.report.measured import HITS, MIN_SHARE, PERPLEXITY
+from consistency_reg.lab.run_folder import RunFolder
 from consistency_reg.measures import COLLAPSED_BELOW, parse
 from consistency_reg.reading import Reading
 
@@ -108,19 +109,19 @@ def read_run(folder: Path) -> Run:
     Raises:
         ValueError: the folder holds no run, or one that is not finished or not whole.
     """
-    path = folder / "result.json"
-    if not path.exists():
-        if (folder / "config.yaml").exists() or (folder / "cell.json").exists():
+    here = RunFolder(folder)
+    if not here.is_finished:
+        if here.is_run:
             raise ValueError(f"{folder} holds a run that is not finished: the command that began it goes on with it")
         raise ValueError(f"{folder} is no run: it has no result.json")
     try:
-        result = json.loads(path.read_text())
-        labels = _labels(folder / "cell.json")
+        result = here.read_result()
+        labels = _labels(here.cell_settings)
         curve = read_curve(folder, int(result["steps"]), int(result["tokens"]))
         return run_from_result(result, folder=folder, labels=labels, curve=curve)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is no result of a run: {reason}") from error
+        raise ValueError(f"{here.result} is no result of a run: {reason}") from error
 
 
 def read_folder(folder: Path) -> tuple[list[Run], list[str]]:
@@ -131,10 +132,10 @@ def read_folder(folder: Path) -> tuple[list[Run], list[str]]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist")
-    if (folder / "result.json").exists() or not any(_is_run_folder(inner) for inner in folder.iterdir()):
+    inner = [inner for inner in sorted(folder.iterdir()) if RunFolder(inner).is_run]
+    if RunFolder(folder).is_finished or not inner:
         return [read_run(folder)], []
-    inner = [inner for inner in sorted(folder.iterdir()) if _is_run_folder(inner)]
-    finished = [run for run in inner if (run / "result.json").exists()]
+    finished = [run for run in inner if RunFolder(run).is_finished]
     unfinished = [run.name for run in inner if run not in finished]
     if not finished:
         raise ValueError(f"{folder} has no finished run; not finished: {', '.join(unfinished)}")
@@ -190,10 +191,6 @@ def refuse_different_data(runs: Sequence[Run]) -> None:
             raise ValueError(f"{first.name} and {run.name} are of different data and do not compare: {what}")
 
 
-def _is_run_folder(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("result.json", "cell.json", "config.yaml"))
-
-
 def run_from_result(result: Mapping[str, Any], **more: Any) -> Run:
     """The run that result.json describes; ``more``: fields that it does not hold.
 
@@ -214,7 +211,8 @@ def run_from_result(result: Mapping[str, Any], **more: Any) -> Run:
         architecture=architecture(config),
         loss=loss,
         weight=weight,
-        pair=pair_digest(config),
+        # a run that was made longer has had another learning rate than one that was as long from the start
+        pair=pair_digest(config) + "".join(f"+{steps}" for steps in result.get("went_on_from", ())),
         data={
             "corpus": {domain: str(sha256)[:HASH_DIGITS] for domain, sha256 in result["corpus"].items()},
             **{key: data_config[key] for key in DATA_SETTINGS if data_config.get(key) is not None},
