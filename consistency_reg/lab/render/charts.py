@@ -212,7 +212,7 @@ def javascript() -> str:
 
 def _data(marks: Sequence[Mark]) -> Layers:
     """Return a layer of the marks that were measured, without a look yet; none where no mark was."""
-    measured = [_row(mark) for mark in marks if not (_is_missing(mark.x) or _is_missing(mark.y))]
+    measured = [_row(mark) for mark in marks if _is_measured(mark)]
     return [alt.Chart(alt.Data(values=measured)).transform_filter(SHOWN)] if measured else []
 
 
@@ -230,8 +230,9 @@ def _as_it_is(channel: str, field: str) -> Any:
     return kind(f"{field}:N", scale=None)
 
 
-def _is_missing(place: float | str | None) -> bool:
-    return place is None or place != place
+def _is_measured(mark: Mark) -> bool:
+    known = None not in (mark.x, mark.y)
+    return known and not any(place != place for place in (mark.x, mark.y, mark.x2, mark.y2, mark.order))
 
 
 def _row(mark: Mark) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from statistics import fmean
 
+from consistency_reg import measures
 from consistency_reg.lab.render.page import CELL, RUN, Item, Page, html
 from consistency_reg.lab.render.table import Table, change, spread
 from consistency_reg.lab.render.verdict import Verdict
@@ -13,7 +14,6 @@ from consistency_reg.lab.report.measured import PERPLEXITY
 from consistency_reg.lab.report.pairs import Pair
 from consistency_reg.lab.report.runs import Run
 from consistency_reg.lab.report.tables import measure_column, origin_tables, term
-from consistency_reg.measures import MEASURES
 from consistency_reg.reading import VALIDATION, Reading
 
 MOST_NAMED = 3  # losses in a title
@@ -132,7 +132,7 @@ def _measures(*groups: Sequence[Run]) -> list[tuple[str, ...]]:
     shown = dict.fromkeys(reading for group in groups for run in group for reading, _ in run.readings())
     kept = [reading for reading in shown if reading.stage == VALIDATION and reading.layer is None]
     kept = [one for one in kept if not one.domain or one.within(VALIDATION) == PERPLEXITY]
-    kept.sort(key=lambda one: MEASURES.index(one.measure))
+    kept.sort(key=lambda one: measures.MEASURES.index(one.measure))
     return [_measure(reading, groups) for reading in kept]
 
 
