@@ -10,6 +10,7 @@ from torch import Tensor
 from consistency_reg.capture import RouterCapture
 from consistency_reg.losses import LocalConsistencyLoss, RoutingLoss
 from consistency_reg.routing import RoutingTrace
+from consistency_reg.session import Listener
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def check_loss(loss: RoutingLoss | None) -> RoutingLoss:
     return loss
 
 
-def warn_of_frozen(capture: RouterCapture) -> None:
+def warn_of_frozen(capture: RouterCapture | Listener) -> None:
     """Warn if no router learns: a term on their scores then moves only what feeds them."""
     if not capture.any_router_learns():
         warnings.warn(

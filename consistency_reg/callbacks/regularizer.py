@@ -7,14 +7,18 @@ from consistency_reg.callbacks.goal_keeper import GoalKeeper
 from consistency_reg.callbacks.training_step import TrainingStepTerm
 from consistency_reg.capture import RouterAdapter
 from consistency_reg.control import make_goal
-from consistency_reg.losses import RoutingLoss
+from consistency_reg.losses import LoadBalanceLoss, LocalConsistencyLoss, RouterAnchorLoss, RouterZLoss, RoutingLoss
 from consistency_reg.masks import Masks
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
+from consistency_reg.session import Listener, Which
 from consistency_reg.term import Term, WeightSchedule, check_loss, warn_of_frozen
 
 with require("lightning"):
     from lightning.pytorch import LightningModule, Trainer
+
+
+NAMES: dict[type[RoutingLoss], str] = {LoadBalanceLoss: "balance", RouterZLoss: "z", RouterAnchorLoss: "anchor"}
 
 
 class ConsistencyRegularizer(TrainingStepTerm):
@@ -28,8 +32,15 @@ class ConsistencyRegularizer(TrainingStepTerm):
         weight: weight of the term, >= 0.
         warmup_steps: optimizer steps over which the weight rises linearly from 0.
         start_step: optimizer step at which the term, and its warm-up, begins.
-        masks: ``batch -> (valid, document_ids)``, each [B, T] or None; reads the usual keys of a mapping when None.
+        masks: ``batch -> (valid, document_ids)``, each [B, T] or None; reads what the model is called with, and the
+            usual keys of the batch, when None (docs/tokens.md).
         adapters: kinds of routers that the capture does not know by itself.
+        layers: regular expression on the routers' names; those that ran with gradient and belong to what the optimizer
+            trains when None.
+        tokens: "labels": only tokens that have a label count (docs/tokens.md); "all": all that are no padding.
+        name: of the term in the log, ``train/NAME/...``, and in checkpoints; "consistency", or for other losses
+            "balance", "z" or "anchor", when None. A trainer may have any number of terms: a second of a name is logged
+            as ``NAME_2``, and terms that differ in nothing but their weight need names.
         target: ``{"srp/m16": 0.7}``: the weight is moved so that this measure becomes at least this. ``srp/mN`` is
             measured on training batches, all layers together, as the monitor does on validation; measures of
             validation are ``val/srp/m16``, ``val/cache/lru_25pct`` and their like, and move the weight when they are
@@ -71,14 +82,19 @@ class ConsistencyRegularizer(TrainingStepTerm):
         start_step: int = 0,
         masks: Callable[[Any], Masks] | None = None,
         adapters: Sequence[RouterAdapter] = (),
+        layers: str | None = None,
+        tokens: Which = "all",
+        name: str | None = None,
         target: dict[str, float] | None = None,
         budget: dict[str, float] | None = None,
         reference: str | None = None,
         max_weight: float | None = None,
         response_steps: int | None = None,
     ) -> None:
-        super().__init__(masks, adapters)
         self.loss = check_loss(loss)
+        usual = next((usual for kind, usual in NAMES.items() if isinstance(self.loss, kind)), self.name)
+        super().__init__(masks, adapters, layers=layers, tokens=tokens, name=name or usual)
+        self.keep_inputs = isinstance(self.loss, RouterAnchorLoss)
         self.schedule = WeightSchedule(weight, warmup_steps, start_step)
         self.goal_keeper: GoalKeeper | None = None
         if (goal := make_goal(target, budget, reference)) is not None:
@@ -93,25 +109,36 @@ class ConsistencyRegularizer(TrainingStepTerm):
             raise ValueError("max_weight and response_steps need a target or a budget, got neither")
 
     def weight_at(self, step: int) -> float:
-        """The weight at an optimizer step, by what has been measured so far where there is a target or a budget."""
+        """Return the weight at an optimizer step; a target or a budget moves it by what has been measured so far."""
         factor = 1.0 if self.goal_keeper is None else self.goal_keeper.factor
         return factor * self.schedule.at(step)
 
     def term(self, step: int, trace: RoutingTrace) -> Term:
-        """The loss of one forward with the weight of the step, which a goal may move before."""
+        """Return the loss of one forward with the weight of the step, which a goal may move before."""
         if self.goal_keeper is not None:
             self.goal_keeper.on_training_trace(step, trace)
         return Term.of(self.loss, trace, self.weight_at(step))
 
     def logged_beside(self) -> dict[str, float]:
-        """The goal, and how far it is kept."""
+        """Return the goal, and how far it is kept."""
         return {} if self.goal_keeper is None else self.goal_keeper.logged()
 
+    @property
+    def state_key(self) -> str:
+        """The key of the state in a checkpoint: by the loss and its options, the layers and the name."""
+        options = {"loss": _options(self.loss), "layers": self.layers, "name": self.name}
+        usual = {"loss": _options(LocalConsistencyLoss()), "layers": None, "name": type(self).name}
+        return type(self).__qualname__ if options == usual else self._generate_state_key(**options)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the routers and wrap ``training_step``."""
-        warn_of_frozen(self._wrap(trainer, pl_module))
+        """Find the routers."""
+        super().on_fit_start(trainer, pl_module)
         if self.goal_keeper is not None:
             self.goal_keeper.on_fit_start()
+
+    def on_listen(self, listener: Listener, pl_module: LightningModule) -> None:
+        """Say if no router learns."""
+        warn_of_frozen(listener)
         self.loss.to(pl_module.device)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -126,7 +153,7 @@ class ConsistencyRegularizer(TrainingStepTerm):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move the weight by a measure of validation, if that is its goal."""
-        if self.goal_keeper is not None and self._capture is not None and not trainer.sanity_checking:
+        if self.goal_keeper is not None and self._listener is not None and not trainer.sanity_checking:
             self.goal_keeper.on_logged(trainer, "validation")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -136,7 +163,7 @@ class ConsistencyRegularizer(TrainingStepTerm):
             self.goal_keeper.on_fit_end()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the loss, and of what moves the weight."""
+        """Return the state of the loss, and of what moves the weight."""
         keeper = self.goal_keeper
         return {"loss": self.loss.state_dict()} | ({} if keeper is None else {"goal_keeper": keeper.state_dict()})
 
@@ -145,3 +172,14 @@ class ConsistencyRegularizer(TrainingStepTerm):
         self.loss.load_state_dict(state_dict["loss"])
         if self.goal_keeper is not None and "goal_keeper" in state_dict:
             self.goal_keeper.load_state_dict(state_dict["goal_keeper"])
+
+
+def _options(loss: RoutingLoss) -> str:
+    """Return a loss and its options in words, without what it has learned."""
+    plain = (bool, int, float, str, tuple, type(None))
+    options = {
+        name: value
+        for name, value in vars(loss).items()
+        if not name.startswith("_") and name != "training" and isinstance(value, plain)
+    }
+    return f"{type(loss).__name__}{options}"

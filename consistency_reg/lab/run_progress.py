@@ -13,11 +13,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from consistency_reg.callbacks.batches import count_tokens
 from consistency_reg.callbacks.progress import current_routing, total_steps
 from consistency_reg.lab.cli import TERMINATED
 from consistency_reg.lab.files import write_json
-from consistency_reg.masks import batch_masks
+from consistency_reg.session import RoutingSession
 
 SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 SAME_SECONDS = 2.0  # a scheduler's SIGTERM to all processes comes once more through torchrun
@@ -103,7 +102,7 @@ class RunProgress(Callback):
     ) -> None:
         """Count the batch, write now and then, and save if a signal came and a step is done: gradients are not kept."""
         self.seconds += time.perf_counter() - self._batch_began
-        self._tokens = self._tokens + count_tokens(batch, batch_masks(batch)[0]) * trainer.world_size
+        self._tokens = self._tokens + RoutingSession.of(pl_module).count_tokens(batch) * trainer.world_size
         self._write(trainer, "train")
         if trainer.global_step > self._steps_before and self._stops(trainer):
             trainer.save_checkpoint(self.checkpoint)
