@@ -9,7 +9,7 @@ BIN := .venv/bin
 # Nothing is loaded from a hub: no call may wait for a network.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo results test test-slow lint docs clean
+.PHONY: demo results measures test test-slow lint docs clean
 
 demo: .venv/installed
 	$(BIN)/consistency-reg ablate recipes/ablations/demo.yaml
@@ -26,6 +26,10 @@ results: .venv/installed
 		--out runs/reports/$(firstword $(subst :, ,$(one))) \
 		$(foreach page,$(subst $(comma), ,$(lastword $(subst :, ,$(one)))),--update $(page)) &&) true
 	cp runs/reports/frontier/frontier.png docs/frontier/
+
+# The table of measures in the docs; a test says when it is out of step.
+measures: .venv/installed
+	$(BIN)/python -m consistency_reg.lab.render.measures_page docs/measures.md
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 WANDB_MODE=offline $(BIN)/python -m pytest -m "not slow and not gpu" -n 2

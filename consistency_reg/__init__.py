@@ -1,42 +1,67 @@
 """Train mixture-of-experts language models for local routing consistency.
 
-The core needs torch and torchmetrics. What needs lightning loads on first use and names the extra that is missing; the
-metrics load on first use too, as torchmetrics takes along whatever it finds installed.
+The core needs torch and torchmetrics. Every name loads on first use, so that the command's help comes at once; what
+needs lightning names the extra that is missing.
 """
 
 from importlib import import_module
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from consistency_reg import functional, moved
-from consistency_reg.capture import RouterAdapter, RouterCapture
-from consistency_reg.losses import (
-    CacheConsistencyLoss,
-    LoadBalanceLoss,
-    LocalConsistencyLoss,
-    RouterAnchorLoss,
-    RouterZLoss,
-)
-from consistency_reg.rerouting import CacheAwareRouting
-from consistency_reg.routing import RoutingTrace
+from consistency_reg import moved
+
+if TYPE_CHECKING:
+    from consistency_reg import functional
+    from consistency_reg.callbacks import CacheAwareTraining, ConsistencyRegularizer, RoutingMonitor
+    from consistency_reg.capture import RouterAdapter, RouterCapture
+    from consistency_reg.integrations import attach  # type: ignore[no-redef]
+    from consistency_reg.losses import (
+        CacheConsistencyLoss,
+        LoadBalanceLoss,
+        LocalConsistencyLoss,
+        RouterAnchorLoss,
+        RouterZLoss,
+    )
+    from consistency_reg.metrics import (
+        CacheHitRate,
+        ExpertSpecialization,
+        RoutingBalance,
+        SegmentCacheHitRate,
+        SegmentRoutingPerformance,
+    )
+    from consistency_reg.offload import OffloadedExperts
+    from consistency_reg.rerouting import CacheAwareRouting
+    from consistency_reg.routing import RoutingTrace
 
 __version__ = version("consistency-reg")
 moved.install()
 
 _ON_FIRST_USE = {
+    "CacheAwareRouting": "consistency_reg.rerouting",
+    "CacheAwareTraining": "consistency_reg.callbacks",
+    "CacheConsistencyLoss": "consistency_reg.losses",
     "CacheHitRate": "consistency_reg.metrics",
     "ConsistencyRegularizer": "consistency_reg.callbacks",
     "ExpertSpecialization": "consistency_reg.metrics",
+    "LoadBalanceLoss": "consistency_reg.losses",
+    "LocalConsistencyLoss": "consistency_reg.losses",
     "OffloadedExperts": "consistency_reg.offload",
+    "RouterAdapter": "consistency_reg.capture",
+    "RouterAnchorLoss": "consistency_reg.losses",
+    "RouterCapture": "consistency_reg.capture",
+    "RouterZLoss": "consistency_reg.losses",
     "RoutingBalance": "consistency_reg.metrics",
     "RoutingMonitor": "consistency_reg.callbacks",
+    "RoutingTrace": "consistency_reg.routing",
     "SegmentCacheHitRate": "consistency_reg.metrics",
     "SegmentRoutingPerformance": "consistency_reg.metrics",
     "attach": "consistency_reg.integrations",
 }
+_MODULES = ("callbacks", "capture", "functional", "integrations", "losses", "metrics", "routing")
 
 __all__ = [
     "CacheAwareRouting",
+    "CacheAwareTraining",
     "CacheConsistencyLoss",
     "CacheHitRate",
     "ConsistencyRegularizer",
@@ -61,4 +86,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _ON_FIRST_USE:
         return getattr(import_module(_ON_FIRST_USE[name]), name)
+    if name in _MODULES:
+        return import_module(f"consistency_reg.{name}")
     raise AttributeError(f"module 'consistency_reg' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

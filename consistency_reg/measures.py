@@ -348,12 +348,17 @@ def of_metric(metric: str) -> tuple[Measure, ...]:
     return tuple(measure for measure in MEASURES if measure.metric == metric)
 
 
+def of_panel(panel: str) -> tuple[Measure, ...]:
+    """Return the measures that stand in a panel of trackers, such as "Balance"."""
+    return tuple(measure for measure in MEASURES if measure.panel == panel)
+
+
 def shown_in(place: str, panel: str | None = None) -> Iterator[Reading]:
     """What is shown at a place ("overview", "runs", "pairs", "card"), in the table's order; of one panel, or of all.
 
     Example:
         >>> [reading.label for reading in shown_in("card", "Caches")]
-        ['LRU hits at 2K', 'LRU hits at 25% of the experts']
+        ['LRU hits at 2 x K', 'LRU hits at 25% of the experts']
     """
     for measure in MEASURES:
         if panel in (None, measure.panel):
@@ -366,7 +371,7 @@ def parse(name: str) -> Reading | None:
     Example:
         >>> reading = parse("val/before/cache/lru_2k/layer_03")
         >>> reading.stage, reading.ratio, reading.layer, reading.label
-        ('val/before', 2.0, 3, 'LRU hits at 2K')
+        ('val/before', 2.0, 3, 'LRU hits at 2 x K')
         >>> parse("val/srp/m16/cpp").domain, parse("val/cache/curve")
         ('cpp', None)
     """
@@ -382,5 +387,5 @@ def parse(name: str) -> Reading | None:
     return None
 
 
-_STAGES = (f"{VALIDATION}/before", f"best/{VALIDATION}", VALIDATION, TRAINING)
+_STAGES = (f"{VALIDATION}/before", f"{VALIDATION}/deployed", f"best/{VALIDATION}", VALIDATION, TRAINING)
 _LAYER = re.compile(r"layer_(\d+)")

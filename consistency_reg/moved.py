@@ -42,6 +42,7 @@ MOVED = {  # former path below consistency_reg -> present path; a package takes 
     "report.markdown": "lab.render.markdown",
     "report.page": "lab.render.page",
     "report.plots": "lab.report.looks",
+    "report.recipe": "lab.recipe",
     "report": "lab.report",
     "tracking.measures": "tracking.accumulate",
     "tracking.workspace": "lab.workspace",

@@ -73,6 +73,21 @@ class Measure:
     shown: Mapping[str, tuple[Where, ...]] = field(default_factory=dict, hash=False)
 
     @property
+    def record(self) -> str:
+        """Its name in ``compute()`` and in the rows of `evaluate`, without the parts of its key."""
+        return self.name or self.key
+
+    @property
+    def bare_label(self) -> str:
+        """Its label without the parts of its key: for a table that has those in a column of their own."""
+        return re.sub(r" ?\{\w+\}", "", self.label).strip()
+
+    @property
+    def unit_label(self) -> str:
+        """Its unit as it stands behind a label: " (%)"."""
+        return f" ({self.unit})" if self.unit in (SHARE, POINTS) else ""
+
+    @property
     def by_segment(self) -> bool:
         """Whether it has a value for each segment length."""
         return "{segment}" in self.key
@@ -115,8 +130,7 @@ class Measure:
             >>> SIZE_RATIO.metric_key(16), GLOBAL_CV.metric_key(), LOCAL_CV.metric_key(None)
             ('size_ratio_m16', 'balance_cv', 'local_cv_document')
         """
-        name = self.name or self.key
-        return f"{name}_{segment_name(m)}" if self.by_segment else name
+        return f"{self.record}_{segment_name(m)}" if self.by_segment else self.record
 
     def show(self, value: float, finer: int = 0) -> str:
         """The value as text, without its unit; "" for NaN.
@@ -174,6 +188,11 @@ class Reading:
         return self._filled(self.measure.label)
 
     @property
+    def header(self) -> str:
+        """The label with its unit, as the header of a column."""
+        return self.label + self.measure.unit_label
+
+    @property
     def complement(self) -> str:
         """The label of 1 - value."""
         return self._filled(self.measure.complement)
@@ -212,8 +231,52 @@ class Reading:
         return replace(self, stage=stage, layer=layer, domain=domain)
 
     def show(self, value: float, finer: int = 0) -> str:
-        """The value as text: see :meth:`Measure.show`."""
+        """Return the value as text: see :meth:`Measure.show`."""
         return self.measure.show(value, finer)
+
+    def compare(self, value: float, baseline: float) -> float:
+        """Return how a run stands next to its baseline, as the table says; where there is a complement, by 1 - value.
+
+        Args:
+            value: of the run; NaN where it was not measured.
+            baseline: of its baseline.
+
+        Returns:
+            A relative change, a difference, a multiple, or the value itself; NaN for a ratio to 0.
+
+        Example:
+            >>> from consistency_reg.measures import HIT_RATE, SRP
+            >>> round(HIT_RATE.at(share=0.25).compare(0.8, 0.6), 3), round(SRP.at(16).compare(0.6, 0.5), 3)
+            (-0.5, 0.1)
+        """
+        if self.complement:
+            value, baseline = 1 - value, 1 - baseline
+        how = self.measure.compared
+        if how == DIFFERENCE:
+            return value - baseline
+        if how == ITSELF:
+            return value
+        ratio = value / baseline if baseline else math.nan
+        return ratio - 1 if how == RELATIVE else ratio
+
+    def show_compared(self, compared: float) -> str:
+        """Return what :meth:`compare` gave as text; "" for NaN.
+
+        Example:
+            >>> from consistency_reg.measures import GLOBAL_CV, PERPLEXITY, SRP
+            >>> PERPLEXITY.at().show_compared(0.004), SRP.at(16).show_compared(0.1), GLOBAL_CV.at().show_compared(1.25)
+            ('+0.4%', '+10.0', '1.25x')
+        """
+        if math.isnan(compared):
+            return ""
+        measure = self.measure
+        if measure.compared == RELATIVE:
+            return f"{100 * compared:+.1f}%"
+        if measure.compared == MULTIPLE:
+            return f"{compared:.2f}x"
+        if measure.compared == ITSELF:
+            return measure.show(compared)
+        return f"{100 * compared:+.1f}" if measure.unit == SHARE else f"{compared:+.{measure.digits}f}"
 
     def _filled(self, label: str) -> str:
         return label.format(**{part: PART_LABELS[part](text) for part, text in self.parts})
@@ -246,10 +309,19 @@ def _segment_label(segment: str) -> str:
 
 
 def _size_label(size: str) -> str:
-    return f"{size[:-3]}% of the experts" if size.endswith("pct") else size.upper()
+    """Return a size in words; "2 x K" and not "2K", which reads as two thousand."""
+    if size.endswith("pct"):
+        return f"{size[:-3]}% of the experts"
+    return "K" if size == "k" else f"{size[:-1]} x K"
 
 
-def _cache_label(cache: str) -> str:
+def cache_label(cache: str) -> str:
+    """Return what tables call a simulated cache.
+
+    Example:
+        >>> cache_label("lru"), cache_label("sch_m16")
+        ('LRU', 'SCH m=16')
+    """
     policy, _, segment = cache.partition("_")
     return (
         f"{POLICY_LABELS.get(policy, policy.upper())} {_segment_label(segment)}" if segment else POLICY_LABELS[policy]
@@ -259,6 +331,6 @@ def _cache_label(cache: str) -> str:
 PART_LABELS: dict[str, Callable[[str], str]] = {
     "segment": _segment_label,
     "size": _size_label,
-    "cache": _cache_label,
+    "cache": cache_label,
     "kind": str,
 }

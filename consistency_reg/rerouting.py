@@ -1,6 +1,5 @@
 """Routing that knows the cache: a model whose routers prefer the experts that are in fast memory."""
 
-import inspect
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -13,19 +12,11 @@ from torch.utils.hooks import RemovableHandle
 
 from consistency_reg.capture import DEFAULT_ADAPTERS, RouterAdapter, RouterCall
 from consistency_reg.capture.finding import Router, find_routers, how_to_register, is_ids
+from consistency_reg.forwards import Forward, Forwards
 from consistency_reg.functional.cache_aware import CacheAwareChoice, cache_aware_choice, check_cache_aware
 from consistency_reg.hooks import OwnedHook
-from consistency_reg.masks import Masks, batch_masks, named_arguments
+from consistency_reg.masks import Masks
 from consistency_reg.routing import WEIGHTS
-from consistency_reg.running_caches import (
-    Forward,
-    RunningCaches,
-    cached_tokens,
-    keep,
-    kv_cache,
-    last_tokens,
-    running_caches,
-)
 
 REMEMBERED = 16  # forwards whose backward passes are still to come, as with a loss of several forwards
 TOP_K = ("top_k", "num_experts_per_tok", "moe_top_k")
@@ -92,21 +83,36 @@ class CacheAwareRouting:
         self.model = model
         self.guaranteed = guaranteed
         self.method = method
-        self.masks = masks
-        self.given_masks: Masks | None = None  # of the next forwards, for callers that know them better
-        self.active = True
         self._routers = find_routers(model, (*adapters, *DEFAULT_ADAPTERS), layers)
         for router in self._routers.values():
             _check_changeable(router)
         self._cache_ratio, self._strength = 1.0, 0.0
         self.cache_ratio = cache_ratio
         self.strength = strength
-        self._stacks = {name: _stack_of(model, name) for name in self._routers}
+        self._forwards = Forwards(model, self.layer_names, masks)
         self._handles: list[RemovableHandle] = []
-        self._forwards: list[tuple[nn.Module, Forward]] = []  # open ones, the innermost last
         self._shapes: dict[str, tuple[int, int]] = {}
         self._calls: dict[str, RouterCall] = {}  # of routers whose experts are given what was chosen elsewhere
         self.reset()
+
+    @classmethod
+    def from_config(cls, model: nn.Module, **changes: Any) -> "CacheAwareRouting":
+        """Return the routing, not attached, that a model of `consistency-reg fit` is to be deployed with.
+
+        Args:
+            model: whose configuration says so under ``cache_aware_routing``.
+            changes: arguments that are to differ.
+
+        Raises:
+            ValueError: the configuration says nothing of it.
+        """
+        given = getattr(getattr(model, "config", None), "cache_aware_routing", None)
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                f"the configuration of {type(model).__name__} must have cache_aware_routing, as `consistency-reg fit` "
+                f"writes it, got {given!r}: give the arguments of CacheAwareRouting instead"
+            )
+        return cls(model, **{**given, **changes})
 
     @property
     def strength(self) -> float:
@@ -136,6 +142,24 @@ class CacheAwareRouting:
         self._cache_ratio = float(cache_ratio)
 
     @property
+    def active(self) -> bool:
+        """Whether the next forwards are changed (and counted); may be set."""
+        return self._forwards.active
+
+    @active.setter
+    def active(self, active: bool) -> None:
+        self._forwards.active = active
+
+    @property
+    def given_masks(self) -> Masks | None:
+        """The ``(valid, document_ids)`` of the next forwards, instead of what their arguments say; may be set."""
+        return self._forwards.given_masks
+
+    @given_masks.setter
+    def given_masks(self, masks: Masks | None) -> None:
+        self._forwards.given_masks = masks
+
+    @property
     def layer_names(self) -> tuple[str, ...]:
         """The routers' names in the model, in its order."""
         return tuple(self._routers)
@@ -160,10 +184,15 @@ class CacheAwareRouting:
         """The sum of :attr:`layer_misses`."""
         return sum(self.layer_misses.values())
 
+    @property
+    def counts(self) -> Tensor:
+        """The hits and the misses of all layers since the last reset, [2] int64, where the model is: no wait for it."""
+        return torch.stack(list(self._counts.values())).sum(dim=0) if self._counts else torch.zeros(2).long()
+
     def reset(self) -> None:
         """Set the counts to zero and empty all caches: a KV cache that is gone on with begins with empty ones."""
         self._counts: dict[str, Tensor] = {}
-        self._owner = object()
+        self._forwards.forget()
         self._remembered: dict[str, deque[tuple[Tensor, Tensor]]] = {
             name: deque(maxlen=REMEMBERED) for name in self._routers
         }
@@ -178,11 +207,8 @@ class CacheAwareRouting:
             for hook in router.module._forward_hooks.values():
                 if isinstance(hook, OwnedHook) and isinstance(hook.owner, CacheAwareRouting):
                     raise RuntimeError(f"a CacheAwareRouting is attached to {router} already: detach() it first")
-        self._forwards.clear()
+        self._handles += self._forwards.listen()
         listen = self._handles.append
-        for stack in {id(stack): stack for stack in self._stacks.values()}.values():
-            listen(stack.register_forward_pre_hook(OwnedHook(self, "_begin"), with_kwargs=True, prepend=True))
-            listen(stack.register_forward_hook(OwnedHook(self, "_end"), always_call=True, prepend=True))
         for name, router in self._routers.items():
             block = self.model.get_submodule(router.block_name)
             listen(block.register_forward_pre_hook(OwnedHook(self, "_see_block", name), with_kwargs=True))
@@ -198,7 +224,6 @@ class CacheAwareRouting:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._forwards.clear()
         self._calls.clear()
 
     def __enter__(self) -> "CacheAwareRouting":
@@ -219,59 +244,6 @@ class CacheAwareRouting:
         except ValueError as error:
             raise ValueError(f"{self._routers[name]}: {error}") from None
 
-    # --- forwards of a stack ---
-
-    @torch.compiler.disable
-    def _begin(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = named_arguments(stack, args, kwargs)
-        shape, cache = _batch_shape(given), kv_cache(given)
-        running = None if cache is None else running_caches(cache, self._owner, shape and shape[0])
-        before = 0 if cache is None else cached_tokens(cache)
-        masks = self._read_masks(given, shape, cache is not None, before)
-        running = running or RunningCaches(self._owner)
-        forward = Forward(shape, masks, running, cache, remembers=torch.is_grad_enabled())
-        self._forwards.append((stack, forward))
-
-    @torch.compiler.disable
-    def _end(self, stack: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        open_ones = [index for index, (module, _) in enumerate(self._forwards) if module is stack]
-        if not open_ones:
-            return
-        _, forward = self._forwards[open_ones[-1]]
-        del self._forwards[open_ones[-1] :]
-        if output is None or not self.active:
-            return  # an error ended it
-        expected = [name for name, module in self._stacks.items() if module is stack]
-        if expected and not forward.heard:
-            raise RuntimeError(
-                f"none of the routers {expected} was called in a forward of the {type(stack).__name__}, so their "
-                "choice is as it was: a fused or replaced MoE block by-passes them, or the model was compiled before "
-                "CacheAwareRouting was attached. Routers that need not run are left out with layers=..."
-            )
-        cache = forward.cache if forward.cache is not None else _cache_returned(output)
-        if cache is not None:
-            keep(cache, forward.running)
-
-    def _read_masks(
-        self, given: dict[str, Any], shape: tuple[int, int] | None, has_cache: bool, before: int | None
-    ) -> Masks:
-        if self.given_masks is not None:
-            return self.given_masks
-        if self.masks is not None:
-            return self.masks(given)
-        if shape is None:
-            return None, None
-        mask = given.pop("attention_mask", None)
-        if isinstance(mask, Mapping):  # one for each kind of attention
-            mask = mask.get("full_attention", next(iter(mask.values()), None))
-        valid = last_tokens(mask, shape[1], shape[1] if before is None else before)
-        if has_cache:  # each row is one document, which goes on
-            return valid, None
-        _, document_ids = batch_masks(given)
-        return valid, document_ids if document_ids is None or document_ids.shape == shape else None
-
-    # --- calls of a router ---
-
     def _see_block(self, name: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(hidden, Tensor) and hidden.dim() == 3:
@@ -279,7 +251,7 @@ class CacheAwareRouting:
 
     @torch.compiler.disable
     def _reroute(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not self.active:
+        if not self._forwards.active:
             return None
         router = self._routers[name]
         logits, own_ids = router.adapter.read(module, output)
@@ -321,7 +293,7 @@ class CacheAwareRouting:
 
     def _choose(self, name: str, call: RouterCall, own_ids: Tensor, own_weights: Callable[[], Tensor]) -> Tensor | None:
         """Return the chosen experts [N, K] of a call, or None where they are the router's own."""
-        forward = next((open_one for stack, open_one in self._forwards[::-1] if stack is self._stacks[name]), None)
+        forward = self._forwards.of(name)
         if forward is not None:
             forward.heard.add(name)
         if forward is None or torch._C._current_graph_task_id() != -1:  # within a backward pass
@@ -330,7 +302,7 @@ class CacheAwareRouting:
             self._check_first(name, call, own_ids, own_weights)
         choice = self._choice(name, call, own_ids, forward)
         forward.running.states[name] = choice.state
-        self._count(name, choice, forward.masks[0])
+        self._count(name, choice, forward)
         chosen = choice.expert_ids.reshape(own_ids.shape)
         if forward.remembers:
             self._remembered[name].append((own_ids, chosen))
@@ -339,10 +311,9 @@ class CacheAwareRouting:
     @torch.no_grad()
     def _choice(self, name: str, call: RouterCall, own_ids: Tensor, forward: Forward) -> CacheAwareChoice:
         router = self._routers[name]
-        shape = self._shape(name, len(own_ids), forward)
+        shape = self._shape(name, call, len(own_ids), forward)
         scores = router.adapter.read_scores(call.router, call.logits, own_ids, call.args[1:])
         top_k, num_experts = own_ids.shape[-1], scores.shape[-1]
-        masks = forward.masks if shape == forward.shape else (None, None)
         probabilities = None
         if self.method == "cumulative":
             weights = WEIGHTS[call.score_function](call.logits.float())
@@ -353,16 +324,18 @@ class CacheAwareRouting:
             _slots(self.cache_ratio, top_k),
             self.strength if num_experts > top_k else 0.0,
             self.guaranteed,
-            *masks,
+            *forward.masks_of(shape),
             method=self.method,
             probabilities=probabilities,
             own_ids=own_ids.view(*shape, -1),
             state=forward.running.states.get(name),
         )
 
-    def _shape(self, name: str, tokens: int, forward: Forward) -> tuple[int, int]:
+    def _shape(self, name: str, call: RouterCall, tokens: int, forward: Forward) -> tuple[int, int]:
         """Return the (B, T) of a call on so many tokens."""
-        for shape in (forward.shape, self._shapes.get(name)):
+        hidden = call.args[0] if call.args and isinstance(call.args[0], Tensor) and call.args[0].dim() == 3 else None
+        own = None if hidden is None else (hidden.shape[0], hidden.shape[1])
+        for shape in (own, forward.shape, self._shapes.get(name)):
             if shape is not None and shape[0] * shape[1] == tokens:
                 return shape
         raise RuntimeError(
@@ -392,7 +365,7 @@ class CacheAwareRouting:
         found = [pair for pair in self._remembered[name] if pair[0].shape == own_ids.shape]
         if not found:
             raise RuntimeError(
-                f"{self._routers[name]} ran outside of a forward of the {type(self._stacks[name]).__name__} around it: "
+                f"{self._routers[name]} ran outside of a forward of the {self._forwards.stack_name(name)} around it: "
                 "the rows of its caches cannot be told"
             )
         if not self.strength:
@@ -402,10 +375,11 @@ class CacheAwareRouting:
         return found[-1][1]
 
     @torch.no_grad()
-    def _count(self, name: str, choice: CacheAwareChoice, valid: Tensor | None) -> None:
-        valid = None if valid is None or valid.shape != choice.hits.shape[:2] else valid
+    def _count(self, name: str, choice: CacheAwareChoice, forward: Forward) -> None:
+        B, T, K = choice.expert_ids.shape
+        valid, _ = forward.masks_of((B, T))
         hits = choice.hits if valid is None else choice.hits & valid[:, :, None]
-        uses = choice.hits.numel() if valid is None else valid.sum() * choice.hits.shape[-1]
+        uses = B * T * K if valid is None else valid.sum() * K
         hit = hits.sum()
         counted = torch.stack([hit, uses - hit])
         self._counts[name] = counted if name not in self._counts else self._counts[name] + counted
@@ -438,28 +412,3 @@ def _top_k(model: nn.Module, router: Router) -> int | None:
             if isinstance(value := getattr(owner, name, None), int):
                 return value
     return None
-
-
-def _stack_of(model: nn.Module, router_name: str) -> nn.Module:
-    """Return the innermost module around a router that is called with the tokens of a batch: where its masks are."""
-    names = router_name.split(".")
-    for depth in range(len(names) - 1, 0, -1):
-        module = model.get_submodule(".".join(names[:depth]))
-        if {"input_ids", "inputs_embeds"} & inspect.signature(module.forward).parameters.keys():
-            return module
-    return model
-
-
-def _batch_shape(given: Mapping[str, Any]) -> tuple[int, int] | None:
-    for name in ("input_ids", "inputs_embeds"):
-        if isinstance(value := given.get(name), Tensor) and value.dim() >= 2:
-            return value.shape[0], value.shape[1]
-    first = next((value for value in given.values() if isinstance(value, Tensor)), None)
-    return None if first is None or first.dim() < 2 else (first.shape[0], first.shape[1])
-
-
-def _cache_returned(output: Any) -> Any:
-    if isinstance(output, Mapping):
-        return kv_cache(output)
-    values = output if isinstance(output, tuple) else ()
-    return next((value for value in values if hasattr(value, "get_seq_length")), None)

@@ -7,8 +7,6 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from consistency_reg.functional.segments import document_positions, row_chunks
-
 LOWEST = -80.0  # softplus(x) is e^x there, still a normal number in fp32
 
 # How routers turn logits [..., E] into weights, before they are normalized, and the logarithms of these.
@@ -296,3 +294,7 @@ def _check_layer(layer: LayerRouting, shape: tuple[int, int]) -> None:
         raise ValueError(
             f"score_functions of layer {layer.name!r} must be one of {SCORE_FUNCTIONS}, got {layer.score_function!r}"
         )
+
+
+# Last, as the equations check their input with what stands above.
+from consistency_reg.functional.segments import document_positions, row_chunks  # noqa: E402

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from consistency_reg.functional.cache_aware import CacheAwareState
-from consistency_reg.masks import Masks
 
 KV_CACHES = ("past_key_values", "cache_params")
 PLACE = "_caches_of_experts"  # attribute of a KV cache
@@ -112,41 +111,3 @@ FOLLOWING: dict[str, Callable[..., Any]] = {
     "batch_select_indices": _batch_select_indices,
     "batch_repeat_interleave": _batch_repeat_interleave,
 }
-
-
-@dataclass
-class Forward:
-    """One forward of a stack of layers.
-
-    Attributes:
-        shape: (B, T).
-        masks: (valid, document_ids), each [B, T] or None.
-        running: the caches before its first token, and after its last as routers run.
-        cache: the KV cache that it was given, or None.
-        heard: the routers that ran.
-        remembers: whether its backward pass may run routers again.
-    """
-
-    shape: tuple[int, int] | None
-    masks: Masks
-    running: RunningCaches
-    cache: Any = None
-    heard: set[str] = field(default_factory=set)
-    remembers: bool = False
-
-
-def last_tokens(mask: Tensor | None, tokens: int, before: int) -> Tensor | None:
-    """Return the part of an attention mask [B, tokens before and now], or for each query, that is of the tokens now.
-
-    Example:
-        >>> last_tokens(torch.tensor([[0, 1, 1, 1]]), tokens=2, before=2)
-        tensor([[True, True]])
-    """
-    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
-        return None
-    if mask.dim() == 4:  # what the last token may look at; masks that are added are 0 there
-        mask = mask[:, 0, -1]
-        mask = mask if mask.dtype == torch.bool else mask == 0
-    if mask.shape[1] == tokens:
-        return mask.bool()
-    return mask[:, before : before + tokens].bool() if mask.shape[1] >= before + tokens else None

@@ -1,6 +1,7 @@
-"""A routing loss as a training term: its weight at each step, what is added to a loss, and what of it is logged."""
+"""A routing loss as a training term: its weight at each step, its name, the value to add, the values to log."""
 
 import math
+import re
 import warnings
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -8,14 +9,14 @@ from numbers import Real
 from torch import Tensor
 
 from consistency_reg.capture import RouterCapture
-from consistency_reg.losses import LocalConsistencyLoss, RoutingLoss
+from consistency_reg.losses import LoadBalanceLoss, LocalConsistencyLoss, RouterAnchorLoss, RouterZLoss, RoutingLoss
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.session import Listener
 
 
 @dataclass(frozen=True)
 class WeightSchedule:
-    """A weight that is 0 before ``start_step``, then rises linearly over ``warmup_steps`` to ``weight``.
+    """Gives a weight that is 0 before ``start_step``, then rises linearly over ``warmup_steps`` to ``weight``.
 
     Raises:
         ValueError: a negative or non-finite weight, a negative number of steps.
@@ -38,7 +39,7 @@ class WeightSchedule:
                 raise ValueError(f"{name} must be >= 0, got {steps!r}")
 
     def at(self, step: int) -> float:
-        """The weight at an optimizer step."""
+        """Return the weight at an optimizer step."""
         since = step - self.start_step
         if since < 0:
             return 0.0
@@ -47,7 +48,7 @@ class WeightSchedule:
 
 @dataclass(frozen=True)
 class Term:
-    """A weighted term of one forward.
+    """Holds a weighted term of one forward.
 
     Attributes:
         weighted: scalar ``weight * mean over layers``, with the graph.
@@ -63,7 +64,7 @@ class Term:
 
     @classmethod
     def of(cls, loss: RoutingLoss, trace: RoutingTrace, weight: float) -> "Term":
-        """``weight * loss(trace)``.
+        """Return the term ``weight * loss(trace)``.
 
         Raises:
             RuntimeError: the weight is not 0 and the term has no gradient.
@@ -78,11 +79,11 @@ class Term:
         return cls(weight * value, value.detach(), value_L.detach(), weight)
 
     def detach(self) -> "Term":
-        """The same term without its graph."""
+        """Return the same term without its graph."""
         return replace(self, weighted=self.weighted.detach())
 
     def logged(self) -> dict[str, Tensor | float]:
-        """What is logged of it: ``loss`` (raw), ``weight``, ``weighted``, ``layer_00``, ..."""
+        """Return the values to log: ``loss`` (raw), ``weight``, ``weighted``, ``layer_00``, ..."""
         logged: dict[str, Tensor | float] = {
             "loss": self.value,
             "weight": self.weight,
@@ -92,19 +93,39 @@ class Term:
 
 
 def check_weight(weight: float) -> float:
-    """The weight as a float; ValueError unless it is a finite number >= 0."""
+    """Return the weight as a float; ValueError unless it is a finite number >= 0."""
     if not isinstance(weight, Real) or not (math.isfinite(weight) and weight >= 0):
         raise ValueError(f"weight must be a finite number >= 0, got {weight!r}")
     return float(weight)
 
 
 def check_loss(loss: RoutingLoss | None) -> RoutingLoss:
-    """The loss, or the usual one for None; TypeError unless it is a routing loss."""
+    """Return the loss, or the usual one for None; TypeError unless it is a routing loss."""
     if loss is None:
         return LocalConsistencyLoss()
     if not isinstance(loss, RoutingLoss):
         raise TypeError(f"loss must be a RoutingLoss, such as LocalConsistencyLoss(), got {loss!r}")
     return loss
+
+
+NAMES: dict[type[RoutingLoss], str] = {LoadBalanceLoss: "balance", RouterZLoss: "z", RouterAnchorLoss: "anchor"}
+
+
+def usual_name(loss: RoutingLoss) -> str:
+    """Return the name of a term of this loss in logs and checkpoints, where its user gives none.
+
+    Example:
+        >>> usual_name(LocalConsistencyLoss()), usual_name(LoadBalanceLoss())
+        ('consistency', 'balance')
+    """
+    return next((name for kind, name in NAMES.items() if isinstance(loss, kind)), "consistency")
+
+
+def check_name(name: str | None) -> str | None:
+    """Return the name of a term; ValueError unless it is None, or letters, digits, dots, dashes and underscores."""
+    if name is not None and not (isinstance(name, str) and re.fullmatch(r"[\w.-]+", name)):
+        raise ValueError(f"name must be letters, digits, dots, dashes or underscores, got {name!r}")
+    return name
 
 
 def warn_of_frozen(capture: RouterCapture | Listener) -> None:

@@ -15,9 +15,9 @@ def save(folder, kind, dtype=torch.float32, shard="40KB"):
     return str(folder)
 
 
-def in_memory(folder, dtype="auto"):
+def in_memory(folder, dtype="auto", kind=transformers.AutoModelForCausalLM):
     """The model with transformers' eager experts; weights lie where torch allocates, not where a file maps them."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager", dtype=dtype)
+    model = kind.from_pretrained(folder, experts_implementation="eager", dtype=dtype)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model.eval()

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
+from consistency_reg.lab.arguments.fit import recipe_words
 from consistency_reg.lab.cli import MODULES
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Pages about other trainers have tests of their own, with the models and data that they need.
 RUN_HERE = ("README.md", "choosing.md", "glossary.md", "index.md", "tracking.md", "what_you_log.md")
-PARSERS = {"evaluate": "", "ablate": ".command", "report": ".command", "upcycle": "", "workspace": ""}
 
 
 def found(pattern, pages=PAGES):
@@ -48,8 +48,10 @@ def test_command(page, line):
     for word in arguments:
         if re.match(r"recipes/[\w./]+\.(yaml|csv)$", word) and "NAME" not in word:
             assert (ROOT / word).exists(), word
-    if name in PARSERS and arguments:
-        import_module(MODULES[name] + PARSERS[name])._parser().parse_args(arguments)
+    if name == "fit":
+        recipe_words(arguments)
+    elif arguments:
+        import_module(f"consistency_reg.lab.arguments.{name}").parser().parse_args(arguments)
 
 
 @pytest.mark.parametrize(("page", "target"), found(r"\]\(([^)#]+)\)"), ids=ids)

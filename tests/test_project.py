@@ -77,7 +77,8 @@ def test_the_wheel_holds_the_package_and_needs_torch_and_torchmetrics_alone(whee
     tops = {name.partition("/")[0] for name in archive.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"consistency_reg"}
     source = {str(path.relative_to(ROOT)) for path in ROOT.glob("consistency_reg/**/*.py")}
-    assert source <= set(archive.namelist())
+    recipes = {f"consistency_reg/lab/{path.relative_to(ROOT)}" for path in ROOT.glob("recipes/**/*.yaml")}
+    assert source | recipes <= set(archive.namelist())
     metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     needs = message_from_string(archive.read(metadata).decode()).get_all("Requires-Dist")
     assert sorted(need.split(">=")[0] for need in needs if "extra ==" not in need) == ["torch", "torchmetrics"]

@@ -29,6 +29,7 @@ class OfflineRun:
     summary: dict = field(default_factory=dict)
     axes: dict[str, str] = field(default_factory=dict)
     artifacts: list[tuple[str, str, list[str]]] = field(default_factory=list)  # type, name, files
+    alerts: list[str] = field(default_factory=list)  # titles
     finished: bool = False
 
     def table(self, key: str) -> dict:
@@ -77,6 +78,8 @@ def read_file(path: Path) -> OfflineRun:
             _set(run.summary, update)
         if record.HasField("metric"):
             run.axes[record.metric.name or record.metric.glob_name] = record.metric.step_metric
+        if record.HasField("alert"):
+            run.alerts.append(record.alert.title)
         if record.HasField("artifact"):
             files = [entry.path for entry in record.artifact.manifest.contents]
             run.artifacts.append((record.artifact.type, record.artifact.name, files))

@@ -1,4 +1,4 @@
-"""What the callbacks read from a trainer."""
+"""Read domains from a trainer."""
 
 from consistency_reg.optional import require
 

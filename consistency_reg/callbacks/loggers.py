@@ -6,15 +6,13 @@ from typing import Any
 
 from consistency_reg.optional import require
 from consistency_reg.tracking.artifacts import log_artifact
-from consistency_reg.tracking.board import TOKENS, Board, Boards, Table, TensorBoardBoard, WandbBoard
+from consistency_reg.tracking.board import Board, Boards, Table, TensorBoardBoard, WandbBoard
 from consistency_reg.tracking.board import define_axes as define_wandb_axes
 
 with require("lightning"):
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
     from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
-__all__ = ["TOKENS", "TrainerBoard", "define_axes", "log_files", "logged_step", "summarize", "wandb_loggers"]
 
 
 class TrainerBoard(Board):
@@ -85,6 +83,14 @@ def wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
 def summarize(trainer: Trainer, values: Mapping[str, Any]) -> None:
     """Write into the summary of wandb runs, next to the last value of everything that wandb keeps there by itself."""
     TrainerBoard(trainer).summary(values)
+
+
+def log_settings(trainer: Trainer, name: str, settings: Mapping[str, Any]) -> None:
+    """Put settings into the config of every logger's run under a name, if wandb's config does not have it already."""
+    for logger in trainer.loggers:
+        has_them = isinstance(logger, WandbLogger) and trainer.is_global_zero and name in logger.experiment.config
+        if not has_them:
+            logger.log_hyperparams({name: dict(settings)})
 
 
 def log_files(trainer: Trainer, name: str, kind: str, paths: Sequence[Path]) -> None:

@@ -1,4 +1,4 @@
-"""The measures of routing as a Lightning callback."""
+"""Bring the monitor of routing to Lightning."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ with require("lightning"):
 
 
 class RoutingMonitor(Callback):
-    """Measures routing, in validation over each dataloader (domain) and over all, and shows it in every logger.
+    """Measure routing, in validation over each dataloader (domain) and over all, and show it in every logger.
 
     Under ``val/``, of the model: ``srp/m16``, ``rho_hat/m16``, ``threshold/m16``, ``local_gain/m16``, ``static_srp``,
     ``overlap``, ``cache/lru_k``, ``cache/lru_2k``, ``cache/lru_25pct`` (hit rates), ``balance/cv``, ``balance/sd``,
@@ -132,7 +132,7 @@ class RoutingMonitor(Callback):
         self._listen(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the model."""
+        """Take the hooks off the model."""
         self._release()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -147,6 +147,11 @@ class RoutingMonitor(Callback):
         )
         if self._records_training and self._listener is not None:
             self._recording.enter_context(self._listener.recording())
+
+    def watch_term(self, weighted: Tensor, trace: RoutingTrace) -> None:
+        """Measure, in a step that will be logged, whether the consistency term reaches the routers."""
+        if self._records_training:
+            self.core.watch_term(weighted, trace)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Stop recording: activation checkpointing runs the routers again in the backward pass."""
@@ -229,7 +234,7 @@ class RoutingMonitor(Callback):
             self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the model."""
+        """Take the hooks off the model."""
         self._release()
 
     def state_dict(self) -> dict[str, Any]:

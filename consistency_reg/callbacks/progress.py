@@ -1,23 +1,26 @@
-"""The progress of a whole training: one bar with the time that remains and how good the model is now."""
+"""Show the progress of a whole training in one bar: the time that remains, and how good the model is now."""
 
 import math
 import time
 from typing import Any
 
 from consistency_reg.callbacks.monitor import RoutingMonitor
+from consistency_reg.measures import CROSS_ENTROPY
 from consistency_reg.optional import require
+from consistency_reg.reading import TRAINING
 
 with require("lightning"):
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import RichProgressBar
 
 SMOOTHING = 0.9
+TRAINING_LOSS = CROSS_ENTROPY.at().within(TRAINING).name
 
 
 class TrainingBar(RichProgressBar):
-    """A bar over all optimizer steps, not one for each epoch, with elapsed and remaining time.
+    """Show a bar over all optimizer steps, not one for each epoch, with elapsed and remaining time.
 
-    Shows perplexity (of a smoothed ``train/ce``), and SRP and LRU misses as a
+    It shows perplexity (of a smoothed ``train/ce``), and SRP and LRU misses as a
     :class:`~consistency_reg.callbacks.RoutingMonitor` of the trainer measured them last.
 
     Args:
@@ -33,11 +36,11 @@ class TrainingBar(RichProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """Optimizer steps of the whole training."""
+        """Return the optimizer steps of the whole training."""
         return total_steps(self.trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the bar, where a resumed run stopped."""
+        """Begin the bar; that of a resumed run begins where the run stopped."""
         if self.train_progress_bar_id is None:
             super().on_train_epoch_start(trainer, pl_module)
             if self.progress is not None and self.train_progress_bar_id is not None:
@@ -46,12 +49,12 @@ class TrainingBar(RichProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """A step further."""
+        """Move the bar by a step."""
         self._update(self.train_progress_bar_id, trainer.global_step)
         self._update_metrics(trainer, pl_module)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What stands behind the bar."""
+        """Return what stands behind the bar."""
         now = time.monotonic()
         if now - self._looked >= self.interval:
             self._looked = now
@@ -60,7 +63,7 @@ class TrainingBar(RichProgressBar):
 
     def _numbers(self, trainer: Trainer) -> dict[str, str]:
         shown = {}
-        if (logged := trainer.callback_metrics.get("train/ce")) is not None:
+        if (logged := trainer.callback_metrics.get(TRAINING_LOSS)) is not None:
             new = float(logged)
             old = new if math.isnan(self._cross_entropy) else self._cross_entropy
             self._cross_entropy = SMOOTHING * old + (1 - SMOOTHING) * new
@@ -72,14 +75,14 @@ class TrainingBar(RichProgressBar):
 
 
 def current_routing(trainer: Trainer) -> dict[str, float]:
-    """SRP and misses as the trainer's monitor measured them last; empty before that, or without one."""
+    """Return SRP and misses as the trainer's monitor measured them last; empty before that, or without one."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     monitor = next((callback for callback in callbacks if isinstance(callback, RoutingMonitor)), None)
     return {} if monitor is None else monitor.current
 
 
 def total_steps(trainer: Trainer) -> int | float:
-    """Optimizer steps of the whole training, inf if it has no end; for the time after training has begun."""
+    """Return the optimizer steps of the whole training, inf if it has no end; for the time after training has begun."""
     steps = trainer.max_steps if trainer.max_steps > 0 else math.inf
     if trainer.max_epochs is not None and trainer.max_epochs > 0 and math.isfinite(trainer.num_training_batches):
         per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)

@@ -4,21 +4,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from consistency_reg.callbacks.goal_keeper import GoalKeeper
+from consistency_reg.callbacks.loggers import log_settings
+from consistency_reg.callbacks.monitor import RoutingMonitor
 from consistency_reg.callbacks.training_step import TrainingStepTerm
 from consistency_reg.capture import RouterAdapter
 from consistency_reg.control import make_goal
-from consistency_reg.losses import LoadBalanceLoss, LocalConsistencyLoss, RouterAnchorLoss, RouterZLoss, RoutingLoss
+from consistency_reg.losses import LocalConsistencyLoss, RouterAnchorLoss, RoutingLoss
 from consistency_reg.masks import Masks
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.session import Listener, Which
-from consistency_reg.term import Term, WeightSchedule, check_loss, warn_of_frozen
+from consistency_reg.term import Term, WeightSchedule, check_loss, check_name, usual_name, warn_of_frozen
+from consistency_reg.tracking.settings import plain_settings
 
 with require("lightning"):
     from lightning.pytorch import LightningModule, Trainer
-
-
-NAMES: dict[type[RoutingLoss], str] = {LoadBalanceLoss: "balance", RouterZLoss: "z", RouterAnchorLoss: "anchor"}
 
 
 class ConsistencyRegularizer(TrainingStepTerm):
@@ -92,10 +92,11 @@ class ConsistencyRegularizer(TrainingStepTerm):
         response_steps: int | None = None,
     ) -> None:
         self.loss = check_loss(loss)
-        usual = next((usual for kind, usual in NAMES.items() if isinstance(self.loss, kind)), self.name)
-        super().__init__(masks, adapters, layers=layers, tokens=tokens, name=name or usual)
+        named = check_name(name) or usual_name(self.loss)
+        super().__init__(masks, adapters, layers=layers, tokens=tokens, name=named)
         self.keep_inputs = isinstance(self.loss, RouterAnchorLoss)
         self.schedule = WeightSchedule(weight, warmup_steps, start_step)
+        self.goal = {"target": target, "budget": budget, "reference": reference, "max_weight": max_weight}
         self.goal_keeper: GoalKeeper | None = None
         if (goal := make_goal(target, budget, reference)) is not None:
             self.goal_keeper = GoalKeeper(
@@ -119,6 +120,20 @@ class ConsistencyRegularizer(TrainingStepTerm):
             self.goal_keeper.on_training_trace(step, trace)
         return Term.of(self.loss, trace, self.weight_at(step))
 
+    def after_term(self, trainer: Trainer, term: Term, trace: RoutingTrace) -> None:
+        """Let the monitors of the trainer see whether the term reaches the routers."""
+        if term.weight:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, RoutingMonitor):
+                    callback.watch_term(term.weighted, trace)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The term as a recipe writes it: its loss with all options, weight, schedule and goal."""
+        schedule = {name: getattr(self.schedule, name) for name in ("weight", "warmup_steps", "start_step")}
+        goal = {name: value for name, value in self.goal.items() if value is not None}
+        return {"loss": plain_settings(self.loss), **schedule, **goal}
+
     def logged_beside(self) -> dict[str, float]:
         """Return the goal, and how far it is kept."""
         return {} if self.goal_keeper is None else self.goal_keeper.logged()
@@ -126,12 +141,13 @@ class ConsistencyRegularizer(TrainingStepTerm):
     @property
     def state_key(self) -> str:
         """The key of the state in a checkpoint: by the loss and its options, the layers and the name."""
-        options = {"loss": _options(self.loss), "layers": self.layers, "name": self.name}
-        usual = {"loss": _options(LocalConsistencyLoss()), "layers": None, "name": type(self).name}
+        options = {"loss": plain_settings(self.loss), "layers": self.layers, "name": self.name}
+        usual = {"loss": plain_settings(LocalConsistencyLoss()), "layers": None, "name": type(self).name}
         return type(self).__qualname__ if options == usual else self._generate_state_key(**options)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the routers."""
+        """Find the routers; put the settings into the config of the loggers' runs."""
+        log_settings(trainer, self.logged_name, self.settings)
         super().on_fit_start(trainer, pl_module)
         if self.goal_keeper is not None:
             self.goal_keeper.on_fit_start()
@@ -172,14 +188,3 @@ class ConsistencyRegularizer(TrainingStepTerm):
         self.loss.load_state_dict(state_dict["loss"])
         if self.goal_keeper is not None and "goal_keeper" in state_dict:
             self.goal_keeper.load_state_dict(state_dict["goal_keeper"])
-
-
-def _options(loss: RoutingLoss) -> str:
-    """Return a loss and its options in words, without what it has learned."""
-    plain = (bool, int, float, str, tuple, type(None))
-    options = {
-        name: value
-        for name, value in vars(loss).items()
-        if not name.startswith("_") and name != "training" and isinstance(value, plain)
-    }
-    return f"{type(loss).__name__}{options}"

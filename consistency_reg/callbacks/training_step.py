@@ -85,6 +85,9 @@ class TrainingStepTerm(Callback):
         if self._wraps:
             self.listener(trainer, pl_module)
 
+    def after_term(self, trainer: Trainer, term: Term, trace: RoutingTrace) -> None:
+        """Look at the term of one forward before it is added to the loss."""
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give ``training_step`` back."""
         self._release(pl_module)
@@ -137,6 +140,7 @@ class TrainingStepTerm(Callback):
         if not isinstance(output, Tensor):
             raise RuntimeError(f"training_step must return its loss, got {type(output).__name__}")
         term = self.term(trainer.global_step, trace)
+        self.after_term(trainer, term, trace)
         logged = term.logged() | self.logged_beside()
         pl_module.log_dict({f"train/{self.logged_name}/{name}": value for name, value in logged.items()})
         return output + term.weighted.to(output.dtype)

@@ -5,10 +5,12 @@ from typing import Any
 
 from consistency_reg.integrations.attach import Attachment, attach
 
-__all__ = ["Attachment", "ConsistencyCallback", "attach"]
+__all__ = ["Attachment", "ConsistencyCallback", "RoutingMonitorCallback", "attach"]
+
+_OF_TRANSFORMERS = {"ConsistencyCallback": "transformers_trainer", "RoutingMonitorCallback": "monitor"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ConsistencyCallback":  # needs transformers and accelerate
-        return import_module("consistency_reg.integrations.transformers_trainer").ConsistencyCallback
+    if name in _OF_TRANSFORMERS:  # need transformers and accelerate
+        return getattr(import_module(f"{__name__}.{_OF_TRANSFORMERS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,11 @@
-"""The consistency term in the loss that a model itself returns, whoever trains it."""
+"""The consistency term beside the loss that a model itself returns, whoever trains it."""
 
+import math
+import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -10,11 +14,14 @@ from torch.utils.hooks import RemovableHandle
 
 from consistency_reg.capture import RouterAdapter, RouterCapture
 from consistency_reg.hooks import OwnedHook
-from consistency_reg.integrations.fused_head import carry, is_fused
-from consistency_reg.integrations.outputs import change_loss
+from consistency_reg.integrations.carry import carry
+from consistency_reg.integrations.model_loss import Factors, add_to_loss
 from consistency_reg.losses import RoutingLoss
 from consistency_reg.masks import Masks, batch_masks, named_arguments
+from consistency_reg.routing import RoutingTrace
 from consistency_reg.term import Term, check_loss, check_weight, warn_of_frozen
+
+Scale = Callable[[Tensor], Tensor]
 
 
 def attach(
@@ -22,24 +29,35 @@ def attach(
     loss: RoutingLoss | None = None,
     weight: float = 0.35,
     *,
+    scale: float | Scale | None = None,
     masks: Callable[[Mapping[str, Any]], Masks] | None = None,
     adapters: Sequence[RouterAdapter] = (),
     keep_inputs: bool = False,
     layers: str | None = None,
 ) -> "Attachment":
-    """Make ``model`` return ``loss + weight * term`` for its loss, in training, until the handle is detached.
+    """Train ``weight * term`` with what is trained of ``model``, in training, until the handle is detached.
 
-    This serves whatever trains ``model(**batch).loss``: a loop of your own, accelerate, transformers' ``Trainer``,
-    TRL's ``SFTTrainer``. Only forwards in training mode with autograd get the term; evaluation and generation are as
-    they were. The model keeps its class, its parameters and its files; a copy or a pickle of it is free of the term.
+    Without ``scale`` the model returns ``loss + weight * term`` for its loss: the term counts as the model's loss does,
+    so ``(model(**batch).loss / 4).backward()`` has a fourth of both, and a loop of your own, accelerate and gradient
+    scalers need nothing else. A backward pass through anything else that the model returned (logits,
+    log-probabilities) is refused, as it does not say by what it was divided.
+
+    With ``scale`` the model returns what it always does, and each forward that is trained, through whatever it
+    returned, adds ``scale * weight * term`` to the gradient: for a policy, preference or reward loss.
+
+    In transformers' and TRL's trainers use :class:`~consistency_reg.integrations.ConsistencyCallback`, which knows the
+    scale. Only forwards in training mode with autograd get the term; evaluation and generation are as they were. The
+    model keeps its class, its parameters and its files; a copy or a pickle of it is free of the term.
 
     Attach to the model that is called: after PEFT has wrapped it, before ``torch.compile``; before or after
     accelerate, DDP and FSDP2.
 
     Args:
-        model: returns a loss in training (given labels), and holds routers.
+        model: holds routers, and without ``scale`` returns a loss in training (given labels).
         loss: any :class:`~consistency_reg.losses.RoutingLoss`; ``LocalConsistencyLoss()`` when None.
         weight: weight of the term, >= 0; may be set on the handle later.
+        scale: a number, ``1 / micro-batches of an optimizer step``, or a function of 1 (a scalar tensor), such as
+            ``lambda one: scaler.scale(one) / 4`` under a gradient scaler.
         masks: ``forward's arguments by name -> (valid, document_ids)``, each [B, T] or None; reads ``attention_mask``
             and ``document_ids`` or ``position_ids`` when None.
         adapters: kinds of routers that the capture does not know by itself.
@@ -50,8 +68,10 @@ def attach(
         the :class:`Attachment`, which is a context manager as well.
 
     Raises:
-        ValueError: a negative or non-finite weight; a model without routers.
-        RuntimeError: in a training forward: no loss (no labels), a term without gradient (reentrant checkpointing).
+        ValueError: a negative or non-finite weight, a scale that is no number above 0; a model without routers.
+        RuntimeError: in a training forward: a term without gradient (reentrant checkpointing); without ``scale``, no
+            loss (no labels), or ``num_items_in_batch``, with which the caller adds micro-batches up. In a backward
+            pass without ``scale``: something else than the model's loss is trained, or its factor is not a constant.
 
     Warns:
         UserWarning: all routers are frozen; a loss of this kind is attached already.
@@ -75,20 +95,15 @@ def attach(
         (True, ['router'])
     """
     return Attachment(
-        model, loss, weight, masks=masks, adapters=adapters, keep_inputs=keep_inputs, layers=layers
+        model, loss, weight, scale=scale, masks=masks, adapters=adapters, keep_inputs=keep_inputs, layers=layers
     ).attach()
 
 
 class Attachment:
-    """What :func:`attach` returns: the term of one model, to read, to re-weight and to detach.
-
-    A trainer that passes ``num_items_in_batch`` adds up the losses of an optimizer step's micro-batches instead of
-    averaging them. There the term of a micro-batch counts by its share of the predicted tokens, as the cross-entropy
-    does, so that the shares of a step add up to 1; or, where :attr:`summed` is set, by ``1 / summed``.
+    """The term of one model that :func:`attach` returns: to read, to re-weight and to detach.
 
     Attributes:
         loss: the routing loss.
-        summed: how many losses the trainer adds up for one step when it passes ``num_items_in_batch``, or None.
         term: the :class:`~consistency_reg.term.Term` of the last training forward, without its graph, or None.
         during: the one training that it is for, or None.
     """
@@ -99,6 +114,7 @@ class Attachment:
         loss: RoutingLoss | None = None,
         weight: float = 0.35,
         *,
+        scale: float | Scale | None = None,
         masks: Callable[[Mapping[str, Any]], Masks] | None = None,
         adapters: Sequence[RouterAdapter] = (),
         keep_inputs: bool = False,
@@ -106,7 +122,8 @@ class Attachment:
     ) -> None:
         self.loss = check_loss(loss)
         self.weight = weight
-        self.summed: int | None = None
+        self._scale = _check_scale(scale)
+        self._factors = Factors()
         self.term: Term | None = None
         self.during: Any = None
         self._model = model
@@ -141,12 +158,7 @@ class Attachment:
         """Add the term from the next forward on; without effect when attached already."""
         if self._handles:
             return self
-        if any(type(other.loss) is type(self.loss) for other in attachments(self._model)):
-            warnings.warn(
-                f"a {type(self.loss).__name__} is attached to this {type(self._model).__name__} already, and both will "
-                "be in its loss: detach() the first one unless that is meant",
-                stacklevel=3,
-            )
+        self.warn_of_others()
         self._called = False
         self._capture.attach()  # before our own hook: at the end of a forward it hears first
         router = next(iter(self._capture.routers.values()))
@@ -156,6 +168,15 @@ class Attachment:
             router.register_forward_hook(OwnedHook(self, "_check_call")),
         ]
         return self
+
+    def warn_of_others(self) -> None:
+        """Warn if a loss of this kind is attached to the model already."""
+        if any(type(other.loss) is type(self.loss) for other in attachments(self._model)):
+            warnings.warn(
+                f"a {type(self.loss).__name__} is attached to this {type(self._model).__name__} already, and both will "
+                "be in its loss: detach() the first one unless that is meant",
+                stacklevel=4,
+            )
 
     def detach(self) -> None:
         """Leave the model as it was; without effect when not attached. What was read last stays."""
@@ -192,34 +213,33 @@ class Attachment:
         self._capture.clear()
         term = Term.of(self.loss, trace, self.weight)
         self.term = term.detach()
+        return self._join(output, term, trace, given)
+
+    def _join(self, output: Any, term: Term, trace: RoutingTrace, given: Mapping[str, Any]) -> Any:
+        """Return the output of a forward, with the term beside what is trained of it."""
+        kind = type(self._model).__name__
+        if self._scale is None:
+            return add_to_loss(output, term.weighted, self._factors, given, kind)
         try:
-            if is_fused(given):
-                output.log_probs = carry(output.log_probs, output.label_mask, term.weighted)
-            weighted = term.weighted * self._share(model, given)
-            return change_loss(output, lambda loss: loss + weighted.to(loss))
+            return carry(output, term.weighted, self._scale)
         except LookupError:
             raise RuntimeError(
-                f"{type(model).__name__} returned no loss in training that the consistency term could be added to: "
-                f"give it labels (it was given {sorted(given)}). Where the loss is computed outside of the model, add "
-                "weight * LocalConsistencyLoss()(RouterCapture(model).trace()) to it there"
+                f"{kind} returned nothing in training that has a gradient, got {type(output).__name__} from "
+                f"{sorted(given)}: the consistency term joins the backward pass through what the model returns"
             ) from None
-
-    def _share(self, model: nn.Module, given: Mapping[str, Any]) -> Tensor | float:
-        """The factor by which this micro-batch counts in the sum or mean that the trainer takes."""
-        items = given.get("num_items_in_batch")
-        if items is None:
-            return 1.0
-        if self.summed is not None:
-            return 1.0 / self.summed
-        targets = given.get("shift_labels")
-        if targets is None:
-            targets = given["labels"]
-            encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-            targets = targets if encoder_decoder else targets[..., 1:]  # a causal model's first label has no past
-        return (targets != -100).sum() / torch.as_tensor(items, device=targets.device)
 
 
 def attachments(model: nn.Module) -> list[Attachment]:
     """Those that add a term to the model's loss now."""
     owners = [hook.owner for hook in model._forward_hooks.values() if isinstance(hook, OwnedHook)]
     return [owner for owner in owners if isinstance(owner, Attachment)]
+
+
+def _check_scale(scale: Any) -> Scale | None:
+    if scale is None:
+        return None
+    if isinstance(scale, Real) and 0 < float(scale) < math.inf:
+        return partial(operator.mul, float(scale))
+    if not callable(scale):
+        raise ValueError(f"scale must be a finite number > 0, or a function of 1, got {scale!r}")
+    return scale

@@ -1,13 +1,13 @@
-"""Where a model's output holds its loss, and how a term is added to it."""
+"""Reading and changing what a model returns: its loss, and every tensor that can be trained."""
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
 
 
 def change_loss(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The output with ``change(loss)`` for its loss.
+    """Return the output with ``change(loss)`` for its loss.
 
     The loss is ``output.loss`` or ``output["loss"]``, the first of a tuple (``return_dict=False``), or the output
     itself. An output that can be written to is changed in place.
@@ -29,6 +29,66 @@ def change_loss(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(_scalar(output))
     output.loss = change(_scalar(getattr(output, "loss", None)))
     return output
+
+
+def trained_tensors(output: Any) -> list[Tensor]:
+    """Return the tensors of an output through which a backward pass can go, each one once, in its order.
+
+    Looks into mappings, lists, tuples and the attributes of any other object, but not into caches of keys and values.
+
+    Example:
+        >>> import torch
+        >>> hidden = torch.ones(2, requires_grad=True) * 3
+        >>> len(trained_tensors({"logits": hidden * 2, "hidden_states": (hidden, hidden), "ids": torch.tensor([1])}))
+        2
+    """
+    found = {id(tensor): tensor for tensor in _tensors(output) if tensor.grad_fn is not None}
+    return list(found.values())
+
+
+def change_tensors(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return the output with ``change(tensor)`` for its tensors; mappings and objects are changed in place.
+
+    Example:
+        >>> import torch
+        >>> change_tensors({"loss": torch.tensor(1.0), "states": (torch.tensor(2.0), "name")}, torch.neg)
+        {'loss': tensor(-1.), 'states': (tensor(-2.), 'name')}
+    """
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, MutableMapping):
+        for name, value in list(output.items()):
+            output[name] = change_tensors(value, change)
+        return output
+    if isinstance(output, tuple):
+        changed = [change_tensors(value, change) for value in output]
+        return type(output)(*changed) if hasattr(output, "_fields") else tuple(changed)
+    if isinstance(output, list):
+        return [change_tensors(value, change) for value in output]
+    for name, value in _attributes(output).items():
+        setattr(output, name, change_tensors(value, change))
+    return output
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+        return
+    if isinstance(output, Mapping):
+        parts = list(output.values())
+    elif isinstance(output, tuple | list):
+        parts = list(output)
+    else:
+        parts = list(_attributes(output).values())
+    for part in parts:
+        yield from _tensors(part)
+
+
+def _attributes(output: Any) -> dict[str, Any]:
+    """The attributes of an object that a model may return; none of a cache, which is no output to be trained."""
+    if hasattr(output, "get_seq_length") or isinstance(output, type):
+        return {}
+    return dict(getattr(output, "__dict__", {}))
 
 
 def _scalar(loss: Any) -> Tensor:

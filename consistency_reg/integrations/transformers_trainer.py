@@ -1,6 +1,6 @@
-"""The consistency term in transformers' Trainer and TRL's SFTTrainer: scheduled, normalized, logged."""
+"""The consistency term in transformers' Trainer and in TRL's trainers: scheduled, normalized, logged."""
 
-import math
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from consistency_reg.capture import RouterAdapter
-from consistency_reg.integrations.attach import Attachment, attachments
-from consistency_reg.losses import RoutingLoss
+from consistency_reg.integrations.attach import attachments
+from consistency_reg.integrations.optimizer_step import StepTerm
+from consistency_reg.integrations.trainer_state import checkpoint_of, micro_batches
+from consistency_reg.losses import RouterAnchorLoss, RoutingLoss
 from consistency_reg.masks import Masks
 from consistency_reg.optional import require
-from consistency_reg.term import WeightSchedule, check_loss
+from consistency_reg.term import WeightSchedule, check_loss, check_name, usual_name
 
 with require("accelerate"):
     import accelerate  # noqa: F401  (the Trainer needs it, and names it less clearly)
@@ -26,24 +28,33 @@ STATE_FILE = "consistency_loss.pt"
 class ConsistencyCallback(TrainerCallback):
     """Adds ``weight(step) * loss(routing)`` to what a ``Trainer`` trains, from ``train()``'s begin to its end.
 
-    An optimizer step has the mean of its micro-batches' terms, whether the trainer averages their losses or, by
-    ``num_items_in_batch``, adds them up. (TRL's ``SFTTrainer`` weights them by their predicted tokens.)
+    An optimizer step has the mean of its micro-batches' terms, whatever the trainer makes of what the model returns:
+    the model's own loss, averaged or by ``num_items_in_batch`` added up, that of another head, label smoothing,
+    ``compute_loss_func``, TRL's policy, preference and reward losses. The term is in none of them: its gradient joins
+    the backward pass (:func:`~consistency_reg.integrations.carry.carry`), so that the logged ``loss`` is without it.
 
     Logs ``consistency/loss`` (raw), ``/weight``, ``/weighted`` and the raw value of each layer as ``/layer_00``, ...,
     which are means since the last log on the first process; reporters write them below ``train/``. Reporters of
     ``report_to`` (wandb, tensorboard) come before the ``callbacks`` of a trainer and so would not see these values:
     :meth:`add_to` puts the callback before them.
 
+    A trainer may have any number of terms, one callback each. What has a state, such as a running balance or the
+    routers of an anchor, is kept in each checkpoint by the term's name.
+
     Args:
         loss: any :class:`~consistency_reg.losses.RoutingLoss`; ``LocalConsistencyLoss()`` when None.
         weight: weight of the term, >= 0.
         warmup_steps: optimizer steps over which the weight rises linearly from 0.
         start_step: optimizer step at which the term, and its warm-up, begins.
+        name: of the term in the log, ``NAME/loss``, and in checkpoints. None for "consistency", or for other losses
+            "balance", "z" or "anchor"; a second of the same name is called ``NAME_2``.
         masks: as :func:`~consistency_reg.attach` takes it, as are the options below.
 
     Raises:
-        ValueError: a negative or non-finite weight; when training begins, a model without routers, ``DataParallel``.
-        RuntimeError: in training, as :func:`~consistency_reg.attach` does.
+        ValueError: a negative or non-finite weight; when training begins, a model without routers, ``DataParallel``,
+            fp16 under DeepSpeed.
+        RuntimeError: in training, a term without gradient; at the end of a micro-batch, one in which the trainer did
+            not train everything once that the model returned with a gradient.
 
     Example:
         >>> callback = ConsistencyCallback(weight=0.35, warmup_steps=100)
@@ -58,6 +69,7 @@ class ConsistencyCallback(TrainerCallback):
         warmup_steps: int = 0,
         *,
         start_step: int = 0,
+        name: str | None = None,
         masks: Callable[[Mapping[str, Any]], Masks] | None = None,
         adapters: Sequence[RouterAdapter] = (),
         keep_inputs: bool = False,
@@ -65,13 +77,14 @@ class ConsistencyCallback(TrainerCallback):
     ) -> None:
         self.loss = check_loss(loss)
         self.schedule = WeightSchedule(weight, warmup_steps, start_step)
+        self.name = check_name(name)
         self._options: dict[str, Any] = {
             "masks": masks,
             "adapters": adapters,
-            "keep_inputs": keep_inputs,
+            "keep_inputs": keep_inputs or isinstance(self.loss, RouterAnchorLoss),
             "layers": layers,
         }
-        self._attachment: Attachment | None = None
+        self._attachment: StepTerm | None = None
         self._seen: dict[str, list[Tensor | float]] = {}  # since the last log
         self._heard_first = False
 
@@ -90,6 +103,11 @@ class ConsistencyCallback(TrainerCallback):
                 f"ConsistencyCallback needs one device for each process, got DataParallel over {args.n_gpu}: launch "
                 "with torchrun or accelerate, or set CUDA_VISIBLE_DEVICES"
             )
+        if args.fp16 and args.distributed_state is not None and "DEEPSPEED" in args.distributed_state.distributed_type:
+            raise ValueError(
+                "ConsistencyCallback cannot read the loss scale of DeepSpeed's fp16, got fp16=True with deepspeed: "
+                "use bf16=True"
+            )
         if args.report_to and not self._heard_first:
             warnings.warn(
                 f"{args.report_to} will not see consistency/*: reporters come before a trainer's callbacks. Instead of "
@@ -100,11 +118,22 @@ class ConsistencyCallback(TrainerCallback):
         for attachment in attachments(model):
             if attachment.during is not None and attachment.during is not state:  # was interrupted: nobody says so
                 attachment.detach()
-        if state.global_step and self.loss.state_dict():
-            self._load(_checkpoint(args, state) / STATE_FILE)
+        earlier = [term for term in attachments(model) if isinstance(term, StepTerm)]
+        name = self.name or usual_name(self.loss)
+        same = sum(term.base_name == name for term in earlier)
+        if same and self.name is None:
+            warnings.warn(
+                f"{same + 1} terms of a {type(self.loss).__name__} are trained at once: name each, "
+                'ConsistencyCallback(..., name="mine"), or leave all but one out',
+                stacklevel=2,
+            )
         self.loss.to(args.device).train()
-        self._attachment = Attachment(model, self.loss, self.schedule.at(state.global_step), **self._options).attach()
+        self._attachment = StepTerm(model, self.loss, self.schedule.at(state.global_step), **self._options)
+        self._attachment.base_name, self._attachment.name = name, f"{name}_{same + 1}" if same else name
         self._attachment.during = state
+        self._attachment.attach()
+        if state.global_step and self.loss.state_dict():
+            self._load(checkpoint_of(args, state) / STATE_FILE, self._attachment.name)
 
     def on_step_begin(
         self,
@@ -112,24 +141,26 @@ class ConsistencyCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         train_dataloader: Any = None,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Set the weight of this optimizer step and what its losses are divided by."""
+        """Set the weight of this optimizer step, and by what its gradients are scaled."""
         assert self._attachment is not None
         self._attachment.weight = self.schedule.at(state.global_step)
-        processes = args.world_size if args.average_tokens_across_devices else 1  # by which the trainer multiplies
-        self._attachment.summed = processes * _micro_batches(args, state, train_dataloader)
+        self._attachment.begin(micro_batches(args, state, train_dataloader), getattr(optimizer, "scaler", None))
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
-        """Keep what a micro-batch had."""
+        """Check and keep what a micro-batch had."""
         assert self._attachment is not None
-        if self._attachment.term is not None:
-            for name, value in self._attachment.term.logged().items():
+        for term in self._attachment.end_micro_batch():
+            for name, value in term.logged().items():
                 self._seen.setdefault(name, []).append(value)
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Keep what the last micro-batch of a step had."""
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Check and keep what the last micro-batch of a step had, before the parameters move."""
+        assert self._attachment is not None
         self.on_substep_end()
+        self._attachment.end()
 
     def on_log(
         self,
@@ -140,10 +171,10 @@ class ConsistencyCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the means since the last log."""
-        if not self._seen or logs is None or "loss" not in logs:  # a log of the evaluation or of the end
-            return
+        if self._attachment is None or not self._seen or logs is None or "loss" not in logs:
+            return  # a log of the evaluation or of the end
         means = {
-            f"consistency/{name}": torch.as_tensor(values, dtype=torch.float64).mean().item()
+            f"{self._attachment.name}/{name}": torch.as_tensor(values, dtype=torch.float64).mean().item()
             for name, values in self._seen.items()
         }
         self._seen = {}
@@ -151,43 +182,39 @@ class ConsistencyCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1] |= means
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Keep the state of the loss in the checkpoint, if it has one."""
-        folder = _checkpoint(args, state)
-        if args.should_save and folder.exists() and (of_loss := self.loss.state_dict()):
-            torch.save(of_loss, folder / STATE_FILE)
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Keep the state of every term in the checkpoint, if it has one."""
+        terms = [term for term in attachments(model) if isinstance(term, StepTerm)]
+        folder = checkpoint_of(args, state)
+        if not terms or terms[0] is not self._attachment or not args.should_save or not folder.exists():
+            return  # the first callback writes for all
+        if states := {term.name: of_loss for term in terms if (of_loss := term.loss.state_dict())}:
+            written = folder / f"{STATE_FILE}.part"
+            torch.save(states, written)
+            os.replace(written, folder / STATE_FILE)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Leave the model as it was."""
         self._release()
 
-    def _load(self, saved: Path) -> None:
-        if saved.exists():
-            self.loss.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
-        else:
-            warnings.warn(
-                f"the state of {type(self.loss).__name__} begins anew, as there is no {saved}: resume with the "
-                f"output_dir of the checkpoint, or give the loss its {STATE_FILE} by load_state_dict before train()",
-                stacklevel=3,
-            )
+    def _load(self, saved: Path, name: str) -> None:
+        states = torch.load(saved, map_location="cpu", weights_only=True) if saved.exists() else {}
+        if name not in states and states.keys() == self.loss.state_dict().keys():  # as one term alone was kept before
+            states = {name: states}
+        if name in states:
+            self.loss.load_state_dict(states[name])
+            return
+        warnings.warn(
+            f"the state of {type(self.loss).__name__} begins anew, as there is no {saved} with {name!r}"
+            f"{f', but with {sorted(states)}' if states else ''}: resume with the output_dir of the checkpoint and the "
+            f"same terms, or give the loss its state of {STATE_FILE} by load_state_dict before train()",
+            stacklevel=3,
+        )
 
     def _release(self) -> None:
         if self._attachment is not None:
             self._attachment.detach()
         self._attachment = None
         self._seen = {}
-
-
-def _micro_batches(args: TrainingArguments, state: TrainerState, dataloader: Any) -> int:
-    """Of the present optimizer step: the last one of an epoch may have fewer."""
-    accumulated = args.gradient_accumulation_steps
-    try:
-        batches = len(dataloader)
-    except TypeError:  # a stream
-        return accumulated
-    is_last = (state.global_step + 1) % max(math.ceil(batches / accumulated), 1) == 0
-    return (batches % accumulated or accumulated) if is_last else accumulated
-
-
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir or ".", f"checkpoint-{state.global_step}")

@@ -6,27 +6,10 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.metadata import version
 
-FIT_HELP = """\
-usage: consistency-reg fit --config RECIPE [--KEY VALUE ...] [--run_dir DIR]
-
-Train one recipe into one folder. Later configs and keys override earlier ones. Stopped, it goes
-on where it was when the same command runs again.
-
-arguments:
-  -h, --help        show this help and exit
-  --debug           show the traceback of an error
-  --config RECIPE   a recipe, such as those under recipes/; several are read one after the other
-  --KEY VALUE       any key of a recipe, such as --trainer.max_steps 200 --consistency.weight 0.1
-  --model PLACE     the checkpoint to fine-tune: a folder, a finished run or a hub id
-  --run_dir DIR     of config.yaml, metrics.csv, checkpoints, model, result.json, the wandb run
-  --print_config    print the whole recipe with every default, and stop
-
-examples:
-  consistency-reg fit --config recipes/quickstart.yaml --run_dir runs/first
-  consistency-reg fit --config recipes/finetune.yaml --model runs/first --run_dir runs/tuned
-"""
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # as a shell has them
+HELP = ("-h", "--help")
 MODULES = {
     "fit": "consistency_reg.lab.train",
     "evaluate": "consistency_reg.lab.evaluate.command",
@@ -39,22 +22,12 @@ MODULES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit code. Every failure is one message on standard error."""
+    """Run the command and return its exit code. Every failure is one message on standard error."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        command = arguments[0] if arguments and arguments[0] in MODULES else None
-        if not arguments:
-            _parser().print_help(sys.stderr)
-            return 2
-        if command is None:
-            _parser().parse_args(arguments)
-        if command == "fit" and (len(arguments) == 1 or {"-h", "--help"} & set(arguments[1:])):
-            print(FIT_HELP, end="", file=sys.stderr if len(arguments) == 1 else sys.stdout)
-            return 2 if len(arguments) == 1 else 0
-        run: Callable[[list[str]], int | None] = import_module(MODULES[str(command)]).main
-        return run(arguments[1:]) or 0
+        return _run(arguments)
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()
@@ -74,13 +47,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] not in MODULES:
+        if not arguments:
+            _parser().print_help(sys.stderr)
+            return 2
+        _parser().parse_args(arguments)
+    command, *rest = arguments
+    if not {*HELP} & {*rest} and (rest or command != "fit"):
+        run: Callable[[list[str]], int | None] = import_module(MODULES[command]).main
+        return run(rest) or 0
+    help_of = import_module(f"consistency_reg.lab.arguments.{command}").parser()
+    help_of.print_help(sys.stdout if rest else sys.stderr)
+    return 0 if rest else 2
+
+
 def _interrupted(code: int = INTERRUPTED) -> int:
     print("\ninterrupted: run the same command again to go on where it stopped", file=sys.stderr)
     return code
 
 
 def _message(error: Exception) -> str:
-    """What the error says; its kind too where what it says alone is no sentence."""
+    """Return what the error says; its kind too where what it says alone is no sentence."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     spoken = isinstance(error, ValueError | TypeError | RuntimeError | ImportError | OSError) and str(error)
@@ -91,11 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="consistency-reg",
         description="Train mixture-of-experts language models for local routing consistency.",
-        epilog="example:\n  consistency-reg fit --config recipes/quickstart.yaml --run_dir runs/first\n"
+        epilog="example:\n  consistency-reg fit --config quickstart --run_dir runs/first\n"
         "  consistency-reg report runs/first\n\nconsistency-reg COMMAND --help says more.",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=16),
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--version", action="version", version=f"consistency-reg {version('consistency-reg')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("fit", help="train one recipe into a run folder")
     commands.add_parser("evaluate", help="judge models, and say how large a cache of experts they need")

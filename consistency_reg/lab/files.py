@@ -1,22 +1,216 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and names that may become file names."""
 
+import contextlib
 import json
 import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+LEFTOVERS = ".*.part"  # drafts of processes that were killed
+SAFE_NAME = re.compile(r"[\w+-][\w.+-]{0,99}")
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write so that a reader, or a crash, sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+class Draft:
+    """A file that is written next to its place and then takes it, so that nobody ever sees a part of it.
+
+    A reader, a crash and a full disk find the former file or the new one. Being in the folder of its place, the draft
+    is on the same file system, where a rename is one step; the bytes reach the disk before the rename does.
+
+    Args:
+        path: where the file is to be.
+
+    Example:
+        >>> import tempfile
+        >>> place = Path(tempfile.mkdtemp(), "number.txt")
+        >>> draft = Draft(place)
+        >>> with draft.writing() as file:
+        ...     _ = file.write(b"7")
+        >>> place.exists()
+        False
+        >>> draft.commit()
+        >>> place.read_text()
+        '7'
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+
+    @contextmanager
+    def writing(self, *, durable: bool = True) -> Iterator[IO[bytes]]:
+        """Give the file to write to; the draft is removed if that fails.
+
+        Raises:
+            OSError: no space, or no right to write; names the folder.
+        """
+        file = _FirstError()
+        try:
+            with naming(self.path), open(self.temporary, "wb", buffering=0) as raw:
+                yield file.around(raw)
+                if durable:
+                    os.fsync(raw.fileno())
+        except BaseException as error:
+            self.discard()
+            if file.error is not None and file.error is not error:  # torch.save has an error of its own for it
+                with naming(self.path):
+                    raise file.error from error
+            raise
+
+    def commit(self) -> None:
+        """Put the draft in its place."""
+        with naming(self.path):
+            self.temporary.replace(self.path)
+            _sync_folder(self.path.parent)
+
+    def discard(self) -> None:
+        """Remove the draft."""
+        with contextlib.suppress(OSError):
+            self.temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Write a file so that a reader, or a crash, sees the former file or the new one, never a part.
+
+    Args:
+        path: where it is to be.
+        content: of the file; text becomes UTF-8.
+        durable: whether to wait until the disk has it, which a file that is renewed every few seconds need not.
+
+    Raises:
+        OSError: no space, or no right to write; names the folder.
+    """
+    draft = Draft(path)
+    with draft.writing(durable=durable) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+    draft.commit()
+
+
+def write_json(path: Path, content: Any, *, durable: bool = True) -> None:
+    """Write indented JSON, whole or not at all; what JSON does not know becomes a string."""
+    write_atomically(path, json.dumps(content, indent=1, default=str), durable=durable)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give a folder to fill, which takes the place of ``path`` when it is full.
+
+    A folder cannot be exchanged in one step: a reader may find none for a moment, but never one that is half full.
+
+    Raises:
+        OSError: no space, or no right to write; names the folder.
+    """
+    draft, former = (path.with_name(f".{path.name}.{os.getpid()}{end}") for end in (".part", ".former.part"))
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        with naming(path):
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir()
+            yield draft
+            for file in draft.rglob("*"):
+                _sync(file)
+            if path.exists():
+                shutil.rmtree(former, ignore_errors=True)
+                path.rename(former)
+            draft.rename(path)
+            _sync_folder(path.parent)
+    finally:
+        for folder in (draft, former):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write as indented JSON, whole or not at all; what JSON does not know becomes a string."""
-    write_atomically(path, json.dumps(content, indent=1, default=str))
+def remove_leftovers(folder: Path) -> None:
+    """Remove the drafts that killed processes have left in a folder that no other process writes to."""
+    for draft in folder.glob(LEFTOVERS):
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)
+
+
+def check_name(what: str, name: object) -> str:
+    """Return a name that may be a file's or a folder's, or part of one.
+
+    Such a name consists of letters, digits and ``. _ + -``, does not begin with a dot, and has at most 100 characters.
+
+    Args:
+        what: is named, for the message.
+        name: the name; a number becomes its text.
+
+    Raises:
+        ValueError: it may not.
+
+    Example:
+        >>> check_name("a domain", "c++")
+        'c++'
+        >>> check_name("a domain", "../x")
+        Traceback (most recent call last):
+        ValueError: the name of a domain must be of letters, digits and . _ + -, at most 100, and not begin with a dot, got '../x'
+    """  # noqa: E501
+    if not SAFE_NAME.fullmatch(str(name)):
+        raise ValueError(
+            f"the name of {what} must be of letters, digits and . _ + -, at most 100, and not begin with a dot, "
+            f"got {name!r}"
+        )
+    return str(name)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the operating system say what could not be written, and where.
+
+    Python names no file in an error of a write, and that of a draft is not the name that a reader knows.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or getattr(error, "named", False):
+            raise
+        said = f"{error.strerror}: {path.name} could not be written"
+        said += " (the former one is untouched)" if path.exists() else ""
+        named = OSError(error.errno, said, str(path.parent))
+        named.named = True  # type: ignore[attr-defined]
+        raise named from error
+
+
+class _FirstError:
+    """A file that remembers why it could not be written: whoever writes to it may say something else."""
+
+    def __init__(self) -> None:
+        self.error: OSError | None = None
+        self._file: IO[bytes] | None = None
+
+    def around(self, file: IO[bytes]) -> Any:
+        self._file = file
+        return self
+
+    def write(self, content: Any) -> int:
+        assert self._file is not None
+        view = memoryview(content).cast("B")
+        written = 0
+        try:
+            while written < len(view):  # a raw write may take a part
+                written += self._file.write(view[written:]) or 0
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        return written
+
+    def flush(self) -> None:
+        """Do nothing: the file has no buffer."""
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let a rename reach the disk; some file systems have no such thing for folders."""
+    with contextlib.suppress(OSError):
+        _sync(folder)

@@ -1,40 +1,15 @@
-"""What ``consistency-reg fit`` does differently when a recipe begins with a checkpoint."""
+"""Let ``consistency-reg fit`` begin with a checkpoint: the data follow it, and it is measured before the first step."""
 
 import hashlib
-from collections.abc import Sequence
 from typing import Any
 
 from consistency_reg.lab.pretrained import checkpoint_config, checkpoint_place, has_tokenizer, pretrained_moe
 
 CLASS_PATH = f"{pretrained_moe.__module__}.{pretrained_moe.__name__}"
-CONFIG_FILES = (".yaml", ".yml", ".json")  # what LightningCLI's own --model takes, or a mapping
-
-
-def checkpoint_arguments(argv: Sequence[str]) -> list[str]:
-    """``--model PATH_OR_ID`` as the key that it stands for, behind the recipes that say what the key means.
-
-    Example:
-        >>> checkpoint_arguments(["--model", "allenai/OLMoE-1B-7B-0924", "--config", "recipes/finetune.yaml"])
-        ['--config', 'recipes/finetune.yaml', '--model.model.path=allenai/OLMoE-1B-7B-0924']
-    """
-    kept, moved = list[str](), list[str]()
-    waiting = list(argv)
-    while waiting:
-        argument = waiting.pop(0)
-        name, equals, value = argument.partition("=")
-        if name != "--model" or not (equals or waiting):
-            kept.append(argument)
-            continue
-        value = value if equals else waiting.pop(0)
-        if value.startswith("{") or value.endswith(CONFIG_FILES):
-            kept.append(f"--model={value}")
-        else:
-            moved.append(f"--model.model.path={value}")
-    return kept + moved
 
 
 def is_fine_tuning(config: Any) -> bool:
-    """Whether a recipe begins with a checkpoint."""
+    """Return whether a recipe begins with a checkpoint."""
     return config.model.model.class_path == CLASS_PATH
 
 
@@ -49,7 +24,7 @@ def follow_checkpoint(config: Any) -> None:
     """
     arguments, data = config.model.model.init_args, config.data
     arguments.path = path = str(arguments.path).replace("{seed}", str(config.seed_everything))
-    model = checkpoint_config(path).get_text_config()
+    model = checkpoint_config(path, arguments.get("trust_remote_code", False)).get_text_config()
     context = getattr(model, "max_position_embeddings", None)
     if context is not None and data.sequence_length > context:
         raise ValueError(
@@ -65,14 +40,17 @@ def follow_checkpoint(config: Any) -> None:
 
 
 def vocabulary_digest(tokenizer: Any) -> str:
-    """Equal for tokenizers with the same vocabulary, wherever they lie."""
+    """Return digits that are equal for tokenizers with the same vocabulary, wherever they lie."""
     pairs = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(repr(pairs).encode()).hexdigest()[:16]
 
 
 def measure_before(trainer: Any, module: Any, data: Any) -> dict[str, Any]:
-    """What result.json says of the checkpoint: ``before``, its measures on the text that the fine-tuned model is
-    measured on, and ``trainable_parameters``, how many of its parameters are to learn."""
+    """Return what ``result.json`` says of the checkpoint.
+
+    That is ``before``, its measures on the text that the fine-tuned model is measured on, and ``trainable_parameters``,
+    how many of its parameters are to learn.
+    """
     trainer.validate(module, datamodule=data, verbose=False)
     measured = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

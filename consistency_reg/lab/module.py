@@ -64,6 +64,10 @@ class CausalMoE(LightningModule):
         """[B, T, V] next-token logits."""
         return self.model(**model_inputs(batch)).logits
 
+    def token_losses(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the cross-entropy in nats of every predicted token of a batch."""
+        return next_token_losses(self(batch), batch["labels"])
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of the next token plus the balance terms."""
         listener = RoutingSession.of(self).listen()
@@ -99,7 +103,7 @@ class CausalMoE(LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add to the mean cross-entropy of the domain and of all."""
-        losses = next_token_losses(self(batch), batch["labels"])
+        losses = self.token_losses(batch)
         self.nats[dataloader_idx].update(losses)
         self.nats[-1].update(losses)
 

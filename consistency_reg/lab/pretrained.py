@@ -1,4 +1,4 @@
-"""A checkpoint to fine-tune: which of its weights learn, and how it becomes a plain checkpoint again."""
+"""Which weights of a checkpoint learn when it is fine-tuned, and how it becomes a plain checkpoint again."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from consistency_reg.capture import RouterCapture
-from consistency_reg.lab.evaluate.models import model_folder
+from consistency_reg.lab.checkpoint import model_folder, read_configuration
 from consistency_reg.optional import require
 
 with require("transformers"):
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+    from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
     from transformers.utils import has_file
 
 PARTS = ("router", "lora", "all")
@@ -26,8 +26,9 @@ def pretrained_moe(
     lora_alpha: float = 16.0,
     lora_targets: Sequence[str] | None = None,
     dtype: Literal["float32", "bfloat16", "auto"] = "float32",
+    trust_remote_code: bool = False,
 ) -> nn.Module:
-    """A mixture-of-experts language model from a checkpoint, ready to be fine-tuned.
+    """Return a mixture-of-experts language model from a checkpoint, ready to be fine-tuned.
 
     Args:
         path: a folder of ``save_pretrained``, the folder of a finished run of ``consistency-reg fit``, or a hub id.
@@ -38,29 +39,30 @@ def pretrained_moe(
         lora_targets: names, or ends of names, of the matrices to update; the attention's linear layers when None.
         dtype: of the weights in memory and when saved; "auto" is that of the checkpoint. Updates of a router are often
             too small for 16 bits: keep float32, and save memory with ``trainer.precision: bf16-mixed``.
+        trust_remote_code: whether code that comes with the model may run.
 
     Returns:
         The model of transformers in training mode; with "lora" PEFT's wrapper of it. On the meta device the same
         without weights.
 
     Raises:
-        ValueError: a model that is not causal or has no routers, a checkpoint that lacks weights, an option out of
-            range, no matrix to update.
+        ValueError: a model that is not causal or has no routers, code that is not trusted, a checkpoint that lacks
+            weights, an option out of range, no matrix to update.
         OSError: no such checkpoint.
     """
     if train not in PARTS:
         raise ValueError(f"train must be one of {PARTS}, got {train!r}")
     if lora_rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {lora_rank}")
-    config = checkpoint_config(path)
+    config = checkpoint_config(path, trust_remote_code)
     with torch.device("meta"):
         try:
-            empty = AutoModelForCausalLM.from_config(config)
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         except ValueError as error:
             kind = type(config).__name__
             raise ValueError(f"model {path!r} must be a causal language model of transformers, got {kind}") from error
     routers = RouterCapture(empty).layer_names  # refuses a dense model before its weights are read
-    model = empty if torch.get_default_device().type == "meta" else _load(path, dtype, routers)
+    model = empty if torch.get_default_device().type == "meta" else _load(path, dtype, routers, trust_remote_code)
     return trainable(model.train(), train, lora_rank, lora_alpha, lora_targets)
 
 
@@ -87,7 +89,7 @@ def trainable(
 
 
 def attention_matrices(model: nn.Module) -> list[str]:
-    """Names of the linear layers within attention, routers left out.
+    """Return the names of the linear layers within attention, routers left out.
 
     Raises:
         ValueError: there are none.
@@ -122,22 +124,23 @@ def save_plain(model: Any, folder: Path) -> None:
     plain.save_pretrained(folder)
 
 
-def checkpoint_config(path: str) -> PreTrainedConfig:
-    """The configuration of a checkpoint.
+def checkpoint_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Return the configuration of a checkpoint.
+
+    Args:
+        path: as in :func:`pretrained_moe`.
+        trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        ValueError: no path, a run that is not finished, an unknown architecture.
+        ValueError: no path, a run that is not finished, code that is not trusted, an unknown architecture.
         OSError: no such checkpoint.
     """
-    place = checkpoint_place(path)
-    try:
-        return AutoConfig.from_pretrained(place)
-    except OSError as error:
-        raise OSError(f"no model can be read from {path!r}, which is no folder here: {error}") from error
+    option = "--model.model.trust_remote_code true"
+    return read_configuration(checkpoint_place(path), trust_remote_code=trust_remote_code, option=option)
 
 
 def checkpoint_place(path: str) -> str:
-    """What transformers loads: the folder with the weights, or a hub id as it is.
+    """Return what transformers loads: the folder with the weights, or a hub id as it is.
 
     Raises:
         ValueError: no path, or a folder without a model.
@@ -153,14 +156,14 @@ def checkpoint_place(path: str) -> str:
 
 
 def has_tokenizer(path: str) -> bool:
-    """Whether a checkpoint comes with a tokenizer. (Without, ``AutoTokenizer`` may give one that knows no token.)"""
+    """Return whether a checkpoint comes with a tokenizer; else ``AutoTokenizer`` may give one that knows no token."""
     place = checkpoint_place(path)
     return any(has_file(place, name) for name in TOKENIZER_FILES)
 
 
-def _load(path: str, dtype: str, routers: Sequence[str]) -> PreTrainedModel:
+def _load(path: str, dtype: str, routers: Sequence[str], trust_remote_code: bool) -> PreTrainedModel:
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint_place(path), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=False
+        checkpoint_place(path), dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
     )
     model, found = loaded
     missing = sorted(found["missing_keys"])

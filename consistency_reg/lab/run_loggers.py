@@ -1,40 +1,118 @@
 """What tracks a run: its loggers, and what they get at its end."""
 
+import csv
+import io
 import secrets
-import warnings
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
 
 from consistency_reg.callbacks.loggers import log_files, summarize, wandb_loggers
-from consistency_reg.lab.files import write_atomically
+from consistency_reg.lab.files import naming, write_atomically
+from consistency_reg.lab.run_folder import RunFolder
 from consistency_reg.lab.wandb_login import wandb_mode
 from consistency_reg.optional import require
 
 FLUSH_SECONDS = 1.0
 
 
-def run_loggers(run_dir: Path, wandb_project: str) -> list[Logger]:
-    """metrics.csv in the folder, and wandb unless the project is empty; offline where there is no login.
+class MetricsFile(Logger):
+    """Writes every logged row to a CSV at once: a killed process loses none that it has logged.
 
-    A run that goes on has the wandb id that it began with. CSVLogger begins its file anew, so what an interrupted run
-    wrote stays as metrics-1.csv and so on.
+    The file is that of Lightning's CSVLogger, sorted columns with ``step`` among them; but a new column, for which the
+    file has to be written anew, never leaves a part of it.
+
+    Args:
+        path: of the file, which is begun anew.
     """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self._columns: list[str] = []
+
+    @property
+    def name(self) -> str:
+        """The logger has no name."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """The logger has no version."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The folder of the file."""
+        return str(self.path.parent)
+
+    @property
+    def log_dir(self) -> str:
+        """The folder of the file."""
+        return self.save_dir
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Write nothing: the recipe is in config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Write a row.
+
+        Args:
+            metrics: column -> value.
+            step: of the row.
+
+        Raises:
+            OSError: it cannot be written; names the folder.
+        """
+        row = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+        row["step"] = step
+        if new := row.keys() - set(self._columns):
+            before = self._rows()
+            self._columns = sorted({*self._columns, *new})
+            write_atomically(self.path, self._csv([dict(zip(self._columns, self._columns, strict=True)), *before, row]))
+        else:
+            with naming(self.path), self.path.open("a", newline="") as file:
+                file.write(self._csv([row]))
+
+    def _rows(self) -> list[dict[str, str]]:
+        if not self._columns:
+            return []
+        with self.path.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    def _csv(self, rows: Sequence[Mapping[str, Any]]) -> str:
+        text = io.StringIO(newline="")
+        csv.DictWriter(text, self._columns).writerows(rows)
+        return text.getvalue()
+
+
+def run_loggers(folder: RunFolder, wandb_project: str) -> list[Logger]:
+    """Return the loggers of a run: ``metrics.csv``, and wandb unless the project is empty.
+
+    wandb is offline where there is no login. A run that goes on has the wandb id that it began with, and what it logged
+    before stays as ``metrics-1.csv`` and so on.
+    """
+    if is_first_process():
+        folder.set_metrics_aside()
+    metrics = MetricsFile(folder.metrics)
     if not wandb_project:
-        return [_csv_logger(run_dir)]
+        return [metrics]
     wandb_logger = WandbLogger(
-        name=run_dir.resolve().name,
+        name=folder.name,
         project=wandb_project,
-        id=_wandb_id(run_dir),
-        save_dir=run_dir.absolute(),  # wandb's process may have begun in another folder
+        id=folder.wandb_id(secrets.token_hex(4)) if is_first_process() else None,  # the others do not speak to wandb
+        save_dir=folder.path.absolute(),  # wandb's process may have begun in another folder
         mode=wandb_mode(),
         settings=_settings(),
     )
-    return [_csv_logger(run_dir), wandb_logger]
+    return [metrics, wandb_logger]
 
 
 def is_first_process() -> bool:
@@ -65,23 +143,3 @@ def _settings() -> Any:
     often = "x_transaction_log_flush_interval"
     known: dict[str, Any] = {often: FLUSH_SECONDS} if often in wandb.Settings.model_fields else {}
     return wandb.Settings(**known)
-
-
-def _wandb_id(run_dir: Path) -> str | None:
-    """The id that the run began with; None in other processes than the first, which do not speak to wandb."""
-    if not is_first_process():
-        return None
-    path = run_dir / "wandb-id"
-    if not path.exists() or not path.stat().st_size:
-        write_atomically(path, secrets.token_hex(4))
-    return path.read_text()
-
-
-def _csv_logger(run_dir: Path) -> CSVLogger:
-    if is_first_process() and (metrics := run_dir / "metrics.csv").exists():
-        metrics.rename(run_dir / f"metrics-{len(list(run_dir.glob('metrics-*.csv'))) + 1}.csv")
-    logger = CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=1)  # a killed run has written all it saw
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Experiment logs directory")
-        _ = logger.experiment  # warns that it deletes earlier files, which are out of its way
-    return logger

@@ -1,11 +1,10 @@
-"""How far a run is: progress.json in its folder, its throughput, and how Ctrl-C and SIGTERM end it."""
+"""How far a run is: ``progress.json`` in its folder, its throughput, and how Ctrl-C and SIGTERM end it."""
 
 import math
 import signal
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,8 +13,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from consistency_reg.callbacks.progress import current_routing, total_steps
+from consistency_reg.lab.checkpoint_files import WholeCheckpoints
 from consistency_reg.lab.cli import TERMINATED
-from consistency_reg.lab.files import write_json
+from consistency_reg.lab.files import write_atomically
+from consistency_reg.lab.run_folder import RunFolder
 from consistency_reg.session import RoutingSession
 
 SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
@@ -34,12 +35,14 @@ class RunProgress(Callback):
     ``remaining_s`` (of training); what is not known yet is null.
 
     Args:
-        run_dir: the folder of the run.
+        folder: of the run.
+        files: through which the trainer saves.
         interval: seconds between two writes.
     """
 
-    def __init__(self, run_dir: Path, interval: float = 2.0) -> None:
-        self.run_dir = run_dir
+    def __init__(self, folder: RunFolder, files: WholeCheckpoints, interval: float = 2.0) -> None:
+        self.folder = folder
+        self.files = files
         self.interval = interval
         self.seconds = 0.0
         self._earlier_seconds = 0.0
@@ -65,13 +68,8 @@ class RunProgress(Callback):
 
     @property
     def wall_seconds(self) -> float:
-        """Of all sessions, with set-up and validation; those before this one up to their last checkpoint."""
+        """Seconds of all sessions, with set-up and validation; those before this one up to their last checkpoint."""
         return self._earlier_seconds + time.monotonic() - self._began
-
-    @property
-    def checkpoint(self) -> Path:
-        """What a resumed run goes on from."""
-        return self.run_dir / "checkpoints" / "last.ckpt"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals, SIGTERM from Lightning, which would stop between two batches and save nothing."""
@@ -80,7 +78,9 @@ class RunProgress(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, say that training has ended, and give the signals back."""
-        trainer.save_checkpoint(self.checkpoint)
+        if not self._saved:
+            trainer.save_checkpoint(self.folder.last_checkpoint)
+        self.files.release()
         self._write(trainer, "train", at_once=True)
         if self._stops(trainer):
             self._interrupt(trainer)
@@ -93,6 +93,7 @@ class RunProgress(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Stop if the step before was the last, which is logged by now; else start the clock."""
         if self._saved:
+            self.files.release()
             self._interrupt(trainer)
         self._steps_before = trainer.global_step
         self._batch_began = time.perf_counter()
@@ -100,12 +101,18 @@ class RunProgress(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch, write now and then, and save if a signal came and a step is done: gradients are not kept."""
+        """Count the batch, write now and then, and save where a signal came or the last step is done.
+
+        Not within a step, as gradients are not kept, and not when training has ended: Lightning takes the epoch for
+        complete then, and a run that is made longer could not go on in it.
+        """
         self.seconds += time.perf_counter() - self._batch_began
         self._tokens = self._tokens + RoutingSession.of(pl_module).count_tokens(batch) * trainer.world_size
         self._write(trainer, "train")
-        if trainer.global_step > self._steps_before and self._stops(trainer):
-            trainer.save_checkpoint(self.checkpoint)
+        is_last = 0 <= trainer.max_steps <= trainer.global_step
+        if trainer.global_step > self._steps_before and (self._stops(trainer) or is_last):
+            with self.files.held():
+                trainer.save_checkpoint(self.folder.last_checkpoint)
             self._saved = True
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
@@ -113,7 +120,7 @@ class RunProgress(Callback):
         self._write(trainer, "validate")
 
     def state_dict(self) -> dict[str, Any]:
-        """Tokens and seconds so far."""
+        """Return tokens and seconds so far."""
         return {"tokens": self.tokens, "seconds": self.seconds, "wall_seconds": self.wall_seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -136,7 +143,8 @@ class RunProgress(Callback):
     def _interrupt(self, trainer: Trainer) -> None:
         self._give_back()
         if trainer.is_global_zero:
-            print(f"\nsaved step {trainer.global_step} of {trainer.max_steps} in {self.checkpoint}", file=sys.stderr)
+            where = self.folder.last_checkpoint
+            print(f"\nsaved step {trainer.global_step} of {trainer.max_steps} in {where}", file=sys.stderr)
         raise _stop(terminated=_anywhere(trainer, self._signal == signal.SIGTERM))
 
     def _give_back(self) -> None:
@@ -152,8 +160,7 @@ class RunProgress(Callback):
         step, total = trainer.global_step, total_steps(trainer)
         cross_entropy, routing = trainer.callback_metrics.get("train/ce"), current_routing(trainer)
         left = (total - step) * self.seconds / step if step else math.inf
-        write_json(
-            self.run_dir / "progress.json",
+        self.folder.write_progress(
             {
                 "phase": phase,
                 "step": step,
@@ -163,7 +170,7 @@ class RunProgress(Callback):
                 "misses": routing.get("misses"),
                 "tokens_per_s": self.tokens_per_second,
                 "remaining_s": left if math.isfinite(left) else None,
-            },
+            }
         )
 
 
@@ -176,13 +183,74 @@ def _stop(*, terminated: bool) -> BaseException:
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """Saves after whole steps alone: resumed from a step that it saves at, its parent saves within the next."""
+    """Saves after whole steps, and lets a checkpoint take its place when its step is logged.
 
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Remember the step."""
+    A checkpoint also waits for the validation that follows its step: resumed from it, Lightning would leave that out.
+    ``last.ckpt`` is always the newest. Resumed from a step that it saves at, Lightning's own saves within the next.
+
+    Args:
+        folder: of the run.
+        files: through which the trainer saves.
+        every: optimizer steps between two checkpoints.
+        keep: how many of the newest stay, as ``step=00000050.ckpt``, next to ``last.ckpt``.
+
+    Raises:
+        ValueError: ``every`` or ``keep`` is out of range.
+    """
+
+    def __init__(self, folder: RunFolder, files: WholeCheckpoints, every: int, keep: int = 0) -> None:
+        check_checkpoints(every, keep)
+        super().__init__(
+            folder.checkpoints,
+            save_last=True,
+            save_top_k=0,
+            every_n_train_steps=every,
+            enable_version_counter=False,  # always last.ckpt, which a resumed run looks for
+        )
+        self.files = files
+        self.keep = keep
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Let the checkpoint of the step before take its place, and remember the step."""
+        self._release(trainer)
         self._steps_before = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Save if a step is done."""
         if trainer.global_step > self._steps_before:
-            super().on_train_batch_end(trainer, *args, **kwargs)
+            with self.files.held():
+                super().on_train_batch_end(trainer, *args, **kwargs)
+
+    def on_train_epoch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Let the checkpoint of the epoch's last step take its place."""
+        self._release(trainer)
+        super().on_train_epoch_end(trainer, *args)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Drop a checkpoint whose step or validation may not have been logged: a resumed run would never do so."""
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current
+        is_logged = batches.completed == batches.processed  # type: ignore[attr-defined]
+        if isinstance(exception, OSError) or trainer.validating or not is_logged:
+            self.files.discard()
+        self._release(trainer)
+        super().on_exception(trainer, pl_module, exception)
+
+    def _release(self, trainer: Trainer) -> None:
+        for path in self.files.release():
+            if self.keep and trainer.is_global_zero:
+                kept = path.with_name(f"step={trainer.global_step:08d}{path.suffix}")
+                kept.unlink(missing_ok=True)
+                try:
+                    kept.hardlink_to(path)
+                except OSError:  # a file system without links
+                    write_atomically(kept, path.read_bytes())
+                for old in sorted(path.parent.glob("step=*.ckpt"))[: -self.keep]:
+                    old.unlink(missing_ok=True)
+
+
+def check_checkpoints(every: int, keep: int) -> None:
+    """Raise ValueError if checkpoints cannot be saved so often, or so many kept."""
+    if every < 1:
+        raise ValueError(f"checkpoint_every must be at least 1, got {every}")
+    if keep < 0:
+        raise ValueError(f"keep_checkpoints must be at least 0, got {keep}")

@@ -1,13 +1,12 @@
 """``consistency-reg workspace``: the panels of a wandb project, laid out for reading trade-offs."""
 
-import argparse
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from consistency_reg.lab.usage import CommandParser
+from consistency_reg.lab.arguments.workspace import parser
 from consistency_reg.lab.wandb_login import login_found
-from consistency_reg.measures import HIT_RATE, MEASURES, MIN_SHARE, SRP
+from consistency_reg.measures import HIT_RATE, MIN_SHARE, SRP, of_panel
 from consistency_reg.optional import require
 from consistency_reg.reading import TRAINING, VALIDATION, Measure, Reading, size_name
 from consistency_reg.tracking.board import STEP, TOKENS
@@ -21,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         ValueError: an argument of another form; no login.
     """
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     if not ENTITY_AND_PROJECT.fullmatch(options.project):
         raise ValueError(f"the project is given as ENTITY/PROJECT, got {options.project!r}")
     entity, project = options.project.split("/")
@@ -55,9 +54,9 @@ def workspace(entity: str, project: str, *, quality: str = "val/ppl", segment_le
     def lines(title: str, *metrics: str, x: str = STEP) -> Any:
         return panels.LinePlot(title=title, x=x, y=list(metrics))
 
-    def of_panel(panel: str, stage: str) -> list[Any]:
+    def curves(panel: str, stage: str) -> list[Any]:
         """Return a panel for each measure that runs show."""
-        measures = [one for one in MEASURES if one.panel == panel and ("runs" in one.shown or stage == TRAINING)]
+        measures = [one for one in of_panel(panel) if "runs" in one.shown or stage == TRAINING]
         return [lines(*_title_and_names(one, segment_length, stage)) for one in measures]
 
     hits = HIT_RATE.at(share=0.25)
@@ -73,11 +72,11 @@ def workspace(entity: str, project: str, *, quality: str = "val/ppl", segment_le
             lines("quality by tokens seen", quality, x=TOKENS),
             lines(f"{hits.complement}, by tokens seen", misses, x=TOKENS),
         ],
-        "Consistency": of_panel("Consistency", VALIDATION),
-        "Caches": [*of_panel("Caches", VALIDATION), picture],
-        "Balance": of_panel("Balance", VALIDATION),
+        "Consistency": curves("Consistency", VALIDATION),
+        "Caches": [*curves("Caches", VALIDATION), picture],
+        "Balance": curves("Balance", VALIDATION),
         "Training": [
-            *of_panel("Training", TRAINING),
+            *curves("Training", TRAINING),
             lines(f"{SRP.at(segment_length).label} of the batch", SRP.at(segment_length).within(TRAINING).name),
         ],
     }
@@ -97,15 +96,3 @@ def _title_and_names(measure: Measure, segment_length: int, stage: str) -> tuple
     readings: list[Reading] = sizes or [measure.at(segment_length)]
     label = "LRU hits by cache size" if sizes else readings[0].label
     return f"{label}: {measure.meaning}", *(reading.within(stage).name for reading in readings)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        "consistency-reg workspace",
-        description="Lay out the panels of a wandb project for reading trade-offs, as a saved view of it.",
-        epilog="example:\n  consistency-reg workspace my-team/consistency-reg",
-    )
-    parser.add_argument("project", metavar="ENTITY/PROJECT", help="where the runs are")
-    parser.add_argument("--quality", default="val/ppl", metavar="METRIC", help="what misses are traded for (val/ppl)")
-    parser.add_argument("--segment-length", type=int, default=16, metavar="M", help="of SRP in the panels (16)")
-    return parser

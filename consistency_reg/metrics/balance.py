@@ -50,6 +50,13 @@ class ModelBalance:
             return torch.stack([getattr(layer, name) for layer in self.layers])
         return own[segment_length] if isinstance(own, dict) else own
 
+    def values(self) -> Iterator[Value]:
+        """Yield balance and overlap of the layers, and what they come to for the model."""
+        for measure in of_metric("balance"):
+            for m in self.local_cv if measure.by_segment else (None,):
+                layers_L = self.of_layers(measure.attribute, m)
+                yield Value(measure.at(m), OVER_LAYERS[measure.over_layers](layers_L), list(layers_L))
+
 
 class RoutingBalance(RoutingMetric):
     """Global and local balance and the overlap rate of every layer; layers are never pooled, as that hides imbalance.
@@ -131,11 +138,8 @@ class RoutingBalance(RoutingMetric):
         )
 
     def values(self, results: ModelBalance) -> Iterator[Value]:
-        """Yield balance and overlap of the layers, and what they come to for the model."""
-        for measure in of_metric("balance"):
-            for m in self.segments if measure.by_segment else (None,):
-                layers_L = results.of_layers(measure.attribute, m)
-                yield Value(measure.at(m), OVER_LAYERS[measure.over_layers](layers_L), list(layers_L))
+        """Yield balance and overlap: see :meth:`ModelBalance.values`."""
+        return results.values()
 
 
 def _cv_states(segment_length: int | None) -> tuple[str, str]:

@@ -1,6 +1,6 @@
 """Specialization of a model's experts as a metric, and whether it goes with their consistency."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ from consistency_reg.functional.specialization import (
     vocabulary_specialization,
 )
 from consistency_reg.functional.srp import best_f1, srp_counts
-from consistency_reg.metrics.base import RoutingMetric
+from consistency_reg.measures import of_metric
+from consistency_reg.metrics.base import RoutingMetric, Value
 from consistency_reg.metrics.plots import axes_of
 from consistency_reg.routing import RoutingTrace
 
@@ -57,6 +58,12 @@ class ModelSpecialization:
         """What was asked for, by name."""
         both = {"domain": self.domain, "vocabulary": self.vocabulary}
         return {name: kind for name, kind in both.items() if kind is not None}
+
+    def values(self) -> Iterator[Value]:
+        """Yield the specialization of the model, and its correlation with the experts' own SRP, of each kind."""
+        for name, kind in self.kinds.items():
+            for measure in of_metric("specialization"):
+                yield Value(measure.at(kind=name), getattr(kind, measure.attribute))
 
 
 class ExpertSpecialization(RoutingMetric):

@@ -119,11 +119,8 @@ class SegmentRoutingPerformance(ResampledMetric):
         return found
 
     def values(self, results: dict[int, ModelSRP]) -> Iterator[Value]:
-        """Yield SRP and its companions, of the model and of the layers, for each m that they depend on."""
-        for measure in of_metric("srp"):
-            for m, result in list(results.items())[: None if measure.by_segment else 1]:
-                of_layers = [getattr(layer, measure.attribute) for layer in result.layers]
-                yield Value(measure.at(m), getattr(result, measure.attribute), of_layers)
+        """Yield SRP and its companions: see :func:`srp_values`."""
+        return srp_values(results)
 
     def _scalars(self, results: dict[int, ModelSRP]) -> dict[str, Tensor]:
         scalars = super()._scalars(results)
@@ -131,6 +128,14 @@ class SegmentRoutingPerformance(ResampledMetric):
             if result.interval is not None:
                 scalars[f"srp_m{m}_low"], scalars[f"srp_m{m}_high"] = result.interval
         return scalars
+
+
+def srp_values(results: dict[int, ModelSRP]) -> Iterator[Value]:
+    """Yield SRP and its companions, of the model and of the layers, for each m that they depend on."""
+    for measure in of_metric("srp"):
+        for m, result in list(results.items())[: None if measure.by_segment else 1]:
+            of_layers = [getattr(layer, measure.attribute) for layer in result.layers]
+            yield Value(measure.at(m), getattr(result, measure.attribute), of_layers)
 
 
 def _interval(windows: Tensor, m: int) -> Tensor:

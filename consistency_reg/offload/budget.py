@@ -6,11 +6,12 @@ from collections.abc import Sequence
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
-def parse_bytes(text: str | int | float) -> int:
+def parse_bytes(text: str | int | float, name: str = "memory") -> int:
     """Return a number of bytes.
 
     Args:
         text: such as 2000000000, "2GB" or "1.5 GiB".
+        name: what the user calls it.
 
     Raises:
         ValueError: it is none of these, or not positive.
@@ -21,7 +22,7 @@ def parse_bytes(text: str | int | float) -> int:
     """
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(text))
     if found is None or found[2].lower() not in UNITS or not float(found[1]) > 0:
-        raise ValueError(f"memory must be a positive number of bytes such as 500MB, 2GB or 1.5GiB, got {text!r}")
+        raise ValueError(f"{name} must be a positive number of bytes such as 500MB, 2GB or 1.5GiB, got {text!r}")
     return int(float(found[1]) * UNITS[found[2].lower()])
 
 

@@ -1,132 +1,134 @@
-"""Which experts a cache holds after each token: the rule by which the engine keeps and evicts.
+"""Which experts a cache holds after each access: the rule by which the engine keeps and evicts.
 
-The rule is that of the simulator with ``replay="token"`` (see :mod:`consistency_reg.functional.cache`): a token's
+It is the rule of the simulator with ``replay="token"`` (see :mod:`consistency_reg.functional.cache_hits`): a token's
 experts are looked up together against the cache as it was before the token; then each of them in the router's order
 becomes resident, and if the cache is over full the resident with the lowest priority other than itself is evicted.
+Priorities are those of the one registry of policies, :mod:`consistency_reg.cache_policies`.
 """
 
-from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+import torch
+from torch import Tensor
 
-class ExpertCache(Protocol):
-    """The residents of one cache. Keys are experts, or (layer, expert) where layers share a cache."""
+from consistency_reg.cache_policies import CACHE_POLICIES, check_policy
+from consistency_reg.functional.cache_hits import most_used
+from consistency_reg.functional.cache_replay import Residents
+
+LATEST = 2**62  # more than any clock
+ENGINE_POLICIES = ("lru", "lfu", "fixed")  # those of the registry that need no future
+
+
+class Cache(Protocol):
+    """The residents of one cache of experts.
+
+    Attributes:
+        slots: C.
+    """
 
     slots: int
 
-    def use(self, key: Hashable) -> None:
-        """Make an expert resident, and evict another one where there are too many."""
+    def use(self, expert: int) -> int | None:
+        """Make an expert resident; return the one that is evicted for it, if any."""
 
-    def __contains__(self, key: Hashable) -> bool: ...
-
-    def residents(self) -> list[Hashable]:
-        """Return the experts that are resident."""
+    def __contains__(self, expert: int) -> bool: ...
 
     def clear(self) -> None:
         """Forget everything."""
 
 
-class LeastRecentlyUsed:
-    """A cache that evicts the expert whose last use is longest ago.
+class EvictingCache:
+    """A cache that evicts by a policy of the registry.
 
     Args:
+        policy: "lru" or "lfu".
         slots: C.
 
     Example:
-        >>> cache = LeastRecentlyUsed(2)
-        >>> for expert in (0, 1, 0, 2):
-        ...     cache.use(expert)
-        >>> cache.residents()
-        [0, 2]
+        >>> cache = EvictingCache("lfu", slots=2)
+        >>> [cache.use(expert) for expert in (0, 0, 1, 2)]
+        [None, None, None, 1]
     """
 
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
-        self._order: OrderedDict[Hashable, None] = OrderedDict()
+    def __init__(self, policy: str, slots: int) -> None:
+        of_access = CACHE_POLICIES[policy].priority
+        assert of_access is not None
+        self.slots, self._priority = slots, of_access
+        self.clear()
 
-    def use(self, key: Hashable) -> None:
-        """Make an expert the most recent, and evict the least recent where there are too many."""
-        self._order[key] = None
-        self._order.move_to_end(key)
-        if len(self._order) > self.slots:
-            self._order.popitem(last=False)
-
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._order
-
-    def residents(self) -> list[Hashable]:
-        """Return the residents, the least recent first."""
-        return list(self._order)
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._order.clear()
-
-
-class LeastFrequentlyUsed:
-    """A cache that evicts the expert with the fewest uses since it was cleared, the less recent on ties.
-
-    Args:
-        slots: C.
-
-    Example:
-        >>> cache = LeastFrequentlyUsed(2)
-        >>> for expert in (0, 0, 1, 2):
-        ...     cache.use(expert)
-        >>> cache.residents()
-        [0, 2]
-    """
-
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
-        self._priority: dict[Hashable, tuple[int, int]] = {}  # of all that were used: uses, then when
-        self._resident: dict[Hashable, None] = {}
-        self._clock = 0
-
-    def use(self, key: Hashable) -> None:
-        """Count a use, and evict the expert with the fewest where there are too many."""
+    def use(self, expert: int) -> int | None:
+        """Give an expert the priority of this access, and evict the lowest other one where there are too many."""
+        uses = self._uses.get(expert, 0)
+        self._uses[expert] = uses + 1
+        values = self._priority(_Access(uses)).values
         self._clock += 1
-        self._priority[key] = (self._priority.get(key, (0, 0))[0] + 1, self._clock)
-        self._resident[key] = None
-        if len(self._resident) > self.slots:
-            del self._resident[min((other for other in self._resident if other != key), key=self._priority.__getitem__)]
+        self._residents.put(expert, (0 if values is None else int(values)) * LATEST + self._clock)
+        return self._residents.evict((expert,)) if len(self._residents) > self.slots else None
 
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._resident
-
-    def residents(self) -> list[Hashable]:
-        """Return the residents."""
-        return list(self._resident)
+    def __contains__(self, expert: int) -> bool:
+        return expert in self._residents
 
     def clear(self) -> None:
         """Forget everything."""
-        self._priority.clear()
-        self._resident.clear()
+        self._residents = Residents()
+        self._uses: dict[int, int] = {}
         self._clock = 0
 
 
-POLICIES: dict[str, type[LeastRecentlyUsed] | type[LeastFrequentlyUsed]] = {
-    "lru": LeastRecentlyUsed,
-    "lfu": LeastFrequentlyUsed,
-}
+class FixedCache:
+    """A cache of the experts that are used most, which never changes.
 
-
-def new_cache(policy: str, slots: int) -> LeastRecentlyUsed | LeastFrequentlyUsed:
-    """Return an empty cache.
-
-    Raises:
-        ValueError: an unknown policy.
+    Args:
+        usage: [E], how often each expert is used.
+        slots: C.
     """
-    if policy not in POLICIES:
-        raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
-    return POLICIES[policy](slots)
+
+    def __init__(self, usage: Tensor, slots: int) -> None:
+        self.slots = slots
+        self._residents = frozenset(most_used(usage)[:slots].tolist())
+
+    def use(self, expert: int) -> int | None:
+        """Evict nothing: an expert that is not of the set is read for this access alone."""
+        return None
+
+    def __contains__(self, expert: int) -> bool:
+        return expert in self._residents
+
+    def clear(self) -> None:
+        """Forget nothing: the set stays."""
 
 
-def replay(cache: ExpertCache, tokens: Sequence[Iterable[Hashable]]) -> set[Hashable]:
-    """Let a cache see the experts of some tokens, and return those that were resident before and are no longer."""
-    before = cache.residents()
-    for experts in tokens:
-        for expert in experts:
-            cache.use(expert)
-    return {key for key in before if key not in cache}
+class _Access:
+    """One access as the registry's policies see it; a policy that looks ahead finds no future here."""
+
+    tokens = size = LATEST
+
+    def __init__(self, uses: int) -> None:
+        self._uses = uses
+
+    def uses_before(self) -> Tensor:
+        """Return how often the expert was used before."""
+        return torch.tensor(self._uses)
+
+    def next_access(self) -> Tensor:
+        """Raise ValueError: an engine does not know it."""
+        raise ValueError("the policy needs the next use of an expert, which an engine does not know")
+
+
+def check_engine_policy(policy: str, usage: Sequence[Tensor] | None) -> None:
+    """Raise ValueError unless an engine can follow the policy, and "fixed" comes with the usage of experts."""
+    check_policy(policy, ENGINE_POLICIES)
+    if (policy == "fixed") != (usage is not None):
+        raise ValueError("policy='fixed' goes with the usage of every layer's experts: give both or neither")
+
+
+def new_cache(policy: str, slots: int, usage: Tensor | None = None) -> Cache:
+    """Return an empty cache of so many slots; ``usage`` [E] is for "fixed"."""
+    return EvictingCache(policy, slots) if usage is None else FixedCache(usage, slots)
+
+
+def replay(cache: Cache, tokens: Iterable[Iterable[int]]) -> set[int]:
+    """Let a cache see the experts of some tokens; return those that were evicted and did not come back."""
+    evicted = {cache.use(expert) for experts in tokens for expert in experts}
+    return {expert for expert in evicted if expert is not None and expert not in cache}

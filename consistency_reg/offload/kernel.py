@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consistency_reg.offload.slots import Visit
+from consistency_reg.offload.memory import Visit
 from consistency_reg.optional import require
 
 

@@ -19,7 +19,7 @@ from consistency_reg.offload.loading import (
     to_meta,
 )
 from consistency_reg.offload.sources import divide
-from consistency_reg.offload.stores import DiskStore, HostStore
+from consistency_reg.offload.stores import DiskStore, HostStore, Opening
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,7 +39,7 @@ class Origin(Protocol):
     dtype: torch.dtype
     dense_bytes: int
 
-    def open_store(self, kind: str, reads: str, threads: int) -> DiskStore | HostStore:
+    def open_store(self, opening: Opening) -> DiskStore | HostStore:
         """Open what holds the experts."""
 
     def take(self, store: DiskStore | HostStore, device: torch.device) -> tuple[Any, list[ExpertLayer]]:
@@ -67,10 +67,12 @@ class FromFolder:
         self.dtype = checkpoint_dtype(self.config, stored) if dtype == "auto" else _dtype(dtype)
         self.dense_bytes = _dense_bytes(self._outline, self.layers, self.dtype)
 
-    def open_store(self, kind: str, reads: str, threads: int) -> DiskStore | HostStore:
+    def open_store(self, opening: Opening) -> DiskStore | HostStore:
         """Open the checkpoint's files, and read all experts where they shall be in host memory."""
-        disk = DiskStore(self._sources, self.config, self.layers, reads, threads)
-        return HostStore(_read_all(disk, self.layers, self.dtype), threads) if kind == "host" else disk
+        disk = DiskStore(self._sources, self.config, self.layers, opening)
+        if opening.kind == "disk":
+            return disk
+        return HostStore(_read_all(disk, self.layers, self.dtype), opening.threads)
 
     def take(self, store: DiskStore | HostStore, device: torch.device) -> tuple[Any, list[ExpertLayer]]:
         """Load the model."""
@@ -106,12 +108,12 @@ class FromModel:
                 raise ValueError("the model was loaded from no folder: save it and give that, or use store='host'")
             self._sources = divide(model, self.layers, stored_tensors(self._folder))
 
-    def open_store(self, kind: str, reads: str, threads: int) -> DiskStore | HostStore:
+    def open_store(self, opening: Opening) -> DiskStore | HostStore:
         """Open the checkpoint's files, or keep the model's own parameters."""
         if self._sources is not None:
-            return DiskStore(self._sources, self.config, self.layers, reads, threads)
+            return DiskStore(self._sources, self.config, self.layers, opening)
         weights = [{name: layer.module.get_parameter(name) for name in layer.shapes} for layer in self.layers]
-        return HostStore(weights, threads)
+        return HostStore(weights, opening.threads)
 
     def take(self, store: DiskStore | HostStore, device: torch.device) -> tuple[Any, list[ExpertLayer]]:
         """Put the experts' parameters onto the meta device.
@@ -132,7 +134,7 @@ class FromModel:
         """Put the experts back, from the checkpoint where they were read from it."""
         if self._kept is None:
             assert self._sources is not None
-            disk = DiskStore(self._sources, self.config, self.layers, "direct", threads=1)
+            disk = DiskStore(self._sources, self.config, self.layers, Opening())
             weights = _read_all(disk, self.layers, self.dtype)
             self._kept = [{name: nn.Parameter(weight) for name, weight in layer.items()} for layer in weights]
         for layer, kept in zip(self.layers, self._kept, strict=True):

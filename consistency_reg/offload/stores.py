@@ -1,7 +1,10 @@
 """Where experts are when they are not in a slot, and how one is brought into it."""
 
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +17,23 @@ from consistency_reg.offload.reading import FileReader
 from consistency_reg.offload.sources import Sources, WeightSource
 
 Rows = Mapping[str, Tensor]  # one expert's weights by name
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a store is to be opened.
+
+    Attributes:
+        kind: "disk" or "host".
+        reads: "direct" or "buffered", see :class:`~consistency_reg.offload.reading.FileReader`.
+        threads: that read.
+        bandwidth: bytes per second that reads are held back to; None for what the disk gives.
+    """
+
+    kind: str = "disk"
+    reads: str = "direct"
+    threads: int = 4
+    bandwidth: int | None = None
 
 
 class Store(Protocol):
@@ -42,19 +62,19 @@ class DiskStore:
         sources: what each expert is made of.
         config: of the model.
         layers: its layers of experts.
-        reads: "direct" or "buffered", see :class:`~consistency_reg.offload.reading.FileReader`.
-        threads: that read.
+        opening: how to read.
     """
 
-    def __init__(self, sources: Sources, config: Any, layers: Sequence[ExpertLayer], reads: str, threads: int) -> None:
+    def __init__(self, sources: Sources, config: Any, layers: Sequence[ExpertLayer], opening: Opening) -> None:
         self._sources, self._config, self._layers = sources, config, layers
+        self._bandwidth, self._lock, self._busy_until = opening.bandwidth, threading.Lock(), 0.0
         paths = {
             part.path for weights in sources.experts for weight in weights for parts in weight.parts for part in parts
         }
         self._readers: dict[Path, FileReader] = {}
         for path in sorted(paths):
-            self._readers[path] = FileReader(path, reads)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="experts")
+            self._readers[path] = FileReader(path, opening.reads)
+        self._pool = ThreadPoolExecutor(opening.threads, thread_name_prefix="experts")
         self.way = next(iter(self._readers.values())).way
 
     def fetch(self, layer: int, expert: int, rows: Rows) -> Callable[[], None]:
@@ -93,7 +113,17 @@ class DiskStore:
             reader.close()
 
     def _read(self, part: StoredTensor, destination: memoryview) -> None:
+        began = time.monotonic()
         self._readers[part.path].read_into(destination, part.offset)
+        if self._bandwidth is not None:
+            self._hold_back(began, part.nbytes / self._bandwidth)
+
+    def _hold_back(self, began: float, seconds: float) -> None:
+        """Wait until a disk that takes so long, and does one read after the other, would be done."""
+        with self._lock:
+            self._busy_until = max(began, self._busy_until) + seconds
+            until = self._busy_until
+        time.sleep(max(0.0, until - time.monotonic()))
 
     def _read_and_convert(self, weight: WeightSource, expert: int, full_name: str, row: Tensor) -> None:
         tensors = []

@@ -1,4 +1,4 @@
-"""What a run shows: measures under the names that trackers group, the table of experts, pictures, a wandb workspace.
+"""Watch a run: add up its routing, raise alarms, and show measures, tables and pictures in trackers.
 
 Nothing here knows a trainer: :mod:`consistency_reg.callbacks` and :mod:`consistency_reg.lab` bring it to loggers.
 """

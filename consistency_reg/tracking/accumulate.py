@@ -28,7 +28,7 @@ ROWS_AT_ONCE = 256  # simulated caches take a step for all rows at once: few row
 
 @dataclass(frozen=True)
 class Measured:
-    """The measures of a model's routing.
+    """Hold the measures of a model's routing.
 
     Attributes:
         model: those of the model over all domains, by name.
@@ -54,7 +54,7 @@ class Measured:
 
 
 class _Metrics:
-    """The metrics of one domain.
+    """Hold the metrics of one domain.
 
     Args:
         num_experts: E of each layer.
@@ -103,7 +103,7 @@ class _Metrics:
 
 @dataclass(frozen=True)
 class _Results:
-    """The results of the metrics of a domain; ``values`` holds those of SRP and of balance."""
+    """Hold the results of the metrics of a domain; ``values`` holds those of SRP and of balance."""
 
     srp: dict[int, ModelSRP]
     lru: ModelHitRates
@@ -112,7 +112,7 @@ class _Results:
 
 
 class RoutingMeasures:
-    """Adds up routing domain by domain: SRP, the hit rates of LRU caches, balance.
+    """Add up routing domain by domain: SRP, the hit rates of LRU caches, balance.
 
     Args:
         segment_lengths: m of SRP and of local balance.

@@ -15,14 +15,14 @@ TOO_STRONG = "Lower the weight of the term, or hold balance over more steps: Loa
 
 @dataclass(frozen=True)
 class Alarm:
-    """What is wrong, in a line, and what to do."""
+    """Say what is wrong in a line, then more of it and what to do."""
 
     title: str
     text: str
 
 
 class Alarms:
-    """Raises each alarm once.
+    """Raise each alarm once.
 
     Args:
         min_share: usage of an expert, as a share of its fair share, that none shall fall below; None for no alarm.

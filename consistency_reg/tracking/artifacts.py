@@ -1,4 +1,4 @@
-"""Files as artifacts of a wandb run."""
+"""Log files as artifacts of a wandb run."""
 
 import re
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def log_artifact(run: Any, name: str, kind: str, paths: Sequence[Path]) -> None:
 
 
 def artifact_name(name: str) -> str:
-    """A name that wandb takes: letters, digits, dots, dashes and underscores, at most 128 of them.
+    """Return a name that wandb takes: letters, digits, dots, dashes and underscores, at most 128 of them.
 
     Example:
         >>> artifact_name("report of runs/demo")

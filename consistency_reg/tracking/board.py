@@ -19,7 +19,7 @@ class Table:
 
 
 class Board:
-    """Shows what a monitor has besides plain numbers, at the present step of a trainer; this one warns and no more.
+    """Show what a monitor has besides plain numbers, at the present step of a trainer; this one warns and no more.
 
     A trainer's adapter overrides what its loggers can show. Nothing is shown on other processes than the first.
     """
@@ -42,7 +42,7 @@ class Board:
 
 
 class WandbBoard(Board):
-    """Shows everything in a run of wandb.
+    """Show everything in a run of wandb.
 
     Args:
         run: what ``wandb.init`` returned.
@@ -75,7 +75,7 @@ class WandbBoard(Board):
 
 
 class TensorBoardBoard(Board):
-    """Shows numbers and images in TensorBoard.
+    """Show numbers and images in TensorBoard.
 
     Args:
         writer: a ``SummaryWriter``.
@@ -98,7 +98,7 @@ class TensorBoardBoard(Board):
 
 
 class Boards(Board):
-    """Shows everything on several boards; a warning is given once."""
+    """Show everything on several boards; a warning is given once."""
 
     def __init__(self, boards: Sequence[Board]) -> None:
         self.boards = tuple(boards)

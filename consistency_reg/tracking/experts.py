@@ -11,7 +11,7 @@ COLUMNS = ("layer", "expert", "usage", "SRP", "domain", "share")
 
 @dataclass(frozen=True)
 class Expert:
-    """One expert; the fields are the table's columns.
+    """Hold a row of the table of experts; the fields are its columns.
 
     Attributes:
         layer: its MoE layer, from 0.
@@ -30,7 +30,7 @@ class Expert:
     share: float
 
     def row(self) -> list[int | float | str | None]:
-        """Its values in the order of :data:`COLUMNS`; None where there is none."""
+        """Return the values in the order of :data:`COLUMNS`; None where there is none."""
         share = None if self.domain is None else self.share
         return [self.layer, self.expert, self.usage, self.srp, self.domain, share]
 
@@ -38,7 +38,7 @@ class Expert:
 def expert_rows(
     usage: Sequence[Tensor], srp: Sequence[Tensor], domains: Mapping[str, Sequence[Tensor]]
 ) -> list[Expert]:
-    """The experts of a model, layer by layer.
+    """Return the experts of a model, layer by layer.
 
     Args:
         usage: for each layer [E], share of the tokens on which each expert is active; sums to K.

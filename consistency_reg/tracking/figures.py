@@ -1,4 +1,4 @@
-"""Pictures of a model's routing: who serves which token of a text, and what a cache of experts would hit."""
+"""Draw a model's routing: which experts serve which token of a text, and what a cache of experts would hit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from consistency_reg.metrics.simulated_caches import ModelHitRates
 from consistency_reg.optional import require
+from consistency_reg.tracking.palette import BLUE, ORANGE, VERMILION
 
 with require("plots"):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,8 +17,7 @@ with require("plots"):
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-# Of Okabe and Ito's palette: told apart with every kind of colour vision, and in grey by their lightness.
-STAYS, COMES, LINE = "#0072B2", "#E69F00", "#D55E00"
+STAYS, COMES, LINE = BLUE, ORANGE, VERMILION
 DPI = 100
 MOST_LAYERS = 3
 LAST_SIMPLE_LETTER = "\u024f"  # fonts have the Latin letters up to here
@@ -25,7 +25,7 @@ LAST_SIMPLE_LETTER = "\u024f"  # fonts have the Latin letters up to here
 
 @dataclass(frozen=True)
 class Sample:
-    """The routing of a few tokens of text.
+    """Hold the routing of a few tokens of text.
 
     Attributes:
         name: of the text.
@@ -45,9 +45,10 @@ class Sample:
 
 
 def routing_heatmap(sample: Sample) -> Figure:
-    """Tokens x experts of the first, the middle and the last layer; what the token before used too is blue.
+    """Return a picture of tokens x experts for the first, the middle and the last layer.
 
-    Rows that are blue for long are what a cache can live on; orange is what it has to fetch.
+    An expert that the token before used too is blue, a new one orange. Long blue rows are hits of a small cache; orange
+    is what it has to fetch.
     """
     shown = sorted({0, len(sample.expert_ids) // 2, len(sample.expert_ids) - 1})[:MOST_LAYERS]
     T = len(sample.expert_ids[0])
@@ -82,7 +83,7 @@ def routing_heatmap(sample: Sample) -> Figure:
 
 
 def routing_states(expert_ids: Tensor, num_experts: int, document_ids: Tensor | None = None) -> Tensor:
-    """0 where a token does not use an expert, 1 where it does and the token before did not, 2 where both do.
+    """Return 0 where a token does not use an expert, 1 where it does and the token before did not, 2 where both do.
 
     Args:
         expert_ids: [T, K] int64.
@@ -107,7 +108,12 @@ def routing_states(expert_ids: Tensor, num_experts: int, document_ids: Tensor | 
 
 
 def cache_curve(rates: ModelHitRates, shares: Sequence[float] = ()) -> Figure:
-    """LRU hit rate by cache ratio, with 2K slots and the given shares of the experts marked; layers in grey."""
+    """Return a picture of the LRU hit rate by cache ratio: the layers in grey, their mean in blue.
+
+    Args:
+        rates: of LRU caches.
+        shares: sizes to mark next to 2 x K slots, as shares of a layer's experts.
+    """
     figure = Figure(figsize=(6.4, 4.2), dpi=DPI)
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -138,14 +144,14 @@ def cache_curve(rates: ModelHitRates, shares: Sequence[float] = ()) -> Figure:
 
 
 def mean_curve(rates: ModelHitRates) -> tuple[list[float], list[float]]:
-    """(cache ratios, mean hit rate over the layers), for every size of the layer with the most experts per K."""
+    """Return cache ratios up to all experts, for the layer with the most per K, and the layers' mean hit rates."""
     widest = max(rates.layers, key=lambda layer: len(layer.hit_rate) / max(layer.top_k, 1))
     ratios = [slots / max(widest.top_k, 1) for slots in range(1, len(widest.hit_rate) + 1)]
     return ratios, [float(rates.at(ratio)) for ratio in ratios]
 
 
 def pixels(figure: Figure) -> np.ndarray:
-    """A figure as [height, width, 3] uint8."""
+    """Return a figure as a [height, width, 3] uint8 array."""
     canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
     canvas.draw()
@@ -153,13 +159,13 @@ def pixels(figure: Figure) -> np.ndarray:
 
 
 def shown_token(text: str) -> str:
-    """A token as the label of a tick."""
+    """Return a token as the label of a tick, with signs for spaces, line ends and letters that fonts lack."""
     text = text.replace("\n", "\\n").replace("\t", "\\t").strip() or "\u2423"
     return "".join(letter if " " <= letter <= LAST_SIMPLE_LETTER or letter == "\u2423" else "\u25a1" for letter in text)
 
 
 def _document_starts(document_ids: Tensor | None) -> list[int]:
-    """Where documents other than the first begin."""
+    """Return the tokens at which documents other than the first begin."""
     if document_ids is None:
         return []
     return (1 + (document_ids[1:] != document_ids[:-1]).nonzero().flatten()).tolist()

@@ -19,7 +19,7 @@ from consistency_reg.tracking.tradeoff import TradeOff
 
 
 class MonitorCore:
-    """Measures the routing of training steps and of validations; knows no trainer.
+    """Measure the routing of training steps and of validations; knows no trainer.
 
     An adapter gives it the traces of a model, logs what it returns, and has it show the rest on a
     :class:`~consistency_reg.tracking.board.Board`. Names come without their stage: log them as ``train/NAME`` and
@@ -71,7 +71,7 @@ class MonitorCore:
         self._measures = self._new_measures()
         self._measured: Measured | None = None
         self._pictures: Any = None
-        self._gradient: Tensor | None = None  # of the term, in the last step that it was measured in
+        self._gradient: Tensor | None = None  # norm of the term's, the largest since the last validation
 
     @property
     def headline_names(self) -> tuple[str, ...]:
@@ -100,13 +100,16 @@ class MonitorCore:
         return values
 
     def watch_term(self, weighted: Tensor, trace: RoutingTrace) -> None:
-        """Measure how far a term of the loss reaches: an alarm is raised at :meth:`show` if it has no gradient.
+        """Measure the gradient of a term of the loss at the routers' scores.
+
+        If it was 0 at every step since the last validation, or not finite at one, :meth:`show` raises an alarm.
 
         Args:
             weighted: the term as it is added to the loss, with its graph, at a weight that is not 0.
             trace: what it was computed on.
         """
-        self._gradient = gradient_norm(weighted, trace)
+        norm = gradient_norm(weighted, trace)
+        self._gradient = norm if self._gradient is None else torch.maximum(self._gradient, norm)
 
     def validation_batch(
         self,
@@ -182,6 +185,7 @@ class MonitorCore:
         alarms = self.alarms.of_model(measured.model | measured.layers)
         if self._gradient is not None:
             alarms += self.alarms.of_term(self._gradient)
+            self._gradient = None
         for alarm in alarms:
             board.warn(f"{alarm.title}. {alarm.text}")
             board.alert(alarm.title, alarm.text)

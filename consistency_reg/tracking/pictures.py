@@ -1,4 +1,4 @@
-"""Pictures and tables of a validation: fixed texts, the cache curve, the table of experts, the table of domains."""
+"""Make the pictures and tables of a validation: fixed texts, the cache curve, experts, domains."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistency_reg.measures import MEASURES, parse
+from consistency_reg import measures as table
+from consistency_reg.measures import parse
 from consistency_reg.optional import require
 from consistency_reg.reading import SHARE, Reading, layer_name
 from consistency_reg.routing import RoutingTrace
@@ -22,7 +23,7 @@ STAGE = "val"
 
 
 class RoutingPictures:
-    """Keeps the routing of a few texts of a validation and draws it: the same texts every time.
+    """Keep the routing of a few texts of a validation and draw it: the same texts every time.
 
     Args:
         samples: how many texts, the first row of as many domains.
@@ -86,7 +87,7 @@ def tables(measured: Measured, measures: RoutingMeasures) -> dict[str, Table]:
 def domain_table(domains: Mapping[str, Mapping[str, Any]], tokens: Mapping[str, int]) -> Table:
     """Return a row for each domain with all that is measured of it, in the order of the table of measures."""
     names = list(dict.fromkeys(name for values in domains.values() for name in values))
-    place = {measure.key: number for number, measure in enumerate(MEASURES)}
+    place = {measure.key: number for number, measure in enumerate(table.MEASURES)}
     readings = [reading for name in names if (reading := parse(name)) is not None]
     readings.sort(key=lambda reading: place[reading.measure.key])
     rows = [

@@ -13,14 +13,14 @@ LOADER = "/dataloader_idx_"  # what Lightning puts behind a metric of one of sev
 
 @dataclass(frozen=True)
 class Quality:
-    """A metric of quality, lower is better, and its value in one validation."""
+    """Hold a metric of quality, lower is better, and its value in one validation."""
 
     name: str
     value: float
 
 
 class TradeOff:
-    """Shows the trade-off of a run and remembers its best validation as a whole.
+    """Show the trade-off of a run and remember its best validation as a whole.
 
     Only as a whole, because the highest SRP of a run alone may be that of a collapsed router.
 

@@ -20,6 +20,7 @@ from consistency_reg.lab.ablate import load_grid
 from consistency_reg.lab.ablate.command import check_cells
 from consistency_reg.lab.model import count_parameters
 from consistency_reg.lab.pretrained import PARTS, attention_matrices, pretrained_moe, save_plain, trainable
+from consistency_reg.lab.recipe import pair_digest
 from consistency_reg.lab.report.finetuning import fine_tuning_tables
 from consistency_reg.lab.report.runs import read_folder
 from consistency_reg.lab.run_progress import RunProgress
@@ -267,7 +268,11 @@ def test_the_report_shows_before_and_after_and_says_where_the_control_is_missing
     write_run(tmp_path, "on-seed0", weight=0.3, hits=0.7, before=before, metrics={"val/agreement": 0.62})
     (table,) = fine_tuning_tables(read_folder(tmp_path)[0])
     row = dict(zip(table.header, table.rows[0], strict=True))
-    assert (row["perplexity"], row["at 2K"], row["agreement"]) == ("80.00 -> 70.00", "50.0 -> 30.0", "62.0")
+    assert (row["perplexity"], row["LRU misses at 2 x K (%)"], row["agreement (%)"]) == (
+        "80.00 -> 70.00",
+        "50.0 -> 30.0",
+        "62.0",
+    )
     assert row["control"] == "missing"
     assert "--consistency.weight 0" in table.note
 
@@ -301,6 +306,26 @@ def test_what_is_no_checkpoint_is_refused_before_anything_is_written(checkpoint,
     plain = tmp_path / "plain"
     tiny_model("olmoe").save_pretrained(plain)
     assert "without a tokenizer" in refusal(["--model", str(plain), *small])
+
+
+def test_code_of_a_model_runs_when_it_is_allowed_by_an_option_that_there_is(tmp_path):
+    (tmp_path / "own").mkdir()
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own" / "own.py").write_text("raise KeyError('it ran')\n")
+    arguments = ["--model", str(tmp_path / "own"), *options(SMALL)]
+    said = refusal(arguments)
+    assert "runs code of its own: read it, then allow it with --model.model.trust_remote_code true" in said
+    with pytest.raises(KeyError, match="it ran"):
+        fit.check_config(["--config", "finetune", *arguments, "--model.model.trust_remote_code", "true"])
+
+
+def test_the_option_of_remote_code_changes_no_digest():
+    def recipe(**arguments):
+        return {"model": {"model": {"class_path": "a.pretrained_moe", "init_args": {"path": "x", **arguments}}}}
+
+    assert pair_digest(recipe(trust_remote_code=False)) == pair_digest(recipe())
+    assert pair_digest(recipe(trust_remote_code=True)) != pair_digest(recipe())
 
 
 def test_a_dense_model_and_one_that_is_not_causal_are_refused(tmp_path):

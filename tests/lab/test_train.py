@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from killed import mounted
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from places import ROOT
@@ -19,7 +20,8 @@ from wandb_file import read_run, read_runs
 
 from consistency_reg.lab import train as fit
 from consistency_reg.lab.provenance import device_name
-from consistency_reg.lab.run_loggers import run_loggers
+from consistency_reg.lab.report.runs import read_run as read_finished
+from consistency_reg.lab.run_loggers import MetricsFile, run_loggers
 from consistency_reg.lab.run_progress import RunProgress
 
 RECIPES = sorted(ROOT.joinpath("recipes").glob("*.yaml"))
@@ -167,8 +169,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(hook, at, saved, straight, 
 
     rows = [row for name in ("metrics-1", "metrics") for row in _rows(tmp_path / "stopped" / f"{name}.csv")]
     assert [int(row["step"]) for row in rows if row.get("train/ce")] == [0, 1, 2, 3, 4, 5]
-    validated = [int(row["step"]) for row in rows if row.get("val/ce")]
-    assert validated == [int(row["step"]) for row in _rows(straight / "metrics.csv") if row.get("val/ce")]
+    last = 5  # Lightning logs what comes after the last step under its number, or the next
+    validated = [min(int(row["step"]), last) for row in rows if row.get("val/ce")]
+    assert validated == [min(int(row["step"]), last) for row in _rows(straight / "metrics.csv") if row.get("val/ce")]
     uninterrupted, resumed = result(straight), result(tmp_path / "stopped")
     assert resumed["metrics"] == pytest.approx(uninterrupted["metrics"], rel=1e-6)
     assert resumed["tokens"] == uninterrupted["tokens"]
@@ -336,12 +339,144 @@ def test_a_run_in_the_working_folder_is_named_after_it(tmp_path, monkeypatch):
     assert "here-card" in [name for _, name, _ in run.artifacts]
 
 
-def test_a_finished_run_is_not_run_again(tmp_path, capsys):
-    fit.main(arguments(tmp_path / "run"))
-    before = (tmp_path / "run" / "result.json").stat().st_mtime_ns
+def files_of(folder):
+    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_is_not_run_again_also_on_a_disk_that_cannot_be_written(tmp_path, capsys):
+    with mounted(tmp_path / "disk") as disk:
+        fit.main(arguments(disk / "run", wandb_project=""))
+        before = files_of(disk)
+        assert Path("run/metrics.csv") in before
+        for how in ("rw", "ro"):
+            subprocess.run(["mount", "-o", f"remount,{how}", str(disk)], check=True)
+            assert fit.main(arguments(disk / "run", wandb_project="")) == 0
+            assert "is finished" in capsys.readouterr().out
+            assert files_of(disk) == before
+        with pytest.raises(OSError, match="nothing can be written here"):
+            fit.main(arguments(disk / "other"))
+
+
+def test_a_finished_run_goes_on_when_it_is_to_have_more_steps(tmp_path):
+    changes = {"checkpoint_every": 1, "keep_checkpoints": 2, "wandb_project": ""}
+    fit.main(arguments(tmp_path / "run", **changes))
+    kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert kept == {"last.ckpt", "step=00000001.ckpt", "step=00000002.ckpt"}
+    short, short_pair = result(tmp_path / "run"), read_finished(tmp_path / "run").pair
+    assert fit.main(arguments(tmp_path / "run", trainer__max_steps=5, **changes)) == 0
+    longer = result(tmp_path / "run")
+    assert (short["steps"], longer["steps"], longer["went_on_from"]) == (2, 5, [2])
+    assert longer["tokens"] == 5 * 2 * 64
+    rows = [row for name in ("metrics-1", "metrics") for row in _rows(tmp_path / "run" / f"{name}.csv")]
+    assert [int(row["step"]) for row in rows if row.get("train/ce")] == [0, 1, 2, 3, 4]
+    assert json.loads((tmp_path / "run" / "result-1.json").read_text()) == short
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]["max_steps"] == 5
+    assert read_finished(tmp_path / "run").pair != short_pair
+    kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert kept == {"last.ckpt", "step=00000004.ckpt", "step=00000005.ckpt"}
+    with pytest.raises(ValueError, match=r"another recipe \(trainer.max_steps: 5 there, 2 now\)"):
+        fit.main(arguments(tmp_path / "run", **changes))
+
+
+def test_a_second_fit_in_a_folder_is_told_who_trains_there(tmp_path, monkeypatch):
+    said, original = [], RunProgress.on_train_end
+
+    def train_again(self, trainer, *args):
+        original(self, trainer, *args)
+        with pytest.raises(RuntimeError) as refusal:
+            fit.main(arguments(tmp_path / "run"))
+        said.append(str(refusal.value))
+
+    monkeypatch.setattr(RunProgress, "on_train_end", train_again)
     assert fit.main(arguments(tmp_path / "run")) == 0
-    assert "is finished" in capsys.readouterr().out
-    assert (tmp_path / "run" / "result.json").stat().st_mtime_ns == before
+    assert said[0].startswith(f"run_dir '{tmp_path / 'run'}' is being trained by process {os.getpid()} on ")
+    assert [row["step"] for row in _rows(tmp_path / "run" / "metrics.csv") if row["train/ce"]] == ["0", "1"]
+
+
+def test_a_checkpoint_takes_its_place_after_its_step_is_logged(tmp_path, monkeypatch):
+    """Else a run that is killed between the two would go on after a step that nobody has logged."""
+    original, last, seen = MetricsFile.log_metrics, tmp_path / "run" / "checkpoints" / "last.ckpt", []
+
+    def log_metrics(self, metrics, step):
+        if "train/ce" in metrics:
+            seen.append((step, torch.load(last, weights_only=False)["global_step"] if last.exists() else 0))
+        original(self, metrics, step)
+
+    monkeypatch.setattr(MetricsFile, "log_metrics", log_metrics)
+    changes = {"checkpoint_every": 1, "trainer__max_steps": 3, "trainer__val_check_interval": 2, "wandb_project": ""}
+    fit.main(arguments(tmp_path / "run", **changes))
+    assert seen == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(tmp_path, monkeypatch):
+    with mounted(tmp_path / "disk", size="16m") as disk:
+        changes = {"checkpoint_every": 1, "trainer__max_steps": 4, "wandb_project": ""}
+        run_dir = disk / "run"
+
+        def fill(self, trainer, *_):
+            if trainer.global_step == 3:
+                room = os.statvfs(disk)
+                disk.joinpath("filler").write_bytes(bytes(room.f_bavail * room.f_bsize))
+
+        argv = arguments(run_dir, **changes)
+        full = stop(monkeypatch, "on_train_batch_end", fill, argv, error=OSError)
+        assert full.filename == str(run_dir / "checkpoints")
+        assert "No space left on device: last.ckpt could not be written (the former one is untouched)" in full.strerror
+        disk.joinpath("filler").unlink()
+        assert fit.main(argv) == 0
+        rows = [row for name in ("metrics-1", "metrics") for row in _rows(run_dir / f"{name}.csv")]
+        steps = [int(row["step"]) for row in rows if row.get("train/ce")]
+        assert sorted(set(steps)) == [0, 1, 2, 3]
+        assert len(steps) <= 5
+
+
+def test_a_damaged_checkpoint_is_said_before_anything_is_touched(tmp_path, monkeypatch):
+    argv = arguments(tmp_path / "run", checkpoint_every=1, wandb_project="")
+    stop(monkeypatch, "on_train_batch_start", stop_at_step(1), argv, error=KeyError)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    before = files_of(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"last.ckpt is damaged .*: remove it to begin anew, with the same command"):
+        fit.main(argv)
+    assert files_of(tmp_path / "run") == before
+    last.unlink()
+    assert fit.main(argv) == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "open', r"mine\.jsonl, line 3: "),
+        ('{"text": 3}', r"mine\.jsonl, line 3: "),
+        (None, "batch_size must"),
+    ],
+)
+def test_a_mistake_in_the_data_leaves_no_folder_and_the_corrected_command_trains(tmp_path, line, message):
+    data = tmp_path / "mine.jsonl"
+    documents = [json.dumps({"text": f"A document with a number, {i}, and some words. " * 20}) for i in range(30)]
+    data.write_text("\n".join([*documents[:2], line or documents[2], *documents[3:]]))
+    sources = {"mine": {"path": "json", "data_files": str(data)}}
+    changes = {"data__domains": "null", "data__data": json.dumps(sources), "wandb_project": ""}
+    with pytest.raises(ValueError, match=message):
+        fit.main(arguments(tmp_path / "run", **changes, **({} if line else {"data__batch_size": 4000})))
+    assert not (tmp_path / "run").exists()
+    data.write_text("\n".join(documents))
+    assert fit.main(arguments(tmp_path / "run", **changes)) == 0
+
+
+def test_a_run_of_former_times_goes_on_under_todays_names_and_keys(tmp_path, monkeypatch):
+    argv = arguments(tmp_path / "run", checkpoint_every=1, wandb_project="")
+    stop(monkeypatch, "on_train_batch_start", stop_at_step(1), argv, error=KeyError)
+    path = tmp_path / "run" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["model"]["model"]["class_path"] = "consistency_reg.lm.model.small_moe"
+    del config["keep_checkpoints"], config["model"]["model"]["init_args"]["dense_layers"]
+    path.write_text(yaml.safe_dump(config))
+    assert fit.main(argv) == 0
+    config["consistency"]["weight"] = 7.0
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match=r"another recipe \(consistency.weight: 7.0 there, 0.35 now\)"):
+        fit.main(argv)
 
 
 def test_wandb_holds_configuration_metrics_summary_and_the_model_card(tmp_path):
@@ -406,7 +541,7 @@ def test_bad_recipes_are_refused_before_anything_is_written(changes, message, tm
         fit.check_config(arguments(tmp_path / "run", **changes))
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
         fit.main(arguments(tmp_path / "run", **changes))
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_misspelt_key_in_a_recipe_file_is_refused(tmp_path):
@@ -447,15 +582,17 @@ def test_empty_files_of_a_run_that_found_no_space_are_written_anew(tmp_path):
 
 def test_only_the_first_process_writes_what_all_share(tmp_path, monkeypatch):
     monkeypatch.setattr(rank_zero_only, "rank", 1)
-    fit.claim_folder(tmp_path, "seed: 1")
-    run_loggers(tmp_path, "project")
-    assert not any(tmp_path.iterdir())
+    cli = fit.parse(fit.RecipeCLI, arguments(tmp_path / "run"))
+    with fit.claimed(cli):
+        run_loggers(cli.folder, "project")
+    assert not (tmp_path / "run").exists()
     monkeypatch.setattr(rank_zero_only, "rank", 0)
-    fit.claim_folder(tmp_path, "seed: 1")
+    with fit.claimed(cli):
+        assert cli.folder.config.read_text() == cli.recipe
     monkeypatch.setattr(rank_zero_only, "rank", 1)
-    fit.claim_folder(tmp_path, "seed: 1")
+    fit.parse(fit.RecipeCLI, arguments(tmp_path / "run"))
     with pytest.raises(ValueError, match="another recipe"):
-        fit.claim_folder(tmp_path, "seed: 2")
+        fit.parse(fit.RecipeCLI, arguments(tmp_path / "run", seed_everything=2))
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

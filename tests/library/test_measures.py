@@ -88,7 +88,7 @@ def test_values_are_shown_in_their_unit():
     assert MIN_SHARE.show(0.2345) == "0.23"
     assert MIN_SHARE.show(float("nan")) == ""
     assert HIT_RATE.at(share=0.25).complement == "LRU misses at 25% of the experts"
-    assert HIT_RATE.at(cache="sch_m16", ratio=2).label == "SCH m=16 hits at 2K"
+    assert HIT_RATE.at(cache="sch_m16", ratio=2).label == "SCH m=16 hits at 2 x K"
     with pytest.raises(ValueError, match="needs a ratio or a share"):
         HIT_RATE.at()
 

@@ -7,10 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from consistency_reg.lab.ablate.folder import (
-    LOG,
     fit_arguments,
-    is_finished,
-    log_tail,
     refuse_other_settings,
     write_config,
 )
@@ -20,16 +17,7 @@ from consistency_reg.lab.ablate.progress import LiveDisplay
 from consistency_reg.lab.ablate.scheduler import Outcome, run_cells
 from consistency_reg.lab.ablate.schema import load_grid
 from consistency_reg.lab.ablate.sweep import export_sweep
-from consistency_reg.lab.usage import CommandParser
-
-EXAMPLE = """\
-example:
-  consistency-reg ablate recipes/ablations/demo.yaml --jobs 2
-  consistency-reg report runs/demo
-  RAY_ADDRESS=HOST:6379 consistency-reg ablate GRID --launcher ray --gpus 1  (shared files)
-
-Stopped, it goes on where it was when the same command runs again; finished cells are not run twice.
-"""
+from consistency_reg.lab.arguments.ablate import parser
 
 
 def main(
@@ -45,7 +33,7 @@ def main(
         command: what trains a cell, with the arguments of ``consistency-reg fit``.
         check: raises ValueError on arguments that ``command`` would refuse; that of ``consistency-reg fit`` when None.
     """
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     _check_resources(options)
     grid = load_grid(options.grid)
     cells = grid.select(options.only)
@@ -58,7 +46,7 @@ def main(
     refuse_other_settings(grid, cells)
     if options.dry_run:
         for cell in cells:
-            print(f"{cell.name}: {'finished' if is_finished(cell) else 'to run'}")
+            print(f"{cell.name}: {'finished' if cell.run.is_finished else 'to run'}")
         return 0
     launcher = _launcher(options, command)
     with LiveDisplay(launcher.slots()) as display:
@@ -107,42 +95,10 @@ def report_outcomes(grid: Grid, outcomes: Sequence[Outcome]) -> int:
     """Say how the cells ended, of the failed ones the end of their logs; 1 if one failed."""
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     for outcome in failed:
-        print(
-            f"\n{outcome.cell.name} failed: {outcome.error}; the end of {outcome.cell.folder / LOG}:", file=sys.stderr
-        )
-        for line in log_tail(outcome.cell):
+        print(f"\n{outcome.cell.name} failed: {outcome.error}; the end of {outcome.cell.run.log}:", file=sys.stderr)
+        for line in outcome.cell.run.log_tail():
             print(f"    {line}", file=sys.stderr)
     ran = sum(outcome.ran and outcome.error is None for outcome in outcomes)
     before = sum(not outcome.ran for outcome in outcomes)
     print(f"{grid.runs}: {ran} cells run, {before} finished before, {len(failed)} failed")
     return 1 if failed else 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        "consistency-reg ablate",
-        description="Train every cell of a grid over a recipe's keys, each in a folder of its own.",
-        epilog=EXAMPLE,
-    )
-    parser.add_argument("grid", type=Path, metavar="GRID", help="YAML: recipe, runs, seeds, and grid or cells")
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        metavar="N",
-        help="cells at a time: on this machine 1 unless told otherwise, its threads divided; with Ray as many as fit",
-    )
-    parser.add_argument(
-        "--launcher", choices=("local", "ray"), default="local", help="this machine, or those of a Ray cluster"
-    )
-    parser.add_argument("--cpus", type=int, metavar="N", help="with Ray: CPUs, and threads, of a cell (default 1)")
-    parser.add_argument("--gpus", type=float, metavar="N", help="with Ray: GPUs of a cell (default 0: it sees none)")
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        default=[],
-        metavar="AXIS=LABEL",
-        help="only the cells with these values; also seed=N; of one axis any",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="check the grid and list its cells")
-    parser.add_argument("--export-sweep", type=Path, metavar="FILE", help="write the grid as a wandb sweep and stop")
-    return parser

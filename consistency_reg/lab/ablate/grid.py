@@ -6,6 +6,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from consistency_reg.lab.run_folder import RunFolder
+
 Overrides = dict[str, Any]
 Axes = dict[str, dict[str, Overrides]]
 
@@ -30,6 +32,11 @@ class Cell:
     def name(self) -> str:
         """The folder's name: the labels and the seed."""
         return self.folder.name
+
+    @property
+    def run(self) -> RunFolder:
+        """The folder of the run with all that is in it."""
+        return RunFolder(self.folder)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from consistency_reg.lab.ablate import folder
-from consistency_reg.lab.ablate.folder import CellLock
 from consistency_reg.lab.ablate.grid import Cell, Grid
+from consistency_reg.lab.run_folder import Claim
 
 FIT = (sys.executable, "-m", "consistency_reg", "fit")
 BUSY = "another process works on it"
@@ -59,31 +59,31 @@ class LocalLauncher:
 
     def start(self, grid: Grid, cell: Cell) -> Process | None:
         """Start a cell, unless another process works on it or has just finished it."""
-        lock = folder.claim(grid, cell)
-        if lock is None:
+        claim = folder.claim(grid, cell)
+        if claim is None:
             return None
-        arguments = [*self.command, *folder.fit_arguments(grid, cell, cell.folder / folder.CONFIG)]
+        arguments = [*self.command, *folder.fit_arguments(grid, cell, cell.run.cell_config)]
         try:
-            return LocalProcess(arguments, cell_environment(grid, self.jobs, os.environ), cell, lock)
+            return LocalProcess(arguments, cell_environment(grid, self.jobs, os.environ), cell, claim)
         except BaseException:
-            lock.release()
+            claim.release()
             raise
 
 
 class LocalProcess:
-    """A cell's process, which holds the cell's lock. Its output goes to the cell's log."""
+    """A cell's process, to which the claim of the cell's folder is handed down. Its output goes to the cell's log."""
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], cell: Cell, lock: CellLock) -> None:
-        self._lock = lock
-        with (cell.folder / folder.LOG).open("ab") as log:
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], cell: Cell, claim: Claim) -> None:
+        self._claim = claim
+        with cell.run.log.open("ab") as log:
             # A session of its own: Ctrl-C reaches the cell once, from terminate, and not also from the terminal.
             self._process = subprocess.Popen(
                 arguments,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=dict(environment),
-                pass_fds=(lock.descriptor,),
+                env={**environment, **claim.handed_down()},
+                pass_fds=(claim.descriptor,),
                 start_new_session=True,
             )
 
@@ -92,7 +92,7 @@ class LocalProcess:
         code = self._process.poll()
         if code is None:
             return None
-        self._lock.release()
+        self._claim.release()
         return describe_exit(code)
 
     def terminate(self) -> None:
@@ -106,14 +106,14 @@ class LocalProcess:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             return False
-        self._lock.release()
+        self._claim.release()
         return True
 
     def kill(self) -> None:
         """SIGKILL to it and its children."""
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        self._lock.release()
+        self._claim.release()
 
 
 def cell_environment(grid: Grid, jobs: int, environment: Mapping[str, str]) -> dict[str, str]:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from consistency_reg.lab.ablate import folder
 from consistency_reg.lab.ablate.grid import Cell
 from consistency_reg.optional import require
 
@@ -53,7 +52,7 @@ class CellState:
         """Read what a running cell wrote of its progress since it began."""
         if self.status not in ("running", "elsewhere"):
             return
-        progress = folder.read_progress(self.cell)
+        progress = self.cell.run.read_progress()
         if progress is None or progress["written"] < self._began:
             return
         now, total = time.time(), max(progress.get("total_steps") or 1, 1)

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from consistency_reg.lab.ablate import folder
-from consistency_reg.lab.ablate.folder import CellLock
 from consistency_reg.lab.ablate.grid import Cell, Grid
 from consistency_reg.lab.ablate.launchers import BUSY, FIT, LocalProcess, Process, cell_environment
+from consistency_reg.lab.run_folder import Claim, RunFolder
 from consistency_reg.optional import require
 
 with require("ray"):
@@ -66,16 +66,16 @@ class RayLauncher:
 
     def start(self, grid: Grid, cell: Cell) -> Process | None:
         """Hand a cell to the cluster, unless another process works on it or has just finished it."""
-        lock = folder.claim(grid, cell)
-        if lock is None:
+        claim = folder.claim(grid, cell)
+        if claim is None:
             return None
-        lock.release()  # the cell's own process takes it, on the machine that it runs on
+        claim.release()  # the cell's own process takes it, on the machine that it runs on
         given = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         threads = {"OMP_NUM_THREADS": str(max(1, int(self.resources["CPU"])))}
         task = _run_cell.options(
             name=cell.name, num_cpus=self.resources["CPU"], num_gpus=self.resources["GPU"], max_retries=0
         )
-        arguments = folder.fit_arguments(grid, cell, cell.folder / folder.CONFIG)
+        arguments = folder.fit_arguments(grid, cell, cell.run.cell_config)
         reference = task.remote(
             [PYTHON if part == sys.executable else part for part in self.command] + arguments,
             {**cell_environment(grid, 1, given), **threads},
@@ -117,14 +117,14 @@ class RayProcess:
 @ray.remote
 def _run_cell(arguments: list[str], environment: dict[str, str], cell: Cell, cwd: Path) -> str:
     """Run a cell's process on this machine to its end. -> "", or what went wrong."""
-    if not (cwd / cell.folder / folder.CONFIG).exists():
+    if not RunFolder(cwd / cell.folder).cell_config.exists():
         return f"{cwd / cell.folder} is not to be seen on {os.uname().nodename}: the machines must share their files"
     os.chdir(cwd)
-    lock = CellLock.acquire(cell)
-    if lock is None:
+    claim = Claim.take(cell.run)
+    if claim is None:
         return BUSY
     arguments = [sys.executable if part == PYTHON else part for part in arguments]
-    process = LocalProcess(arguments, {**os.environ, **environment}, cell, lock)
+    process = LocalProcess(arguments, {**os.environ, **environment}, cell, claim)
     try:
         while (ended := process.poll()) is None:
             time.sleep(0.2)  # a cancellation interrupts between two looks, and could not interrupt a wait

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from consistency_reg.lab.ablate import folder
 from consistency_reg.lab.ablate.grid import Cell, Grid
 from consistency_reg.lab.ablate.launchers import BUSY, Launcher, Process
 from consistency_reg.lab.ablate.progress import CellState, Display
@@ -77,7 +76,7 @@ def run_cells(
                         waiting.append(task.state)
                     else:
                         settle(task.state, _outcome(task.state.cell, problem))
-                for state in [state for state in waiting if folder.is_finished(state.cell)]:
+                for state in [state for state in waiting if state.cell.run.is_finished]:
                     waiting.remove(state)
                     settle(state, Outcome(state.cell, ran=False))
                 slots = launcher.slots()
@@ -99,13 +98,13 @@ def _start(grid: Grid, state: CellState, launcher: Launcher) -> Process | None:
     process = launcher.start(grid, state.cell)
     if process is not None:
         state.begin()
-    elif not folder.is_finished(state.cell):
+    elif not state.cell.run.is_finished:
         state.status = "elsewhere"
     return process
 
 
 def _outcome(cell: Cell, problem: str) -> Outcome:
-    if folder.is_finished(cell):
+    if cell.run.is_finished:
         return Outcome(cell, ran=True)
     return Outcome(cell, ran=True, error=problem or "ended without a result")
 

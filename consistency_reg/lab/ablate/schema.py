@@ -1,23 +1,26 @@
 """The YAML file of an ablation, and all that can be wrong with it."""
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from consistency_reg.lab.ablate.grid import Axes, Grid, Overrides, nest
+from consistency_reg.lab.files import check_name
+from consistency_reg.lab.recipe_files import find_recipe
 from consistency_reg.optional import require
 
 with require("lightning"):
     import yaml
 
-SAFE_NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]*")
 OURS = ("seed_everything", "run_dir")
 
 
-def load_grid(path: Path) -> Grid:
+def load_grid(given: str | Path) -> Grid:
     """Read an ablation.
+
+    Args:
+        given: its file, or the name of one that comes with this package.
 
     The file::
 
@@ -40,6 +43,7 @@ def load_grid(path: Path) -> Grid:
         FileNotFoundError: no such file, or no such recipe.
         ValueError: what is wrong with the file, and where.
     """
+    path = find_recipe(given, "ablations")
     content = _read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected the keys recipe, runs, seeds, grid or cells, got {type(content).__name__}")
@@ -142,12 +146,10 @@ def _listed(path: Path, cells: Any) -> dict[str, Overrides]:
 def _label(path: Path, where: str, label: Any) -> str:
     if isinstance(label, bool):
         raise ValueError(f"{path}: {where}: YAML reads on, off, yes and no as true and false: put the label in quotes")
-    if not SAFE_NAME.fullmatch(str(label)):
-        raise ValueError(
-            f"{path}: {where}: a label is part of a folder's name, of letters, digits and . _ + -, got {label!r}: "
-            "write `values: {LABEL: value}`"
-        )
-    return str(label)
+    try:
+        return check_name("a value, which is part of a folder's name,", label)
+    except ValueError as error:
+        raise ValueError(f"{path}: {where}: {error}: write `values: {{LABEL: value}}`") from error
 
 
 def _overrides(path: Path, where: str, overrides: Any) -> Overrides:

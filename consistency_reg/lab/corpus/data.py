@@ -21,6 +21,7 @@ from consistency_reg.lab.corpus.tokens import (
     tokenize,
     train_tokenizer,
 )
+from consistency_reg.lab.files import check_name
 from consistency_reg.optional import require
 
 with require("lightning"):
@@ -85,7 +86,7 @@ class TextDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.texts: dict[str, TokenizedText] = {}
-        self.sources = {name: _source(name, source) for name, source in (data or {}).items()}
+        self.sources = {check_name("a domain", name): _source(name, source) for name, source in (data or {}).items()}
         self.corpus_domains = list(DOMAINS) if domains is None and not data else list(domains or ())
         if unknown := [name for name in self.corpus_domains if name not in DOMAINS]:
             raise ValueError(f"domains must be among {list(DOMAINS)}, got {unknown}")
@@ -129,6 +130,8 @@ class TextDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Read, tokenize and keep all text, unless the cache has it; print what it is."""
+        if self.texts:
+            return
         _, texts = self._load()
         for name, text in texts.items():
             splits = (("train", text.train), ("validation", text.validation))
@@ -150,16 +153,22 @@ class TextDataModule(LightningDataModule):
         self.texts = texts
         self.save_hyperparameters({"corpus_sha256": self.corpus_sha256})
 
+    def check_batches(self, world_size: int) -> None:
+        """Raise ValueError if there are not enough rows for one batch of each of ``world_size`` processes."""
+        rows = [len(self._rows(index, text.train)) for index, text in enumerate(self.texts.values())]
+        given = len(MixedRows(rows, world_size=world_size))
+        if given < self.batch_size:
+            raise ValueError(
+                f"batch_size must be at most {given}, the rows of {self.sequence_length} tokens that there are for"
+                f" each process, got {self.batch_size}"
+            )
+
     def train_dataloader(self) -> ResumableLoader:
         """The domains mixed evenly; the loader's state is in Lightning's checkpoints."""
         rows = [self._rows(index, text.train) for index, text in enumerate(self.texts.values())]
         rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         order = MixedRows(list(map(len, rows)), seed=self.seed, rank=rank, world_size=world_size)
-        if len(order) < self.batch_size:
-            raise ValueError(
-                f"batch_size must be at most {len(order)}, the rows of {self.sequence_length} tokens that there are for"
-                f" each process, got {self.batch_size}"
-            )
+        self.check_batches(world_size)
         loader = ResumableLoader(ConcatDataset(rows), sampler=order, drop_last=True, **self._loading())
         loader.unfinished = self._unfinished
         return loader

@@ -15,12 +15,14 @@ CANNOT_WRITE = (
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
-    """``cache_dir``, else $CONSISTENCY_REG_CACHE, else ~/.cache/consistency_reg."""
-    return Path(cache_dir or os.environ.get(ENVIRONMENT_VARIABLE) or "~/.cache/consistency_reg").expanduser()
+    """Return ``cache_dir``, else $CONSISTENCY_REG_CACHE, else consistency_reg in $XDG_CACHE_HOME or in ~/.cache."""
+    if chosen := cache_dir or os.environ.get(ENVIRONMENT_VARIABLE):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "consistency_reg"
 
 
 def cache_key(**settings: object) -> str:
-    """16 hexadecimal digits that change with any of the settings, which must be what JSON can hold.
+    """Return 16 hexadecimal digits that change with any of the settings, which must be what JSON can hold.
 
     Example:
         >>> cache_key(a=1, b="x") == cache_key(b="x", a=1) != cache_key(a=2, b="x")
@@ -30,7 +32,7 @@ def cache_key(**settings: object) -> str:
 
 
 def cached(folder: Path, build: Callable[[Path], None]) -> Path:
-    """``folder``, filled by ``build(draft)`` if it is not there yet.
+    """Return ``folder``, filled by ``build(draft)`` if it is not there yet.
 
     The draft becomes the folder by one rename, so that nobody ever sees half of it: a build that is cut off leaves
     nothing behind that counts, and of several at the same time the first to end wins.

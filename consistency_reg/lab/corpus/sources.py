@@ -1,11 +1,14 @@
-"""What text is here (two ``datasets.Dataset`` a domain), and where it comes from if not from the default corpus."""
+"""The text that is here (two ``datasets.Dataset`` a domain), and where it comes from if not from the default corpus."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from consistency_reg.lab.corpus.disk_cache import cache_key
+from consistency_reg.lab.corpus.json_lines import first_mistake
 from consistency_reg.optional import require
 
 with require("transformers"):
@@ -14,6 +17,8 @@ with require("transformers"):
 
 VALIDATION_SHARE = 0.1
 SPLIT_SEED = 0
+TEXT, CHAT = "text", "messages"
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,8 @@ class Text:
     """The documents of one domain.
 
     Attributes:
-        train: one column, "text"; a row is a document.
+        train: one column; a row is a document. The column is "text", or "messages" where a document is a chat, a list
+            of {"role", "content"}.
         validation: other documents of the same kind.
         key: changes when the text may have changed; found without reading the text.
     """
@@ -29,6 +35,11 @@ class Text:
     train: datasets.Dataset
     validation: datasets.Dataset
     key: str
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the documents are chats, which a tokenizer's template turns into text."""
+        return CHAT in self.train.column_names
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,8 @@ class DataSource:
         data_files: the files to read, where ``path`` is a format.
         split: the split to train on; slices such as "train[:1%]" work.
         validation_split: the split to validate on; a tenth of the documents of ``split`` when None.
-        text_column: the column that holds the documents.
+        text_column: the column that holds the documents: strings, or chats. Where there is no "text", "messages" is
+            taken for it.
     """
 
     path: str
@@ -49,14 +61,14 @@ class DataSource:
     data_files: str | list[str] | None = None
     split: str = "train"
     validation_split: str | None = None
-    text_column: str = "text"
+    text_column: str = TEXT
 
     def load(self) -> Text:
         """Read both splits.
 
         Raises:
-            ValueError: nothing can be read; ``text_column`` is not a column of strings; there are too few documents to
-                split.
+            ValueError: nothing can be read; ``text_column`` is not a column of strings or chats; there are too few
+                documents to split. A malformed line is named with its file.
         """
         train = self._read(self.split)
         if self.validation_split is not None:
@@ -76,29 +88,95 @@ class DataSource:
         try:
             data = datasets.load_dataset(self.path, self.name, data_files=self.data_files, split=split)
         except (DatasetGenerationError, StopIteration, RuntimeError) as error:  # all of which an empty file raises
+            if mistake := self._mistake():
+                raise ValueError(mistake) from error
             files = f" of {self.data_files}" if self.data_files else ""
             raise ValueError(f"no documents could be read from {self.path!r}{files}: is it empty? ({error})") from error
-        strings = [name for name, feature in data.features.items() if getattr(feature, "dtype", "").endswith("string")]
-        if self.text_column not in strings:
-            raise ValueError(
-                f"text_column of {self.path!r} must be a column of strings, one of {strings}, got {self.text_column!r}"
-            )
-        data = data.select_columns([self.text_column])
-        return data if self.text_column == "text" else data.rename_column(self.text_column, "text")
+        column, kind = self._column(data)
+        if kind == CHAT and (mistake := self._mistake()):  # a message without content is read as one of nothing
+            raise ValueError(mistake)
+        if empty := data.data.column(column).null_count:
+            where = f"{self.path!r}{f' of {self.data_files}' if self.data_files else ''}"
+            warnings.warn(f"{empty} of the {len(data)} rows of {where} have no {column!r}: left out", stacklevel=3)
+        data = data.select_columns([column])
+        return data if column == kind else data.rename_column(column, kind)
+
+    def _column(self, data: datasets.Dataset) -> tuple[str, str]:
+        """The column of the documents, and whether it holds text or chats."""
+        kinds = {name: kind for name, feature in data.features.items() if (kind := _kind(feature)) is not None}
+        if self.text_column in kinds:
+            return self.text_column, kinds[self.text_column]
+        if self.text_column == TEXT and kinds.get(CHAT) == CHAT:
+            return CHAT, CHAT
+        if mistake := self._mistake():
+            raise ValueError(mistake)
+        raise ValueError(
+            f"text_column of {self.path!r} must be a column of strings or chats, one of {list(kinds)}, "
+            f"got {self.text_column!r}"
+        )
+
+    def _mistake(self) -> str | None:
+        """The first malformed line, where the source is files of JSON lines."""
+        if self.path != "json" or self.data_files is None:
+            return None
+        files = [self.data_files] if isinstance(self.data_files, str) else self.data_files
+        mistake = None
+        if self.text_column != CHAT:
+            mistake = first_mistake(files, self.text_column, lambda value: isinstance(value, str), "a string")
+        if mistake is None and self.text_column in (TEXT, CHAT):
+            mistake = first_mistake(files, CHAT, _is_chat, 'a list of {"role", "content"}')
+        return mistake
+
+
+def local_source(path: str, **options: Any) -> DataSource:
+    """Return the source for a file (JSON, JSON lines, CSV, Parquet, text), a folder, or a data set of the hub.
+
+    Args:
+        path: of the file, or what ``datasets.load_dataset`` takes.
+        options: of :class:`DataSource`.
+
+    Raises:
+        FileNotFoundError: it is named as a file and is not there.
+
+    Example:
+        >>> local_source("allenai/c4", name="en").path
+        'allenai/c4'
+    """
+    file = Path(path)
+    if file.suffix in FORMATS and not file.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    if file.suffix in FORMATS:
+        return DataSource(FORMATS[file.suffix], data_files=path, **options)
+    return DataSource(path, **options)
 
 
 def write_text(folder: Path, train: Sequence[str], validation: Sequence[str]) -> None:
     """Keep the documents of a domain in a folder, for :func:`read_text`."""
     splits = {"train": list(train), "validation": list(validation)}
-    data = datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": texts}) for name, texts in splits.items()})
+    data = datasets.DatasetDict({name: datasets.Dataset.from_dict({TEXT: texts}) for name, texts in splits.items()})
     with _no_progress_bars():
         data.save_to_disk(folder)
 
 
 def read_text(folder: Path) -> Text:
-    """The documents that :func:`write_text` kept, mapped into memory."""
+    """Return the documents that :func:`write_text` kept, mapped into memory."""
     data = datasets.load_from_disk(str(folder))
     return Text(data["train"], data["validation"], key=folder.name)
+
+
+def _kind(feature: Any) -> str | None:
+    """Whether a column holds text or chats; None for neither."""
+    if str(getattr(feature, "dtype", "")).endswith("string"):
+        return TEXT
+    inner = getattr(feature, "feature", None)
+    return CHAT if isinstance(inner, dict) and {"role", "content"} <= inner.keys() else None
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        for message in value
+    )
 
 
 @contextmanager

@@ -12,33 +12,26 @@ from typing import Any
 import torch
 
 from consistency_reg.functional.segments import check_segment_lengths
+from consistency_reg.lab.arguments.evaluate import SEQUENCE_LENGTH, parser
 from consistency_reg.lab.corpus.text import DOMAINS
 from consistency_reg.lab.evaluate.figures import NAMES, figures
 from consistency_reg.lab.evaluate.measure import Evaluation, measure
-from consistency_reg.lab.evaluate.models import DTYPES, Candidate, load
+from consistency_reg.lab.evaluate.models import Candidate, load
 from consistency_reg.lab.evaluate.records import to_csv, to_json
 from consistency_reg.lab.evaluate.run import record
 from consistency_reg.lab.evaluate.tables import tables
 from consistency_reg.lab.evaluate.text import corpus_documents, cut, dataset_documents, sampled
 from consistency_reg.lab.evaluate.traces import Recording, load_trace, save_trace
 from consistency_reg.lab.evaluate.tracking import log_to_wandb
+from consistency_reg.lab.evaluate.verdict import verdict
 from consistency_reg.lab.files import write_atomically
 from consistency_reg.lab.provenance import git_commit, package_versions
 from consistency_reg.lab.render.outputs import check_writable, write_pictures
-from consistency_reg.lab.render.terminal import print_tables
-from consistency_reg.lab.usage import CommandParser
+from consistency_reg.lab.render.terminal import print_tables, print_verdict
 from consistency_reg.optional import require
 
 with require("transformers"):
     import datasets
-
-SEQUENCE_LENGTH = 512
-EXAMPLE = """\
-examples:
-  consistency-reg evaluate runs/first                                         on the default corpus
-  consistency-reg evaluate allenai/OLMoE-1B-7B-0924 --dtype bfloat16 --data my.jsonl
-  consistency-reg evaluate --trace olmoe.safetensors --trace other.safetensors     saved routing
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{options.out}: evaluation.json, evaluation.csv, {', '.join(path.name for path in pictures.values())}")
     if options.wandb is not None:
         log_to_wandb(options.wandb, evaluations, pictures, options.out)
+    print_verdict(verdict(evaluations))
     return 0
 
 
@@ -113,7 +107,7 @@ def write(folder: Path, evaluations: Sequence[Evaluation], about: dict[str, Any]
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, without those that could only fail after the models have run."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     for name in ("segment_lengths", "cache_ratios", "domains"):  # with spaces or commas between them
         given = getattr(options, name)
         setattr(options, name, None if given is None else list(chain.from_iterable(given)))
@@ -152,17 +146,6 @@ def _documents(options: argparse.Namespace) -> dict[str, datasets.Dataset]:
     return {name: sampled(found, options.seed) for name, found in documents.items()}
 
 
-def labelled(text: str) -> tuple[str, str]:
-    """Split ``NAME=PLACE`` into a model's name and its place; the name is empty where only a place is given.
-
-    Example:
-        >>> labelled("before=runs/first"), labelled("runs/first"), labelled("runs/lr=3")
-        (('before', 'runs/first'), ('', 'runs/first'), ('', 'runs/lr=3'))
-    """
-    name, equals, place = text.partition("=")
-    return (name, place) if equals and place and "/" not in name and not Path(text).exists() else ("", text)
-
-
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -177,65 +160,3 @@ def _sequence_length(candidate: Candidate, wanted: int | None) -> int:
     if wanted is not None and wanted > context:
         raise ValueError(f"--sequence-length must be at most {context}, the context of {candidate.name}, got {wanted}")
     return wanted or min(SEQUENCE_LENGTH, context)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        "consistency-reg evaluate",
-        description="Judge mixture-of-experts models by their routing, and say how large a cache of experts they need.",
-        epilog=EXAMPLE,
-    )
-    parser.add_argument(
-        "models", nargs="*", type=labelled, metavar="[NAME=]MODEL", help="folder, finished run, or hub id of a model"
-    )
-    parser.add_argument("--trace", action="append", type=Path, default=[], metavar="FILE", help="saved routing instead")
-    parser.add_argument("--save-trace", type=Path, metavar="FILE", help="keep the routing of the MODEL")
-    parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR", help="default: evaluation")
-    parser.add_argument("--domains", nargs="+", type=names, metavar="NAME", help=" ".join(DOMAINS))
-    parser.add_argument("--data", action="append", default=[], metavar="PATH", help="data set of the hub, folder, file")
-    parser.add_argument("--data-config", metavar="NAME", help="configuration of the data set")
-    parser.add_argument("--split", default="train", metavar="NAME", help="such as test or train[:1%%]; default: train")
-    parser.add_argument("--text-column", default="text", metavar="NAME", help="of the data set; default: text")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which documents are drawn; default: 0")
-    parser.add_argument("--max-tokens", type=int, default=131_072, metavar="N", help="of all domains; default: 131072")
-    parser.add_argument(
-        "--sequence-length", type=int, metavar="T", help=f"tokens read at once; default: {SEQUENCE_LENGTH}"
-    )
-    parser.add_argument(
-        "--corpus-bytes", type=int, default=4_500_000, metavar="N", help="as in the recipe that trained the model"
-    )
-    parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="such as cpu or cuda:0; default: cuda if there is one"
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", metavar="NAME", help=f"{', '.join(DTYPES)}; default: as saved"
-    )
-    parser.add_argument("--batch-size", type=int, metavar="B", help="rows to begin with; halved when memory runs out")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    parser.add_argument("--segment-lengths", nargs="+", type=integers, metavar="M", help="default: 4,16,64")
-    parser.add_argument("--cache-ratios", nargs="+", type=numbers, metavar="RHO", help="slots / K; default: 1,2,3,4")
-    parser.add_argument(
-        "--no-shared-cache",
-        dest="shared_cache",
-        action="store_false",
-        help="skip one cache for all layers: many layers",
-    )
-    parser.add_argument("--replicates", type=int, default=200, metavar="R", help="of the bootstrap; 0: no intervals")
-    parser.add_argument("--wandb", nargs="?", const="consistency-reg", metavar="PROJECT", help="log to wandb too")
-    parser.set_defaults(segment_lengths=[[4, 16, 64]], cache_ratios=[[1.0, 2.0, 3.0, 4.0]])
-    return parser
-
-
-def integers(text: str) -> list[int]:
-    """Integers between commas."""
-    return [int(value) for value in text.split(",") if value]
-
-
-def numbers(text: str) -> list[float]:
-    """Numbers between commas."""
-    return [float(value) for value in text.split(",") if value]
-
-
-def names(text: str) -> list[str]:
-    """Names between commas."""
-    return [value for value in text.split(",") if value]

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from consistency_reg.capture import RouterCapture
 from consistency_reg.functional.agreement import agreement_mean
+from consistency_reg.lab.checkpoint import model_folder
 from consistency_reg.lab.corpus.data import TextDataModule, model_inputs
-from consistency_reg.lab.evaluate.models import expert_bytes, load, model_folder
+from consistency_reg.lab.evaluate.models import expert_bytes, load
 from consistency_reg.lab.module import next_token_losses
 from consistency_reg.lab.provenance import device_name, git_commit, package_versions
-from consistency_reg.lab.report.recipe import consistency_term
+from consistency_reg.lab.recipe import consistency_term
 from consistency_reg.lab.usage import CommandParser
 from consistency_reg.masks import batch_masks
 from consistency_reg.metrics import CacheHitRate

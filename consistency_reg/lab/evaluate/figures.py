@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 
-from consistency_reg.cache_policies import POLICY_LABELS
 from consistency_reg.lab.evaluate.advice import ratios
 from consistency_reg.lab.evaluate.measure import ADVISED_POLICY, Evaluation
 from consistency_reg.lab.evaluate.tables import KINDS, common_length
@@ -12,6 +11,7 @@ from consistency_reg.lab.render.palette import COLOURS
 from consistency_reg.lab.render.png import panels as empty_panels
 from consistency_reg.lab.render.png import png
 from consistency_reg.optional import require
+from consistency_reg.reading import cache_label, segment_name
 from consistency_reg.tracking.figures import shown_token
 
 with require("plots"):
@@ -67,11 +67,11 @@ def hit_rates(evaluations: Sequence[Evaluation]) -> Figure:
     m = common_length(evaluations)
     figure, panels = _panels(len(evaluations))
     for axes, one in zip(panels, evaluations, strict=True):
-        curves = {f"SCH m={m}": one.sch[m]} if m in one.sch else {}
-        curves |= {POLICY_LABELS[name]: rates for name, rates in one.policies.items()}
+        curves = {cache_label(f"sch_{segment_name(m)}"): one.sch[m]} if m in one.sch else {}
+        curves |= {cache_label(name): rates for name, rates in one.policies.items()}
         for (label, rates), colour in zip(curves.items(), COLOURS, strict=False):
             xs = ratios(rates)
-            advised = label == POLICY_LABELS[ADVISED_POLICY]
+            advised = label == cache_label(ADVISED_POLICY)
             ys = [_percent(rates.at(x)) for x in xs]
             axes.plot(xs, ys, color=colour, label=label, linewidth=2.2 if advised else 1.2)
         shared = one.policies[ADVISED_POLICY].shared
@@ -83,7 +83,7 @@ def hit_rates(evaluations: Sequence[Evaluation]) -> Figure:
                 ":",
                 color="black",
                 linewidth=1.5,
-                label=f"{POLICY_LABELS[ADVISED_POLICY]}, one cache for all layers",
+                label=f"{cache_label(ADVISED_POLICY)}, one cache for all layers",
             )
         _mark_advice(axes, one)
         axes.set(xlabel="cache ratio rho: slots of a layer / K", title=one.recording.model)

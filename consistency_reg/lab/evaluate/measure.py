@@ -1,5 +1,6 @@
 """From a recording to all that is measured of it."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ from consistency_reg.cache_policies import POLICIES
 from consistency_reg.functional.srp import ModelSRP
 from consistency_reg.lab.evaluate.advice import CacheChoice, choose, knee_ratio
 from consistency_reg.lab.evaluate.traces import Recording
+from consistency_reg.measures import HIT_RATE, MIN_SHARE, PERPLEXITY, SHARED_HIT_RATE
 from consistency_reg.metrics import (
     CacheHitRate,
     ExpertSpecialization,
@@ -21,7 +23,9 @@ from consistency_reg.metrics import (
 from consistency_reg.metrics.balance import ModelBalance
 from consistency_reg.metrics.simulated_caches import ModelHitRates
 from consistency_reg.metrics.specialization import ModelSpecialization, Specialization
+from consistency_reg.metrics.srp import srp_values
 from consistency_reg.optional import require
+from consistency_reg.reading import Reading, segment_name
 
 with require("transformers"):
     from tqdm import tqdm
@@ -62,7 +66,38 @@ class Evaluation:
     @property
     def min_share(self) -> float:
         """Usage of the least used expert of all layers, as a share of the fair share."""
-        return min(float(layer.min_share) for layer in self.balance.layers)
+        return self.get(MIN_SHARE.at())
+
+    @cached_property
+    def caches(self) -> dict[str, ModelHitRates]:
+        """The hit rates of every simulated cache, by its name in a log: "sch_m16", "lru" and so on."""
+        return {f"sch_{segment_name(m)}": rates for m, rates in self.sch.items()} | self.policies
+
+    @cached_property
+    def values(self) -> dict[str, float]:
+        """Every measure of the model under the name that a training run gives it in validation, without its "val/"."""
+        of_specialization = () if self.specialization is None else self.specialization.values()
+        hit_rates = [
+            rates.value(HIT_RATE.at(cache=cache, ratio=ratio))
+            for cache, rates in self.caches.items()
+            for ratio in self.cache_ratios
+        ]
+        shared = {
+            SHARED_HIT_RATE.at(cache=cache, ratio=ratio).name: float(rates.shared.at(ratio))
+            for cache, rates in self.caches.items()
+            for ratio in self.cache_ratios
+            if rates.shared is not None
+        }
+        every = [*srp_values(self.srp), *hit_rates, *self.balance.values(), *of_specialization]
+        perplexity = self.recording.perplexity()
+        quality = {} if perplexity is None else {PERPLEXITY.at().name: perplexity}
+        return {value.reading.name: float(value.model) for value in every} | shared | quality
+
+    def get(self, reading: Reading) -> float:
+        """Return a measure of the model; NaN where it was not measured."""
+        if reading.measure is HIT_RATE:
+            return float(self.caches[reading.cache].value(reading).model) if reading.cache in self.caches else math.nan
+        return self.values.get(reading.name, math.nan)
 
     @property
     def kinds(self) -> dict[str, Specialization]:

@@ -8,22 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from consistency_reg.lab.checkpoint import model_folder, read_configuration
 from consistency_reg.lab.evaluate.text import Rows
 from consistency_reg.optional import require
 
 with require("transformers"):
     from transformers import (
-        AutoConfig,
         AutoModelForCausalLM,
         AutoModelForSeq2SeqLM,
         AutoTokenizer,
         PreTrainedModel,
         PreTrainedTokenizerBase,
     )
-
-    import consistency_reg.lab.model  # noqa: F401  makes its models known to the Auto classes
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -103,14 +99,7 @@ def load(place: str, *, device: torch.device, dtype: str = "auto", trust_remote_
         OSError: no such model or tokenizer.
     """
     path = str(model_folder(Path(place)) or place)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        if trust_remote_code or "trust_remote_code" not in str(error):
-            raise
-        raise ValueError(f"{place} runs code of its own: read it, then allow it with --trust-remote-code") from error
-    except OSError as error:
-        raise OSError(f"no model can be read from {place!r}: {error}") from error
+    config = read_configuration(path, trust_remote_code=trust_remote_code, option="--trust-remote-code")
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
@@ -148,16 +137,3 @@ def expert_bytes(model: nn.Module, routers: Sequence[str], num_experts: Sequence
             return None
         sizes.append(total // E)
     return sizes
-
-
-def model_folder(path: Path) -> Path | None:
-    """Where the weights of a local model are; None for a path that is no folder."""
-    if not path.is_dir():
-        return None
-    if (path / "config.json").exists():
-        return path
-    if (path / "model" / "config.json").exists():
-        return path / "model"
-    if (path / "config.yaml").exists():
-        raise ValueError(f"{path} is a run without a saved model: it is not finished, run the same command again")
-    raise ValueError(f"{path} must hold a model (config.json) or a finished run (model/config.json), and has neither")

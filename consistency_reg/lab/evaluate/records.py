@@ -11,14 +11,13 @@ from torch import Tensor
 
 from consistency_reg.functional.srp import ModelSRP, SRPResult
 from consistency_reg.lab.evaluate.measure import FAVOURITES, Evaluation
+from consistency_reg.measures import HIT_RATE, PERPLEXITY, SRP, of_metric
 from consistency_reg.metrics.simulated_caches import ModelHitRates
 from consistency_reg.metrics.specialization import Specialization
 
 COLUMNS = ("model", "domain", "layer", "measure", "m", "cache_ratio", "value", "low", "high")
 ALL = "all"
 SHARED = "shared by all"  # in the place of a layer: one cache for all of them
-OF_SRP = ("srp", "size_ratio", "threshold", "static_srp", "local_gain")
-OF_BALANCE = ("sd", "cv", "max_over_mean", "min_share")
 
 
 def to_csv(evaluations: Sequence[Evaluation]) -> str:
@@ -44,38 +43,37 @@ def _rows(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
         for name, layer in zip(names, result.layers, strict=True):
             yield from ({"layer": name} | row for row in _srp_rows(layer, m))
     for domain in (ALL, *evaluation.recording.domains):
-        value = evaluation.recording.perplexity(None if domain == ALL else domain)
-        if value is not None:
-            yield {"domain": domain, "measure": "perplexity", "value": value}
+        perplexity = evaluation.recording.perplexity(None if domain == ALL else domain)
+        if perplexity is not None:
+            yield {"domain": domain, "measure": PERPLEXITY.label, "value": perplexity}
     for domain, by_length in evaluation.domain_srp.items():
         for m, result in by_length.items():
             yield from ({"domain": domain} | row for row in _srp_rows(result, m))
     simulations = [("sch", m, rates) for m, rates in evaluation.sch.items()]
-    for measure, length, rates in [*simulations, *((name, None, rates) for name, rates in evaluation.policies.items())]:
+    for policy, length, rates in [*simulations, *((name, None, rates) for name, rates in evaluation.policies.items())]:
         for ratio in evaluation.cache_ratios:
-            where = {"measure": f"hit_rate_{measure}", "m": length, "cache_ratio": ratio}
-            yield where | {"value": float(rates.at(ratio))} | _interval(rates.intervals.get(ratio))
-            for name, cache in zip(names, rates.layers, strict=True):
-                yield where | {"layer": name, "value": float(cache.at(ratio))} | _interval(cache.interval_at(ratio))
-            if rates.shared is not None:
-                shared = {"value": float(rates.shared.at(ratio))} | _interval(rates.shared.interval_at(ratio))
-                yield where | {"layer": SHARED} | shared
+            where = {"measure": HIT_RATE.record.format(cache=policy), "m": length, "cache_ratio": ratio}
+            yield from (where | row for row in _hit_rate_rows(rates, ratio, names))
     for kind, found in evaluation.kinds.items():
-        for measure, value in _summary(found).items():
-            yield {"measure": f"{kind}_specialization_{measure}", "m": evaluation.segment_length, "value": value}
-    for i, name in enumerate(names):
-        balance = evaluation.balance
-        for measure in OF_BALANCE:
-            yield {"layer": name, "measure": f"balance_{measure}", "value": float(getattr(balance.layers[i], measure))}
-        for segment, cv in balance.local_cv.items():
-            yield {"layer": name, "measure": "local_cv", "m": segment, "value": float(cv[i])}
-        yield {"layer": name, "measure": "overlap", "value": float(balance.overlap[i])}
+        for measure, number in _summary(found).items():
+            yield {"measure": f"{kind}_specialization_{measure}", "m": evaluation.segment_length, "value": number}
+    for value in evaluation.balance.values():
+        where = {"measure": value.reading.measure.record, "m": value.reading.m}
+        yield from (where | {"layer": name, "value": float(v)} for name, v in zip(names, value.layers, strict=True))
+
+
+def _hit_rate_rows(rates: ModelHitRates, ratio: float, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the hit rate of the model, of each layer's cache, and of one cache for all layers."""
+    yield {"value": float(rates.at(ratio))} | _interval(rates.intervals.get(ratio))
+    shared = [] if rates.shared is None else [(SHARED, rates.shared)]
+    for name, cache in [*zip(names, rates.layers, strict=True), *shared]:
+        yield {"layer": name, "value": float(cache.at(ratio))} | _interval(cache.interval_at(ratio))
 
 
 def _srp_rows(result: ModelSRP | SRPResult, m: int) -> Iterator[dict[str, Any]]:
-    for measure in OF_SRP:
-        interval = _interval(result.interval) if measure == "srp" else {}
-        yield {"measure": measure, "m": m, "value": _number(getattr(result, measure))} | interval
+    for measure in of_metric("srp"):
+        interval = _interval(result.interval) if measure is SRP else {}
+        yield {"measure": measure.record, "m": m, "value": _number(getattr(result, measure.attribute))} | interval
 
 
 def _model(evaluation: Evaluation) -> dict[str, Any]:
@@ -97,7 +95,7 @@ def _model(evaluation: Evaluation) -> dict[str, Any]:
         "sch": {m: _hit_rates(rates, evaluation.cache_ratios) for m, rates in evaluation.sch.items()},
         "caches": {name: _hit_rates(rates, evaluation.cache_ratios) for name, rates in evaluation.policies.items()},
         "balance": {
-            "layers": [{name: float(getattr(layer, name)) for name in OF_BALANCE} for layer in balance.layers],
+            "layers": _balance_of_layers(evaluation),
             "usage": [usage.tolist() for usage in balance.usage],
             "local_cv": {m or "document": cv.tolist() for m, cv in balance.local_cv.items()},
             "overlap": balance.overlap.tolist(),
@@ -111,7 +109,17 @@ def _model(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _srp(result: ModelSRP | SRPResult) -> dict[str, Any]:
-    return {name: _number(getattr(result, name)) for name in OF_SRP} | _interval(result.interval)
+    values = {measure.attribute: _number(getattr(result, measure.attribute)) for measure in of_metric("srp")}
+    return values | _interval(result.interval)
+
+
+def _balance_of_layers(evaluation: Evaluation) -> list[dict[str, float]]:
+    """Return the measures of balance of each layer that are not of a segment length."""
+    values = [value for value in evaluation.balance.values() if not value.reading.measure.by_segment]
+    return [
+        {value.reading.measure.attribute: float(value.layers[i]) for value in values}
+        for i in range(len(evaluation.recording.layer_names))
+    ]
 
 
 def _hit_rates(rates: ModelHitRates, cache_ratios: Sequence[float]) -> dict[str, Any]:

@@ -1,16 +1,14 @@
 """What was measured as tables for the terminal."""
 
-import math
 from collections.abc import Callable, Sequence
-from statistics import fmean
 
 from torch import Tensor
 
-from consistency_reg.cache_policies import POLICY_LABELS
 from consistency_reg.lab.evaluate.measure import ADVISED_POLICY, FAVOURITES, Evaluation
 from consistency_reg.lab.render.table import Table, in_bytes, number, percent
-from consistency_reg.lab.render.verdict import COLLAPSED_BELOW
+from consistency_reg.measures import COLLAPSED_BELOW, GLOBAL_CV, HIT_RATE, LOCAL_GAIN, MIN_SHARE, SRP, of_metric
 from consistency_reg.metrics.simulated_caches import ModelHitRates
+from consistency_reg.reading import Measure, cache_label, segment_name
 
 KINDS = {
     "domain": ("domains", "CV of the usage share"),
@@ -45,43 +43,30 @@ def common_length(evaluations: Sequence[Evaluation]) -> int:
 
 
 def ranking(evaluations: Sequence[Evaluation]) -> Table:
-    """The models by SRP, beside what would make a high SRP worthless."""
+    """Return the models by SRP, next to what would make a high SRP worthless."""
     m = common_length(evaluations)
-    header = ["model", f"SRP m={m}", "local gain", f"SCH m={m} at 2 x K", "LRU at 2 x K", "global CV", "smallest share"]
-    measured = sorted((one for one in evaluations if m in one.srp), key=lambda one: -float(one.srp[m].srp))
+    hits = [HIT_RATE.at(cache=f"sch_{segment_name(m)}", ratio=2), HIT_RATE.at(ratio=2)]
+    shown = [SRP.at(m), LOCAL_GAIN.at(m), *hits, GLOBAL_CV.at(), MIN_SHARE.at()]
+    measured = sorted((one for one in evaluations if m in one.srp), key=lambda one: -one.get(SRP.at(m)))
     rows = [
-        [
-            f"{place}. {_name(one)}",
-            percent(float(one.srp[m].srp)),
-            percent(float(one.srp[m].local_gain)),
-            percent(float(one.sch[m].at(2))),
-            percent(float(one.policies["lru"].at(2))),
-            number(3)(_mean_cv(one)),
-            number(2)(one.min_share),
-        ]
+        [f"{place}. {_name(one)}", *(reading.show(one.get(reading), finer=1) for reading in shown)]
         for place, one in enumerate(measured, start=1)
     ]
-    return Table("Ranking by SRP (in %)", header, rows, "without local gain a high SRP is imbalance")
+    header = ["model", *(reading.header for reading in shown)]
+    return Table("Ranking by SRP", header, rows, "without local gain a high SRP is imbalance")
 
 
 def consistency(evaluations: Sequence[Evaluation]) -> Table:
-    """SRP by segment length, beside what imbalance alone would reach."""
-    header = ["model", "m", "SRP", "95% interval", "static SRP", "local gain", "rho_hat"]
-    note = "rho_hat: experts that the best segment router loads for one that is used; local gain: SRP - static SRP"
-    table = Table("Consistency (SRP and gain in %)", header, note=note)
+    """Return SRP by segment length, next to what imbalance alone would reach."""
+    measures = of_metric("srp")
+    header = ["model", "m", *(measure.bare_label + measure.unit_label for measure in measures)]
+    header.insert(3, "95% interval")
+    table = Table("Consistency", header, note=meanings(measures))
     for one in evaluations:
         for place, (m, result) in enumerate(one.srp.items()):
-            table.rows.append(
-                [
-                    "" if place else _name(one),
-                    str(m),
-                    percent(float(result.srp)),
-                    _interval(result.interval),
-                    percent(float(result.static_srp)),
-                    percent(float(result.local_gain)),
-                    number(2)(float(result.size_ratio)),
-                ]
-            )
+            values = [measure.show(one.get(measure.at(m))) for measure in measures]
+            values.insert(1, _interval(result.interval))
+            table.rows.append(["" if place else _name(one), str(m), *values])
     return table
 
 
@@ -111,36 +96,21 @@ def _hit_rates(
     ratios = sorted({ratio for one in evaluations for ratio in one.cache_ratios})
     table = Table(title, ["model", "cache", *(f"{ratio:g} x K slots" for ratio in ratios)], note=note)
     for one in evaluations:
-        caches = {f"SCH m={m}": rates for m, rates in one.sch.items()}
-        caches |= {POLICY_LABELS[name]: rates for name, rates in one.policies.items()}
-        for place, (name, rates) in enumerate(caches.items()):
-            table.rows.append(["" if place else _name(one), name, *(cell(rates, ratio) for ratio in ratios)])
+        for place, (cache, rates) in enumerate(one.caches.items()):
+            cells = [cell(rates, ratio) for ratio in ratios]
+            table.rows.append(["" if place else _name(one), cache_label(cache), *cells])
     return table
 
 
 def balance(evaluations: Sequence[Evaluation]) -> Table:
-    """Global balance beside local, which consistency costs."""
-    segments = sorted({m for one in evaluations for m in one.balance.local_cv if m})
-    header = ["model", "SD [points]", "global CV", "max/mean", "smallest share"]
-    rows = [
-        [
-            _name(one),
-            number(2)(fmean(float(layer.sd) for layer in one.balance.layers)),
-            number(3)(_mean_cv(one)),
-            number(2)(max(float(layer.max_over_mean) for layer in one.balance.layers)),
-            number(2)(one.min_share),
-            *(number(3)(_mean(one.balance.local_cv.get(m))) for m in segments),
-            number(3)(_mean(one.balance.local_cv[None])),
-            percent(_mean(one.balance.overlap)),
-        ]
-        for one in evaluations
-    ]
-    header += [*(f"local CV m={m}" for m in segments), "in a document", "overlap (%)"]
+    """Return global balance next to local, which consistency costs."""
+    readings = dict.fromkeys(value.reading for one in evaluations for value in one.balance.values())
+    rows = [[_name(one), *(reading.show(one.get(reading), finer=1) for reading in readings)] for one in evaluations]
     note = (
         "means over layers; max/mean and smallest share (of the fair share) are the worst layer's; "
         f"below {COLLAPSED_BELOW} a model counts as collapsed"
     )
-    return Table("Balance", header, rows, note)
+    return Table("Balance", ["model", *(reading.header for reading in readings)], rows, note)
 
 
 def domains(evaluations: Sequence[Evaluation]) -> Table:
@@ -187,7 +157,7 @@ def advice(evaluations: Sequence[Evaluation]) -> Table:
     """Cache sizes to choose from."""
     header = ["model", "cache", "slots a layer", "hits (%)", "fast memory", "misses a token", "loads a token"]
     note = "the first load of an expert into a free slot is not counted: a document loads up to its slots once more"
-    table = Table(f"Advice: an {POLICY_LABELS[ADVISED_POLICY]} cache for each layer", header, note=note)
+    table = Table(f"Advice: an {cache_label(ADVISED_POLICY)} cache for each layer", header, note=note)
     for one in evaluations:
         if "knee" not in one.advice:
             table.rows.append([_name(one), "no knee", *[""] * (len(header) - 2)])
@@ -208,6 +178,11 @@ def advice(evaluations: Sequence[Evaluation]) -> Table:
     return table
 
 
+def meanings(measures: Sequence[Measure]) -> str:
+    """Return a note that says what each of some measures is."""
+    return "; ".join(f"{measure.bare_label}: {measure.meaning}" for measure in measures)
+
+
 def _name(one: Evaluation) -> str:
     """The model's name, with a mark when an expert collapsed."""
     return f"{one.recording.model} (collapsed)" if one.min_share < COLLAPSED_BELOW else one.recording.model
@@ -222,11 +197,3 @@ def _interval(interval: Tensor | None) -> str:
 
 def _with_interval(value: Tensor, interval: Tensor | None) -> str:
     return f"{percent(float(value))} {_interval(interval)}".rstrip()
-
-
-def _mean(values: Tensor | None) -> float:
-    return math.nan if values is None else float(values.mean())
-
-
-def _mean_cv(one: Evaluation) -> float:
-    return fmean(float(layer.cv) for layer in one.balance.layers)

@@ -3,16 +3,14 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 
-from consistency_reg.lab.corpus.sources import DataSource
+from consistency_reg.lab.corpus.sources import local_source
 from consistency_reg.lab.corpus.text import load_domain
 from consistency_reg.optional import require
 
 with require("transformers"):
     import datasets
 
-FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 ENCODED_AT_ONCE = 64  # documents
 FEW_DOCUMENTS = 8  # of a domain, which one odd document among them can tilt
 
@@ -40,12 +38,11 @@ def dataset_documents(path: str, config: str | None, split: str, text_column: st
         ValueError: ``text_column`` is no column of strings; no such split.
         OSError: no such data set.
     """
-    file = Path(path)
-    if file.suffix in FORMATS and not file.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    kind = FORMATS.get(file.suffix) if file.is_file() else None
-    place = {"path": path} if kind is None else {"path": kind, "data_files": path}
-    return DataSource(**place, name=config, split=split, validation_split=split, text_column=text_column).load().train
+    source = local_source(path, name=config, split=split, validation_split=split, text_column=text_column)
+    text = source.load()
+    if text.is_chat:
+        raise ValueError(f"{path} holds chats, which evaluate does not read: give text, or another --text-column")
+    return text.train
 
 
 def sampled(documents: datasets.Dataset, seed: int) -> datasets.Dataset:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from consistency_reg.functional.segments import document_positions
+from consistency_reg.lab.evaluate.foreign_traces import is_foreign, read_foreign
 from consistency_reg.lab.files import write_atomically
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
@@ -49,6 +50,7 @@ IN_METADATA = (
 )
 OF_TOKENS = ("document_ids", "token_ids", "decoder_token_ids")  # [N, T], optional
 STACKS = ("encoder", "decoder")
+MOST_BYTES = 2**40  # of one expert
 CHUNK_ROWS = 1024  # in int64 at a time
 
 
@@ -172,12 +174,27 @@ def save_trace(recording: Recording, path: Path) -> None:
 def load_trace(path: Path) -> Recording:
     """Read what :func:`save_trace` or another program wrote, and check all of it.
 
+    Also the files of :mod:`~consistency_reg.lab.evaluate.foreign_traces`, by their names.
+
     Raises:
         ValueError: the file is truncated, of another kind or of a later version, or its content does not fit together.
         OSError: there is no such file, or it cannot be read.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no trace file {path}")
+    routing, tensors = read_foreign(path) if is_foreign(path) else _read_saved(path)
+    try:
+        recording = _recording(routing, tensors)
+        for trace, _ in recording.chunks():
+            trace.check_values()
+    except (KeyError, TypeError, ValueError) as error:
+        said = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} holds no routing that fits together: {said}") from error
+    return recording
+
+
+def _read_saved(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the metadata and tensors that :func:`save_trace` wrote."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -190,13 +207,10 @@ def load_trace(path: Path) -> Recording:
         found = metadata.get("format_version")
         raise ValueError(f"{path} must have format_version {VERSION!r}, got {found!r}: another version wrote it")
     try:
-        recording = _recording(json.loads(metadata["routing"]), tensors)
-        for trace, _ in recording.chunks():
-            trace.check_values()
-    except (KeyError, TypeError, ValueError) as error:
+        return json.loads(metadata["routing"]), tensors
+    except (KeyError, ValueError) as error:
         said = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} holds no routing that fits together: {said}") from error
-    return recording
 
 
 def _recording(routing: dict[str, Any], tensors: dict[str, Tensor]) -> Recording:
@@ -222,6 +236,9 @@ def _recording(routing: dict[str, Any], tensors: dict[str, Tensor]) -> Recording
     for name in ("num_experts", "expert_bytes"):
         if known.get(name) is not None and len(known[name]) != layers:
             raise ValueError(f"{name} must have one entry for each of the {layers} layers, got {len(known[name])}")
+    of_expert = known.get("expert_bytes") or [1]
+    if not all(isinstance(size, int) and 1 <= size <= MOST_BYTES for size in of_expert):
+        raise ValueError(f"expert_bytes must be whole numbers from 1 to {MOST_BYTES}, got {of_expert}")
     for domain, found in known.get("text_loss", {}).items():
         if domain not in known["domains"] or len(found) != 2 or not math.isfinite(found[0]) or found[1] < 1:
             raise ValueError(f"text_loss must hold (loss, tokens) of each domain, got {found} for {domain!r}")

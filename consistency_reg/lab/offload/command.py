@@ -3,48 +3,31 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from consistency_reg import CacheAwareRouting
-from consistency_reg.lab.evaluate.models import model_folder
+from consistency_reg.lab.arguments.offload import parser
 from consistency_reg.lab.files import write_atomically
-from consistency_reg.lab.offload.decoding import Pass, read_text, sampler, write_text
 from consistency_reg.lab.offload.measure import Measured
+from consistency_reg.lab.offload.run import measure
 from consistency_reg.lab.offload.show import PICTURE, tables, to_csv, to_json, token_time
 from consistency_reg.lab.offload.tracking import log_to_wandb
 from consistency_reg.lab.provenance import device_name, git_commit, package_versions
 from consistency_reg.lab.render.outputs import check_writable, write_pictures
 from consistency_reg.lab.render.terminal import print_tables
-from consistency_reg.lab.usage import CommandParser
-from consistency_reg.offload import OffloadedExperts
-from consistency_reg.offload.calibration import calibrate
 from consistency_reg.optional import require
 
-with require("transformers"):
-    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 with require("plots"):
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 PROMPTS = (
     "The committee met on Tuesday to discuss the budget for the coming year.",
     'def read_lines(path):\n    """Return the lines of a file."""\n',
     "In the beginning there was nothing but water, and",
 )
-READ_AT_ONCE = 16  # tokens of a text that is read, before it goes token by token
-TAIL = 48  # letters of the text beside the progress
-EXAMPLE = """\
-examples:
-  consistency-reg offload runs/baseline runs/regularized                  2K slots a layer, as from disk
-  consistency-reg offload my-olmoe --memory 2GB --prompt question.txt     within a budget
-  consistency-reg offload runs/regularized --cache-aware 0,0.1 --calibrate
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,37 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(place: str, prompts: Sequence[str], options: argparse.Namespace, console: Console) -> Iterator[Measured]:
-    """Run one model over all prompts, once for each strength of the bias."""
-    path = str(model_folder(Path(place)) or place)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    offloaded = OffloadedExperts(
-        path,
-        cache_ratio=options.cache_ratio,
-        slots=options.slots,
-        memory=options.memory,
-        device=options.device,
-        store=options.store,
-        policy=options.policy,
-        reads=options.reads,
-        spread=options.spread,
-        dtype=options.dtype,
-        best_last=True,
-    )
-    encoded = [_encode(tokenizer, prompt, place) for prompt in prompts]
-    with offloaded as model:
-        _check_context(model, encoded, options, place)
-        calibration = calibrate(offloaded, encoded[0][None].to(offloaded.device)) if options.calibrate else None
-        for strength in options.cache_aware:
-            name = _name(path, place) + (f" + bias {strength:g}" if strength else "")
-            with ExitStack() as stack:
-                if strength:
-                    stack.enter_context(CacheAwareRouting(model, _equal_ratio(offloaded), strength))
-                passes = list(_run(offloaded, encoded, tokenizer, name, options, console))
-            texts = ["" if options.read else str(tokenizer.decode(one.ids)) for one in passes]
-            yield Measured(name, _about(offloaded, place, strength, options), passes, texts, calibration)
-
-
 def write(folder: Path, measured: Sequence[Measured], about: dict[str, Any]) -> dict[str, Path]:
     """Write ``offload.json``, ``tokens.csv`` and the picture, each whole or not at all."""
     texts = {"offload.json": to_json(measured, about), "tokens.csv": to_csv(measured)}
@@ -103,60 +55,6 @@ def write(folder: Path, measured: Sequence[Measured], about: dict[str, Any]) -> 
     for name, text in texts.items():
         write_atomically(folder / name, text)
     return write_pictures(folder, pictures, [PICTURE])
-
-
-def _run(
-    offloaded: OffloadedExperts,
-    encoded: Sequence[Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    name: str,
-    options: argparse.Namespace,
-    console: Console,
-) -> Iterator[Pass]:
-    """Go through the prompts, with a line of progress while tokens come and each text when it is complete."""
-    progress = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}", markup=False),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[tail]}", markup=False),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    with progress:
-        for number, ids in enumerate(encoded):
-            if options.read:
-                done = read_text(offloaded, ids, READ_AT_ONCE)
-            else:
-                task = progress.add_task(f"{name}, prompt {number + 1}", total=options.tokens, rate="", tail="")
-                told = _Told(progress, task, tokenizer)
-                choose = sampler(options.temperature, options.seed + number)
-                done = write_text(offloaded, ids, options.tokens, choose, told)
-                progress.remove_task(task)
-            misses = sum(step.misses for step in done.steps) / len(done.steps)
-            rate = len(done.seconds) / sum(done.seconds)
-            counted = f"{len(done.seconds)} tokens, {rate:.1f} tokens/s, {misses:.2f} misses/token"
-            said = f"{name}, prompt {number + 1}: {counted}"
-            console.print(said, style="bold", markup=False, highlight=False)
-            if not options.read:
-                console.print(tokenizer.decode([*ids.tolist(), *done.ids]), markup=False, highlight=False)
-            yield done
-
-
-class _Told:
-    """Bring progress up to date as tokens come, with tokens/s since the first."""
-
-    def __init__(self, progress: Progress, task: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._progress, self._task, self._tokenizer = progress, task, tokenizer
-        self._ids: list[int] = []
-
-    def __call__(self, token: int) -> None:
-        self._ids.append(token)
-        speed = self._progress.tasks[self._progress.task_ids.index(self._task)].speed
-        tail = " ".join(str(self._tokenizer.decode(self._ids[-TAIL:])).split())[-TAIL:]
-        rate = "" if speed is None else f"{speed:.1f} tokens/s"
-        self._progress.update(self._task, advance=1, rate=rate, tail=tail)
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
@@ -168,58 +66,9 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     return texts
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, place: str) -> Tensor:
-    ids = tokenizer(prompt, verbose=False)["input_ids"]
-    if len(ids) < 2:
-        raise ValueError(f"{place}: a prompt must have at least 2 tokens, and {prompt[:20]!r} has {len(ids)}")
-    return torch.tensor(ids)
-
-
-def _check_context(model: Any, encoded: Sequence[Tensor], options: argparse.Namespace, place: str) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(map(len, encoded))
-    if options.read and longest <= READ_AT_ONCE + 1:
-        raise ValueError(f"--read needs texts of more than {READ_AT_ONCE + 1} tokens, got {longest}")
-    needed = longest + (0 if options.read else options.tokens)
-    if context is not None and needed > context:
-        raise ValueError(
-            f"{place} reads {context} tokens, and a prompt of {longest} with {needed - longest} more would be {needed}"
-        )
-
-
-def _equal_ratio(offloaded: OffloadedExperts) -> float:
-    if len(set(offloaded.slots)) > 1 or offloaded.top_k is None:
-        raise ValueError(f"--cache-aware needs the same number of slots in every layer, got {offloaded.slots}")
-    return offloaded.slots[0] / offloaded.top_k
-
-
-def _name(path: str, place: str) -> str:
-    folder = Path(path).resolve()
-    return place if not folder.is_dir() else folder.parent.name if folder.name == "model" else folder.name
-
-
-def _about(offloaded: OffloadedExperts, place: str, strength: float, options: argparse.Namespace) -> dict[str, Any]:
-    found = offloaded.statistics()
-    shown = ("store", "policy", "reads", "spread", "tokens", "temperature", "seed")
-    return {
-        "place": place,
-        "slots": found.slots,
-        "experts": offloaded.num_experts,
-        "top_k": offloaded.top_k,
-        "cache_aware": strength,
-        "dense_bytes": offloaded.dense_bytes,
-        "slot_bytes": found.slot_bytes,
-        "buffer_bytes": found.buffer_bytes,
-        "expert_bytes": [offloaded.expert_bytes(layer) for layer in range(len(offloaded.slots))],
-        "way": found.way,
-        "device": str(offloaded.device),
-        **{name: getattr(options, name) for name in shown},
-    }
-
-
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options, without those that could only fail after the models have run."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     given = [name for name in ("memory", "slots", "cache_ratio") if getattr(options, name) is not None]
     if len(given) > 1:
         raise ValueError(f"{' and '.join('--' + name.replace('_', '-') for name in given)} are budgets: give one")
@@ -228,43 +77,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError(f"--tokens must be at least 1, got {options.tokens}")
     if not options.temperature >= 0:
         raise ValueError(f"--temperature must be 0 or more, got {options.temperature}")
-    if any(not strength >= 0 for strength in options.cache_aware):
+    if any(not strength >= 0 for strength in options.cache_aware or ()):
         raise ValueError(f"--cache-aware must be 0 or more, got {options.cache_aware}")
     check_writable("--out", options.out)
     return options
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        "consistency-reg offload",
-        description="Generate from models whose experts are read from disk as tokens need them, and time every token.",
-        epilog=EXAMPLE,
-    )
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="folder, finished run, or hub id of a model")
-    parser.add_argument("--prompt", action="append", type=Path, default=[], metavar="FILE", help="text to go on from")
-    parser.add_argument("--tokens", type=int, default=256, metavar="N", help="to write for each prompt; default: 256")
-    parser.add_argument("--memory", metavar="SIZE", help="for weights and slots together, such as 2GB")
-    parser.add_argument("--slots", type=int, metavar="N", help="of every layer")
-    parser.add_argument("--cache-ratio", type=float, metavar="RHO", help="slots / K of every layer; default: 2")
-    parser.add_argument(
-        "--spread", default="equal", metavar="NAME", help="equal or shared by all layers; default: equal"
-    )
-    parser.add_argument("--policy", default="lru", metavar="NAME", help="lru or lfu; default: lru")
-    parser.add_argument(
-        "--cache-aware", type=_strengths, default=[0.0], metavar="S", help="bias to slots, such as 0,0.1"
-    )
-    parser.add_argument("--store", default="disk", metavar="NAME", help="disk or host memory; default: disk")
-    parser.add_argument("--reads", default="direct", metavar="NAME", help="direct or buffered; default: direct")
-    parser.add_argument("--device", default="cpu", metavar="NAME", help="such as cpu or cuda:0; default: cpu")
-    parser.add_argument("--dtype", default="auto", metavar="NAME", help="float32, bfloat16, float16; default: as saved")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: the likeliest; default: 1")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawn tokens; default: 0")
-    parser.add_argument("--read", action="store_true", help="read the prompts token by token instead, with perplexity")
-    parser.add_argument("--calibrate", action="store_true", help="measure reads and computing; predict tokens/s")
-    parser.add_argument("--out", type=Path, default=Path("offload"), metavar="DIR", help="default: offload")
-    parser.add_argument("--wandb", nargs="?", const="consistency-reg", metavar="PROJECT", help="log to wandb too")
-    return parser
-
-
-def _strengths(text: str) -> list[float]:
-    return [float(value) for value in text.split(",") if value]

@@ -11,6 +11,7 @@ from torch import Tensor
 from consistency_reg.offload import OffloadedExperts
 from consistency_reg.offload.statistics import Step
 
+READ_AT_ONCE = 16  # tokens of a text that is read, before it goes token by token
 Choose = Callable[[Tensor], int]  # logits [V] of the next token -> its id
 
 
@@ -64,15 +65,16 @@ def write_text(
 
 
 @torch.no_grad()
-def read_text(offloaded: OffloadedExperts, ids: Tensor, prompt_tokens: int) -> Pass:
-    """Have the model read a text token by token behind its first tokens, from empty slots: the same for every model.
+def read_text(offloaded: OffloadedExperts, ids: Tensor, prompt_tokens: int, *, empty: bool = True) -> Pass:
+    """Have the model read a text token by token behind its first tokens: the same text for every model.
 
     Args:
         offloaded: attached.
         ids: [T] of the text.
         prompt_tokens: that are read at once.
+        empty: whether slots are emptied first.
     """
-    output, done = _prefill(offloaded, ids[:prompt_tokens])
+    output, done = _prefill(offloaded, ids[:prompt_tokens], empty=empty)
     for following in ids[prompt_tokens:].tolist():
         done.losses.append(float(-output.logits[0, -1].float().log_softmax(-1)[following]))
         done.ids.append(following)
@@ -93,8 +95,10 @@ def sampler(temperature: float, seed: int) -> Choose:
     return lambda logits: int((logits.float().cpu() / temperature).softmax(-1).multinomial(1, generator=generator))
 
 
-def _prefill(offloaded: OffloadedExperts, prompt: Tensor) -> tuple[Any, Pass]:
-    offloaded.reset()
+def _prefill(offloaded: OffloadedExperts, prompt: Tensor, *, empty: bool = True) -> tuple[Any, Pass]:
+    if empty:
+        offloaded.reset()
+    offloaded.forget()
     model: Any = offloaded.model
     began = time.perf_counter()
     output = model(prompt[None].to(offloaded.device), use_cache=True)

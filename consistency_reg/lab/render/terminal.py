@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from consistency_reg.lab.render.table import Table, is_marked
+from consistency_reg.lab.render.verdict import Verdict
 from consistency_reg.optional import require
 
 with require("plots"):
@@ -57,6 +58,13 @@ def print_table(table: Table, console: Console) -> None:
     if table.note:
         console.print(Text(table.note, style="dim"), soft_wrap=whole)
     console.print()
+
+
+def print_verdict(verdict: Verdict, console: Console | None = None) -> None:
+    """Print the two sentences of a verdict: the last lines of a command."""
+    console = console or Console()
+    console.print(Text(printable(verdict.found), style="bold"), soft_wrap=not console.is_terminal)
+    console.print(Text(printable(verdict.advice)), soft_wrap=not console.is_terminal)
 
 
 def layout(table: Table, width: int, *, wrap: bool = True) -> Layout:

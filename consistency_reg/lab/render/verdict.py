@@ -1,3 +1,229 @@
-"""When a router counts as balanced."""
+"""The verdict that stands at the end of a command and at the top of a page, in two sentences.
 
-COLLAPSED_BELOW = 0.1  # smallest usage of an expert, as a share of its fair share
+The first says what was saved, what it cost and whether balance held; the second says what to try next.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from consistency_reg.lab.render.table import change, number, percent
+from consistency_reg.measures import (
+    COLLAPSED_BELOW,
+    GLOBAL_CV,
+    HIT_RATE,
+    MIN_SHARE,
+    PERPLEXITY,
+    SRP,
+    STATIC_SRP,
+    USUAL_LENGTH,
+    parse,
+)
+from consistency_reg.reading import VALIDATION, Reading
+
+CV_RATIO_AT_MOST = 1.5  # of the baseline's global CV: what a run may give up of balance and still be compared
+WORTH_ITS_COST = 0.005  # more perplexity than this is too much for what it saves
+LEAST_SEEDS = 3
+Values = Mapping[str, float]  # measures by their name in a log, with or without "val/" before it
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found and what to try next, a sentence each."""
+
+    found: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.found} {self.advice}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model changes against its baseline; NaN where something was not measured.
+
+    Attributes:
+        name: of the model.
+        against: what the baseline is called.
+        misses: relative change of the cache misses.
+        cache: which misses these are, such as "LRU misses at 25% of the experts".
+        perplexity: relative change of the perplexity.
+        smallest_share: usage of the least used expert, as a share of its fair share.
+        cv_ratio: global CV of the usage, as a multiple of the baseline's.
+        seeds: how many pairs these are the means of.
+    """
+
+    name: str
+    against: str
+    misses: float
+    cache: str
+    perplexity: float
+    smallest_share: float
+    cv_ratio: float
+    seeds: int = 1
+
+    @property
+    def is_balanced(self) -> bool:
+        """Whether no expert is dead and global balance is about the baseline's, as far as they were measured."""
+        return not (self.smallest_share < COLLAPSED_BELOW or self.cv_ratio > CV_RATIO_AT_MOST)
+
+    def __str__(self) -> str:
+        saved = f"{abs(100 * self.misses):.1f}% {'fewer' if self.misses <= 0 else 'more'} {self.cache}"
+        if math.isnan(self.misses):
+            saved = "no cache misses that were measured"
+        cost = "perplexity not measured" if math.isnan(self.perplexity) else f"{change(self.perplexity)} perplexity"
+        over = f", the means of {self.seeds} seeds" if self.seeds > 1 else ""
+        return f"{self.name} has {saved} for {cost} against {self.against}{over}, {self._balance()}."
+
+    def _balance(self) -> str:
+        known = {
+            "smallest share": number(2)(self.smallest_share),
+            "global CV over the baseline's": number(2)(self.cv_ratio),
+        }
+        said = ", ".join(f"{name} {value}" for name, value in known.items() if value)
+        if not said:
+            return "and balance was not measured"
+        said = f"at worst {said}" if self.seeds > 1 else said
+        return f"and balance held ({said})" if self.is_balanced else f"but balance did not hold ({said})"
+
+
+def compare(name: str, values: Values, against: str, baseline: Values) -> Outcome:
+    """Return what one model changes against another, from the measures of both.
+
+    Example:
+        >>> on = {"cache/lru_25pct": 0.75, "ppl": 71.0, "balance/min_share": 0.4, "balance/cv": 0.3}
+        >>> off = {"cache/lru_25pct": 0.5, "ppl": 70.0, "balance/min_share": 0.4, "balance/cv": 0.3}
+        >>> print(compare("on", on, "off", off))  # doctest: +NORMALIZE_WHITESPACE
+        on has 50.0% fewer LRU misses at 25% of the experts for +1.4% perplexity against off, and balance held (smallest
+        share 0.40, global CV over the baseline's 1.00).
+    """
+    cache = _cache([values, baseline])
+    return Outcome(
+        name=name,
+        against=against,
+        misses=_relative(1 - _get(values, cache), 1 - _get(baseline, cache)) if cache else math.nan,
+        cache=cache.complement if cache else "cache misses",
+        perplexity=_relative(_get(values, PERPLEXITY.at()), _get(baseline, PERPLEXITY.at())),
+        smallest_share=_get(values, MIN_SHARE.at()),
+        cv_ratio=_relative(_get(values, GLOBAL_CV.at()), _get(baseline, GLOBAL_CV.at())) + 1,
+    )
+
+
+def describe(name: str, values: Values) -> str:
+    """Return a sentence about a model that stands by itself: what it misses, and whether experts are dead.
+
+    Example:
+        >>> values = {"val/cache/lru_2k": 0.75, "val/ppl": 71.0, "val/srp/m16": 0.6, "val/static_srp": 0.25}
+        >>> describe("first", values)
+        'first has LRU misses at 2 x K of 25.0% at perplexity 71.0, SRP m=16 60.0% (static SRP 25.0%), and balance was not measured.'
+    """  # noqa: E501
+    cache = _cache([values])
+    parts = [f"{cache.complement} of {percent(1 - _get(values, cache))}%"] if cache else ["no measured cache"]
+    if (perplexity := number(1)(_get(values, PERPLEXITY.at()))) != "":
+        parts[0] += f" at perplexity {perplexity}"
+    if srp := _srp(values):
+        static = percent(_get(values, STATIC_SRP.at()))
+        parts.append(f"{srp.label} {percent(_get(values, srp))}%" + (f" (static SRP {static}%)" if static else ""))
+    share = _get(values, MIN_SHARE.at())
+    if math.isnan(share):
+        balance = "and balance was not measured"
+    elif share < COLLAPSED_BELOW:
+        balance = f"but its router collapsed: an expert is used at {share:.2f} of its fair share"
+    else:
+        cv = number(2)(_get(values, GLOBAL_CV.at()))
+        balance = f"and no expert is dead (smallest share {share:.2f}{f', global CV {cv}' if cv else ''})"
+    return f"{name} has {', '.join([*parts, balance])}."
+
+
+def advise(outcome: Outcome, *, heavier: bool = True) -> str:
+    """Return what to try next with a consistency term.
+
+    Args:
+        outcome: of the term against its baseline.
+        heavier: whether a larger weight is still to be tried.
+    """
+    if not outcome.is_balanced:
+        return "Next: a smaller --consistency.weight, or a larger --model.balance_weight."
+    if outcome.perplexity > WORTH_ITS_COST:
+        return f"Next: a smaller --consistency.weight; more than {100 * WORTH_ITS_COST:+g}% perplexity is dear."
+    if not outcome.misses < 0:
+        return "Next: a larger --consistency.weight, or more steps: nothing is saved yet."
+    if outcome.seeds < LEAST_SEEDS:
+        return (
+            f"Next: the same pair with other seeds, {LEAST_SEEDS} in all: a seed alone moves perplexity by as much as "
+            "the term does."
+        )
+    if heavier and outcome.perplexity < WORTH_ITS_COST / 2:
+        return f"Next: a larger --consistency.weight: up to {100 * WORTH_ITS_COST:+g}% perplexity there is room."
+    return "Next: evaluate the model on text of your own (consistency-reg evaluate MODEL --data FILE)."
+
+
+def of_run(name: str, metrics: Values, before: Values, *, has_term: bool) -> Verdict:
+    """Return the verdict on one run, which has no baseline unless it began with a checkpoint.
+
+    Args:
+        name: of the run.
+        metrics: of its last validation.
+        before: of the checkpoint that it began with, on the same text; empty for a run from scratch.
+        has_term: whether it was trained with a consistency term.
+    """
+    if before:
+        outcome = compare(name, metrics, "the checkpoint before", before)
+        control = "Next: the control, the same command with --consistency.weight 0, and consistency-reg report on both."
+        return Verdict(str(outcome), control if has_term and outcome.is_balanced else advise(outcome))
+    if has_term:
+        advice = "Next: the baseline, the same command with --consistency.weight 0, and consistency-reg report on both."
+    else:
+        advice = "Next: the same command with --consistency.weight 0.35, and consistency-reg report on both."
+    return Verdict(describe(name, metrics), advice)
+
+
+def of_models(values: Mapping[str, Values], advice: str = "") -> Verdict:
+    """Return the verdict on models that were measured on the same text: the one that misses least, next to the first.
+
+    Args:
+        values: the measures of each model by its name; the first model is what the others are compared with.
+        advice: what to try next; something general when empty.
+    """
+    names = list(values)
+    cache = _cache(list(values.values()))
+    misses = {name: 1 - _get(values[name], cache) if cache else math.nan for name in names}
+    best = min(names, key=lambda name: misses[name] if misses[name] == misses[name] else math.inf)
+    if best == names[0] or not cache:
+        return Verdict(describe(best, values[best]), advice)
+    outcome = compare(best, values[best], names[0], values[names[0]])
+    return Verdict(str(outcome), advice or advise(outcome))
+
+
+def _cache(every: Sequence[Values]) -> Reading | None:
+    """Return the LRU cache to speak of that all were measured at: a quarter of the experts, 2K slots, or any other."""
+    found = [{parse(name).within() for name in values if _is_lru(name)} for values in every]  # type: ignore[union-attr]
+    common = set.intersection(*found) if found else set()
+    wanted = (HIT_RATE.at(share=0.25), HIT_RATE.at(ratio=2))
+    first = next((reading for reading in wanted if reading in common), None)
+    return first or min(common, key=lambda reading: reading.name, default=None)
+
+
+def _is_lru(name: str) -> bool:
+    reading = parse(name)
+    return (
+        reading is not None
+        and reading.measure is HIT_RATE
+        and reading.cache == "lru"
+        and reading.stage in ("", VALIDATION)
+        and reading.layer is None
+        and not reading.domain
+    )
+
+
+def _srp(values: Values) -> Reading | None:
+    usual = SRP.at(USUAL_LENGTH)
+    return None if math.isnan(_get(values, usual)) else usual
+
+
+def _get(values: Values, reading: Reading) -> float:
+    return values.get(reading.name, values.get(reading.within(VALIDATION).name, math.nan))
+
+
+def _relative(value: float, reference: float) -> float:
+    return value / reference - 1 if reference else math.nan

@@ -5,39 +5,33 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from consistency_reg.lab.arguments.report import parser
 from consistency_reg.lab.files import write_atomically
 from consistency_reg.lab.render.markdown import document, update
 from consistency_reg.lab.render.outputs import check_writable, write_pictures
 from consistency_reg.lab.render.page import page
 from consistency_reg.lab.render.png import Picture
 from consistency_reg.lab.render.table import Table
-from consistency_reg.lab.render.terminal import print_tables
+from consistency_reg.lab.render.terminal import print_tables, print_verdict
 from consistency_reg.lab.report.figures import DRAWN, pictures
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.pairs import pair_runs
 from consistency_reg.lab.report.records import append_csv, fingerprint, read_csv, write_csv, write_json
 from consistency_reg.lab.report.runs import Run, distinct_names, read_folder, refuse_different_data
 from consistency_reg.lab.report.tables import origin_tables
+from consistency_reg.lab.report.verdict import verdict
 from consistency_reg.lab.report.wandb_runs import PREFIX, read_wandb
-from consistency_reg.lab.usage import CommandParser
 from consistency_reg.lab.wandb_login import open_run
 from consistency_reg.optional import require
 from consistency_reg.tracking.artifacts import log_artifact
 
-EXAMPLE = """\
-examples:
-  consistency-reg report runs/demo                      the cells of an ablation
-  consistency-reg report runs/a runs/b --baseline a     single runs
-  consistency-reg report recipes/results/demo.csv       committed results
-  consistency-reg report wandb:me/project/demo          a group of runs in wandb
-"""
 REPORT_FILES = ("report.html", "tables.md", "table.csv", "table.json")
 MOST_PLACES = 6
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``consistency-reg report``: tables on the terminal, and CSV, JSON, PNGs and HTML in a folder."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     folder = options.out or default_folder(options.runs)
     _check_places(options, folder)
     runs = gather(options.runs)
@@ -62,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"wandb: {place}")
     if (more := len(set(places)) - MOST_PLACES) > 0:
         print(f"wandb: {more} more beside these")
+    print_verdict(verdict(findings))
     return 0
 
 
@@ -133,32 +128,3 @@ def log_to_wandb(project: str, folder: Path, tables: Sequence[Table], drawn: Seq
         run.log({key: wandb.Image(str(path)) for key, path in images.items()})
         run.log({"report/page": wandb.Html((folder / "report.html").read_text(), inject=False)})
         log_artifact(run, name, "report", [*(folder / file for file in REPORT_FILES), *images.values()])
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        "consistency-reg report",
-        description="Compare finished runs: perplexity, consistency, cache hits, balance, and what each run\n"
-        "changes against the run without the consistency term and with all else equal.",
-        epilog=EXAMPLE,
-    )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUNS",
-        help="run folders, folders of them, CSVs, wandb:ENTITY/PROJECT[/GROUP]",
-    )
-    parser.add_argument("--baseline", metavar="NAME", help="compare all with this run, or with this cell seed by seed")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the files (RUNS/report, or report)")
-    parser.add_argument("--pictures", type=Path, metavar="DIR", help="write the figures here too, for committing")
-    parser.add_argument(
-        "--update",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="renew the tables in a Markdown file",
-    )
-    parser.add_argument("--append-csv", type=Path, metavar="FILE", help="add a row a run to this CSV, for committing")
-    parser.add_argument("--wandb", metavar="PROJECT", help="log tables and figures as a run of this wandb project")
-    return parser

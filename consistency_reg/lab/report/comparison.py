@@ -4,11 +4,11 @@ import math
 from collections.abc import Callable
 
 from consistency_reg.lab.render.table import Table, change, millions, number, percent, points, spread
-from consistency_reg.lab.render.verdict import COLLAPSED_BELOW
+from consistency_reg.lab.render.verdict import CV_RATIO_AT_MOST
 from consistency_reg.lab.report.effects import sign
 from consistency_reg.lab.report.gate import GATE, LEAST_EXPERTS, LEAST_SEEDS, STUDY, Criterion, large_enough, passes
 from consistency_reg.lab.report.hypervolume import BUDGETS, REFERENCE, Budget
-from consistency_reg.lab.report.pairs import CV_RATIO_AT_MOST
+from consistency_reg.measures import COLLAPSED_BELOW
 from consistency_reg.optional import require
 
 with require("plots"):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from consistency_reg.lab.report.curves import MISSES_FROM, PERPLEXITY, TOKENS
+from consistency_reg.lab.report.curves import QUALITY, SAVING, TOKENS
 from consistency_reg.lab.report.pairs import Pair
 from consistency_reg.optional import require
 
@@ -28,9 +28,9 @@ def cost_frame(pairs: Sequence[Pair]) -> pd.DataFrame:
         both = run.index.intersection(baseline.index)
         if len(both) < 2:
             continue
-        changes = {"perplexity_change": run[PERPLEXITY][both] / baseline[PERPLEXITY][both] - 1}
-        if MISSES_FROM in run and MISSES_FROM in baseline:
-            changes["misses_change"] = (1 - run[MISSES_FROM][both]) / (1 - baseline[MISSES_FROM][both]) - 1
+        changes = {"perplexity_change": run[QUALITY][both] / baseline[QUALITY][both] - 1}
+        if SAVING in run and SAVING in baseline:
+            changes["misses_change"] = (1 - run[SAVING][both]) / (1 - baseline[SAVING][both]) - 1
         of_pair = {"against": pair.baseline.cell, "cell": pair.run.cell, "seed": pair.run.seed}
         frames.append(pd.DataFrame(changes).rename_axis(TOKENS).reset_index().assign(**of_pair))
     if not frames:

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from consistency_reg.control.reference_curve import metrics_files
+from consistency_reg.lab.report.measured import HITS, PERPLEXITY
 from consistency_reg.optional import require
 
 with require("plots"):
     import numpy as np
     import pandas as pd
 
-PERPLEXITY, MISSES_FROM = "val/ppl", "val/cache/lru_25pct"
-TOKENS = "tokens"
+TOKENS, QUALITY, SAVING = "tokens", PERPLEXITY.name, HITS.name  # the columns of a curve
 Curve = dict[str, list[float]]
 
 
@@ -32,11 +32,11 @@ def curve(history: pd.DataFrame, steps: int, tokens: int) -> Curve:
     Lightning logs a validation between two steps under the number of steps before the last, one at the end under the
     number of all steps: both are mapped to the steps taken. A step that was logged twice counts as it was last.
     """
-    if PERPLEXITY not in history or "step" not in history or not steps:
+    if QUALITY not in history or "step" not in history or not steps:
         return {}
-    kept = [name for name in ("step", PERPLEXITY, MISSES_FROM) if name in history]
-    measured = history.loc[np.isfinite(history[PERPLEXITY]), kept]
+    kept = [name for name in ("step", QUALITY, SAVING) if name in history]
+    measured = history.loc[np.isfinite(history[QUALITY]), kept]
     taken = (measured["step"] + 1).clip(upper=steps)
     measured = measured.assign(**{TOKENS: (taken * tokens / steps).round().astype(int)})
     measured = measured.drop_duplicates(TOKENS, keep="last").sort_values(TOKENS)
-    return {name: measured[name].tolist() for name in (TOKENS, PERPLEXITY, MISSES_FROM) if name in measured}
+    return {name: measured[name].tolist() for name in (TOKENS, QUALITY, SAVING) if name in measured}

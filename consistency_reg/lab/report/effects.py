@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from consistency_reg.lab.report.measured import BALANCE_SD
 from consistency_reg.lab.report.pairs import Pair, over_seeds
-from consistency_reg.lab.report.runs import BALANCE_SD, Run
+from consistency_reg.lab.report.runs import Run
 from consistency_reg.optional import require
 
 with require("plots"):

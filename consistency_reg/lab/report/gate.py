@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from consistency_reg.lab.render.verdict import COLLAPSED_BELOW
-from consistency_reg.lab.report.recipe import routed_experts
+from consistency_reg.lab.recipe import routed_experts
+from consistency_reg.measures import COLLAPSED_BELOW
 from consistency_reg.optional import require
 
 with require("plots"):

@@ -6,9 +6,9 @@ from typing import Any
 
 from consistency_reg.lab.render.palette import COLOURS, NO_TERM, SHAPES
 from consistency_reg.lab.render.png import entry
-from consistency_reg.lab.render.verdict import COLLAPSED_BELOW
 from consistency_reg.lab.report.pairs import Pair
 from consistency_reg.lab.report.runs import Run, loss_labels
+from consistency_reg.measures import COLLAPSED_BELOW
 from consistency_reg.optional import require
 
 with require("plots"):

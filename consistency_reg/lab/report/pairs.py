@@ -1,27 +1,17 @@
 """Paired comparison: a run against the run that differs from it in the consistency term alone."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from consistency_reg.lab.report.runs import (
-    GLOBAL_CV,
-    LOCAL_GAIN,
-    MAX_MEAN,
-    MIN_SHARE,
-    MISSES_FROM,
-    PERPLEXITY,
-    SRP,
-    Run,
-    loss_labels,
-)
+from consistency_reg.lab.render.verdict import CV_RATIO_AT_MOST
+from consistency_reg.lab.report.measured import GLOBAL_CV, HITS, LOCAL_GAIN, MAX_MEAN, MIN_SHARE, PERPLEXITY, SRP
+from consistency_reg.lab.report.runs import Run, loss_labels
 from consistency_reg.optional import require
+from consistency_reg.reading import Reading
 
 with require("plots"):
     import pandas as pd
     from pandas.core.groupby import DataFrameGroupBy
-
-CV_RATIO_AT_MOST = 1.5  # of the baseline's global CV: what a run may trade away of balance and still be compared
 
 
 @dataclass(frozen=True)
@@ -31,40 +21,44 @@ class Pair:
     run: Run
     baseline: Run
 
+    def compared(self, reading: Reading) -> float:
+        """Return how the run stands next to its baseline in a measure: see :meth:`Reading.compare`."""
+        return reading.compare(self.run.get(reading), self.baseline.get(reading))
+
     @property
     def misses_change(self) -> float:
         """Relative change of the LRU misses at cache = 25% of the experts; -0.3 is 30% fewer."""
-        return _ratio(1 - self.run.get(MISSES_FROM), 1 - self.baseline.get(MISSES_FROM)) - 1
+        return self.compared(HITS)
 
     @property
     def perplexity_change(self) -> float:
         """Relative change of the perplexity; 0.01 is 1% more."""
-        return _ratio(self.run.get(PERPLEXITY), self.baseline.get(PERPLEXITY)) - 1
+        return self.compared(PERPLEXITY)
 
     @property
     def srp_change(self) -> float:
         """Difference of SRP at m = 16."""
-        return self.run.get(SRP) - self.baseline.get(SRP)
+        return self.compared(SRP)
 
     @property
     def local_gain_change(self) -> float:
         """Difference of the local gain at m = 16."""
-        return self.run.get(LOCAL_GAIN) - self.baseline.get(LOCAL_GAIN)
+        return self.compared(LOCAL_GAIN)
 
     @property
     def smallest_share(self) -> float:
-        """Of the run: usage of the least used expert, as a share of its fair share."""
-        return self.run.get(MIN_SHARE)
+        """Usage of the run's least used expert, as a share of its fair share."""
+        return self.compared(MIN_SHARE)
 
     @property
     def max_mean_ratio(self) -> float:
         """Max/mean usage of the run, as a multiple of the baseline's."""
-        return _ratio(self.run.get(MAX_MEAN), self.baseline.get(MAX_MEAN))
+        return self.compared(MAX_MEAN)
 
     @property
     def cv_ratio(self) -> float:
         """Global CV of the run, as a multiple of the baseline's."""
-        return _ratio(self.run.get(GLOBAL_CV), self.baseline.get(GLOBAL_CV))
+        return self.compared(GLOBAL_CV)
 
     @property
     def left_out(self) -> bool:
@@ -138,7 +132,3 @@ def over_seeds(groups: DataFrameGroupBy, names: Sequence[str]) -> pd.DataFrame:
     changes = groups[list(names)].agg(["mean", "min", "max"])
     changes.columns = [f"{name}_{over}" for name, over in changes.columns]
     return changes
-
-
-def _ratio(value: float, reference: float) -> float:
-    return value / reference if reference else math.nan

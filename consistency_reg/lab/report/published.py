@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from consistency_reg.lab.report.effects import sign
-from consistency_reg.lab.report.runs import BALANCE_SD, SRP, Run
+from consistency_reg.lab.report.measured import BALANCE_SD, SRP
+from consistency_reg.lab.report.runs import Run
 from consistency_reg.lab.report.tables import term
 from consistency_reg.optional import require
 

@@ -2,14 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from consistency_reg.lab.files import write_atomically
-from consistency_reg.lab.report.runs import PERPLEXITY, Run, refuse_different_data
+from consistency_reg.lab.report.measured import PERPLEXITY
+from consistency_reg.lab.report.runs import Run, refuse_different_data
 from consistency_reg.optional import require
+from consistency_reg.reading import VALIDATION
 
 with require("plots"):
     import pandas as pd
@@ -18,20 +20,12 @@ NOT_KEPT = ("metrics", "folder", "wandb_dir")  # metrics have columns of their o
 FIELDS = tuple(field.name for field in fields(Run) if field.name not in NOT_KEPT)
 AS_JSON = ("data", "versions", "options", "labels", "curve")
 LATER = ("options", "labels", "curve", "device")  # rows that were committed before these were kept lack them
-NUMBERS = {
-    "seed": int,
-    "weight": float,
-    "total_parameters": int,
-    "active_parameters": int,
-    "tokens": int,
-    "steps": int,
-    "tokens_per_s": float,
-    "wall_time_s": float,
-}
+INTEGERS = ("seed", "total_parameters", "active_parameters", "tokens", "steps")
+NUMBERS = ("weight", "tokens_per_s", "wall_time_s")
 
 
 def to_frame(runs: Sequence[Run]) -> "pd.DataFrame":
-    """A row for each run: its fields, then its metrics; of single domains the perplexity alone."""
+    """Return a row for each run: its fields, then its metrics; of single domains the perplexity alone."""
     rows: list[dict[str, Any]] = []
     for run in runs:
         row = {name: getattr(run, name) for name in FIELDS}
@@ -41,33 +35,79 @@ def to_frame(runs: Sequence[Run]) -> "pd.DataFrame":
 
 
 def from_frame(frame: "pd.DataFrame") -> list[Run]:
-    """The runs of a frame of text cells."""
-    runs = []
-    for row in frame.to_dict("records"):
-        values: dict[str, Any] = {name: row[name] for name in FIELDS if name in row or name not in LATER}
-        values |= {name: json.loads(values.get(name) or "{}") for name in AS_JSON}
-        values |= {name: kind(values[name]) for name, kind in NUMBERS.items()}
-        metrics = {
-            str(name): float(value) for name, value in row.items() if str(name).startswith("val/") and value != ""
-        }
-        runs.append(Run(**values, metrics=metrics))
-    return runs
+    """Return the runs of a frame of text cells.
+
+    Raises:
+        ValueError: a column is missing, or a cell is not what its column holds; names row and column.
+    """
+    if missing := [name for name in FIELDS if name not in frame and name not in LATER]:
+        raise ValueError(f"{missing[0]!r} is missing")
+    rows = frame.fillna("").to_dict("records")  # a row that is cut off lacks its last cells
+    return [_run(row, f"row {number} ({row['name']})") for number, row in enumerate(rows, start=1)]
 
 
 def read_csv(path: Path) -> list[Run]:
-    """The runs of a results CSV.
+    """Return the runs of a results CSV.
 
     Raises:
         ValueError: the file is no results CSV, or has no rows.
     """
     try:
         runs = from_frame(pd.read_csv(path, dtype=str, keep_default_na=False))
-    except (KeyError, ValueError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is no CSV of runs: {reason}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no CSV of runs: {error}") from error
     if not runs:
         raise ValueError(f"{path} has no rows")
     return runs
+
+
+def _run(row: Mapping[Any, Any], where: str) -> Run:
+    def cell(name: str, kind: Callable[[str], Any], expected: str, empty: str = "") -> Any:
+        text = row.get(name, "") or empty
+        try:
+            return kind(text)
+        except (TypeError, ValueError, AttributeError, KeyError):
+            raise ValueError(f"{where}: {name} must be {expected}, got {text!r}") from None
+
+    values: dict[str, Any] = {name: row[name] for name in FIELDS if name in row}
+    values |= {name: cell(name, float, "a number") for name in NUMBERS}
+    values |= {name: cell(name, _integer, "a whole number") for name in INTEGERS}
+    values |= {name: cell(name, _object, "a JSON object", "{}") for name in AS_JSON}
+    values["data"] = cell("data", _data, "a JSON object whose corpus maps domains to hashes", "{}")
+    values["labels"] = {axis: str(label) for axis, label in values["labels"].items()}
+    values["curve"] = cell("curve", _curve, "a JSON object of lists of numbers, all of one length", "{}")
+    measured = [str(name) for name, text in row.items() if str(name).startswith(f"{VALIDATION}/") and text != ""]
+    return Run(**values, metrics={name: cell(name, float, "a number") for name in measured})
+
+
+def _integer(text: str) -> int:
+    """Return a whole number, also as a spreadsheet writes it: 1.2e6."""
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError(text)
+    return int(text) if text.strip().lstrip("+-").isdigit() else int(number)
+
+
+def _object(text: str) -> dict[str, Any]:
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError(text)
+    return content
+
+
+def _data(text: str) -> dict[str, Any]:
+    content = _object(text)
+    if not isinstance(content.get("corpus", {}), dict):
+        raise ValueError(text)
+    return content
+
+
+def _curve(text: str) -> dict[str, list[float]]:
+    curve = json.loads(text)
+    lengths = {len(values) for values in curve.values()}
+    if len(lengths) > 1 or not all(isinstance(value, int | float) for values in curve.values() for value in values):
+        raise ValueError(text)
+    return curve
 
 
 def write_csv(runs: Sequence[Run], path: Path) -> None:
@@ -85,7 +125,7 @@ def write_json(runs: Sequence[Run], path: Path) -> None:
 
 
 def append_csv(runs: Sequence[Run], path: Path) -> int:
-    """Add a row for each run that the file does not have yet; how many were added.
+    """Add a row for each run that the file does not have yet, and return how many were added.
 
     Raises:
         ValueError: the file is no results CSV; its runs are of other data.
@@ -100,14 +140,14 @@ def append_csv(runs: Sequence[Run], path: Path) -> int:
 
 
 def fingerprint(runs: Sequence[Run]) -> str:
-    """Equal for equal rows: says whether a picture is of the results that it stands beside."""
+    """Return a text that is equal for equal rows: it says whether a picture is of the results that it stands beside."""
     return "rows of SHA-256 " + hashlib.sha256(to_frame(runs).to_csv(index=False).encode()).hexdigest()[:16]
 
 
 def _kept_metrics(run: Run) -> list[str]:
-    """Those over all domains, also each layer's, and each domain's perplexity."""
+    """Return the names of the metrics over all domains, also each layer's, and of each domain's perplexity."""
     of_domains = tuple(f"/{domain}" for domain in run.domains)
-    return [name for name in run.metrics if name.startswith(f"{PERPLEXITY}/") or not name.endswith(of_domains)]
+    return [name for name in run.metrics if name.startswith(f"{PERPLEXITY.name}/") or not name.endswith(of_domains)]
 
 
 def _identity(run: Run) -> tuple[Any, ...]:

@@ -2,14 +2,12 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from consistency_reg.lab.render.verdict import COLLAPSED_BELOW
-from consistency_reg.lab.report.curves import MISSES_FROM, PERPLEXITY, Curve, read_curve
-from consistency_reg.lab.report.recipe import (
+from consistency_reg.lab.recipe import (
     DATA_SETTINGS,
     architecture,
     consistency_term,
@@ -17,12 +15,13 @@ from consistency_reg.lab.report.recipe import (
     term_options,
     validation_limits,
 )
+from consistency_reg.lab.report.curves import Curve, read_curve
+from consistency_reg.lab.report.measured import HITS, MIN_SHARE, PERPLEXITY
+from consistency_reg.lab.run_folder import RunFolder
+from consistency_reg.measures import COLLAPSED_BELOW, parse
+from consistency_reg.reading import Reading
 
 HASH_DIGITS = 16  # of a corpus' SHA-256: enough to tell two apart
-
-SRP, LOCAL_GAIN = "val/srp/m16", "val/local_gain/m16"
-GLOBAL_CV, LOCAL_CV = "val/balance/cv", "val/balance/local_cv/m16"
-BALANCE_SD, MIN_SHARE, MAX_MEAN = "val/balance/sd", "val/balance/min_share", "val/balance/max_mean"
 
 
 @dataclass(frozen=True)
@@ -76,22 +75,32 @@ class Run:
     @property
     def domains(self) -> list[str]:
         """The domains of the validation, each with a perplexity of its own."""
-        names = (name.removeprefix(f"{PERPLEXITY}/") for name in self.metrics if name.startswith(f"{PERPLEXITY}/"))
-        return [name for name in names if "/" not in name]
+        found = (reading for reading, _ in self.readings() if reading.within(reading.stage) == PERPLEXITY)
+        return [reading.domain for reading in found if reading.domain]
 
     @property
     def misses(self) -> float:
         """LRU misses at cache = 25% of the experts, as a share of all accesses; NaN where they were not measured."""
-        return 1 - self.get(MISSES_FROM)
+        return 1 - self.get(HITS)
 
     @property
     def collapsed(self) -> bool:
         """Whether an expert is used less than a tenth of its fair share."""
-        return self.metrics.get(MIN_SHARE, 1.0) < COLLAPSED_BELOW
+        return self.metrics.get(MIN_SHARE.name, 1.0) < COLLAPSED_BELOW
 
-    def get(self, metric: str) -> float:
-        """A metric; NaN where it was not measured."""
-        return self.metrics.get(metric, math.nan)
+    def get(self, reading: Reading) -> float:
+        """Return a measure of the final validation; NaN where it was not measured."""
+        return self.metrics.get(reading.name, math.nan)
+
+    def measured(self, *readings: Reading) -> bool:
+        """Return whether all of these were measured."""
+        return all(reading.name in self.metrics for reading in readings)
+
+    def readings(self) -> Iterator[tuple[Reading, float]]:
+        """Give each metric that is in the table of measures, with its value."""
+        for name, value in self.metrics.items():
+            if (reading := parse(name)) is not None:
+                yield reading, value
 
 
 def read_run(folder: Path) -> Run:
@@ -100,19 +109,19 @@ def read_run(folder: Path) -> Run:
     Raises:
         ValueError: the folder holds no run, or one that is not finished or not whole.
     """
-    path = folder / "result.json"
-    if not path.exists():
-        if (folder / "config.yaml").exists() or (folder / "cell.json").exists():
+    here = RunFolder(folder)
+    if not here.is_finished:
+        if here.is_run:
             raise ValueError(f"{folder} holds a run that is not finished: the command that began it goes on with it")
         raise ValueError(f"{folder} is no run: it has no result.json")
     try:
-        result = json.loads(path.read_text())
-        labels = _labels(folder / "cell.json")
+        result = here.read_result()
+        labels = _labels(here.cell_settings)
         curve = read_curve(folder, int(result["steps"]), int(result["tokens"]))
         return run_from_result(result, folder=folder, labels=labels, curve=curve)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} is no result of a run: {reason}") from error
+        raise ValueError(f"{here.result} is no result of a run: {reason}") from error
 
 
 def read_folder(folder: Path) -> tuple[list[Run], list[str]]:
@@ -123,10 +132,10 @@ def read_folder(folder: Path) -> tuple[list[Run], list[str]]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist")
-    if (folder / "result.json").exists() or not any(_is_run_folder(inner) for inner in folder.iterdir()):
+    inner = [inner for inner in sorted(folder.iterdir()) if RunFolder(inner).is_run]
+    if RunFolder(folder).is_finished or not inner:
         return [read_run(folder)], []
-    inner = [inner for inner in sorted(folder.iterdir()) if _is_run_folder(inner)]
-    finished = [run for run in inner if (run / "result.json").exists()]
+    finished = [run for run in inner if RunFolder(run).is_finished]
     unfinished = [run.name for run in inner if run not in finished]
     if not finished:
         raise ValueError(f"{folder} has no finished run; not finished: {', '.join(unfinished)}")
@@ -182,10 +191,6 @@ def refuse_different_data(runs: Sequence[Run]) -> None:
             raise ValueError(f"{first.name} and {run.name} are of different data and do not compare: {what}")
 
 
-def _is_run_folder(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("result.json", "cell.json", "config.yaml"))
-
-
 def run_from_result(result: Mapping[str, Any], **more: Any) -> Run:
     """The run that result.json describes; ``more``: fields that it does not hold.
 
@@ -195,8 +200,8 @@ def run_from_result(result: Mapping[str, Any], **more: Any) -> Run:
     config = result["config"]
     metrics = {name: float(value) for name, value in result["metrics"].items() if value is not None}
     metrics = {name: value if math.isfinite(value) else math.nan for name, value in metrics.items()}  # diverged
-    if PERPLEXITY not in metrics:
-        raise KeyError(PERPLEXITY)
+    if PERPLEXITY.name not in metrics:
+        raise KeyError(PERPLEXITY.name)
     metrics |= {f"val/before/{name.removeprefix('val/')}": value for name, value in result.get("before", {}).items()}
     loss, weight = consistency_term(config)
     data_config = config.get("data") or {}
@@ -206,7 +211,8 @@ def run_from_result(result: Mapping[str, Any], **more: Any) -> Run:
         architecture=architecture(config),
         loss=loss,
         weight=weight,
-        pair=pair_digest(config),
+        # a run that was made longer has had another learning rate than one that was as long from the start
+        pair=pair_digest(config) + "".join(f"+{steps}" for steps in result.get("went_on_from", ())),
         data={
             "corpus": {domain: str(sha256)[:HASH_DIGITS] for domain, sha256 in result["corpus"].items()},
             **{key: data_config[key] for key in DATA_SETTINGS if data_config.get(key) is not None},

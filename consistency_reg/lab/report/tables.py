@@ -1,140 +1,130 @@
-"""The tables of a report as text cells, for the terminal and for the page."""
+"""The tables of a report about its runs: overview, measures of each run, pairs, and how the runs were made."""
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
-from consistency_reg.lab.render.table import Table, change, millions, multiple, number, percent, points
-from consistency_reg.lab.render.verdict import COLLAPSED_BELOW
+from consistency_reg.lab.render.table import Table, millions, number
+from consistency_reg.lab.report.measured import GLOBAL_CV, HITS, LOCAL_GAIN, MAX_MEAN, MIN_SHARE, PERPLEXITY, SRP
 from consistency_reg.lab.report.pairs import Pair
-from consistency_reg.lab.report.runs import (
-    GLOBAL_CV,
-    LOCAL_CV,
-    LOCAL_GAIN,
-    MAX_MEAN,
-    MIN_SHARE,
-    MISSES_FROM,
-    PERPLEXITY,
-    SRP,
-    Run,
-)
+from consistency_reg.lab.report.runs import Run
+from consistency_reg.measures import COLLAPSED_BELOW, shown_in
+from consistency_reg.reading import VALIDATION, Reading
 
-Column = tuple[str, Callable[[Run], float], Callable[[float], str]]
+ASKED_FIRST = (HITS, PERPLEXITY, SRP, LOCAL_GAIN, MIN_SHARE, MAX_MEAN, GLOBAL_CV)  # the order of changes in a pair
 
 
-def metric(name: str) -> Callable[[Run], float]:
-    """Reads a metric, NaN where it was not measured."""
-    return lambda run: run.get(name)
+@dataclass(frozen=True)
+class Column:
+    """A column of a table of runs: its name, what it reads of a run, and how that becomes text."""
+
+    name: str
+    read: Callable[[Run], float]
+    show: Callable[[float], str]
 
 
 def overview_table(runs: Sequence[Run]) -> Table:
-    """A row for each cell, over its seeds: what a reader asks first."""
+    """Return a row for each cell, over its seeds: what a reader asks first."""
     cells: dict[str, list[Run]] = {}
     for run in runs:
         cells.setdefault(run.cell, []).append(run)
-    columns: list[tuple[str, str, Callable[[float], str], Callable[[list[float]], float]]] = [
-        ("perplexity", PERPLEXITY, number(1), fmean),
-        ("SRP m=16 (%)", SRP, percent, fmean),
-        ("static SRP (%)", "val/static_srp", percent, fmean),
-        ("LRU misses at 25% of the experts (%)", MISSES_FROM, lambda hits: percent(1 - hits), fmean),
-        ("global CV", GLOBAL_CV, number(2), fmean),
-        ("local CV m=16", LOCAL_CV, number(2), fmean),
-        ("smallest share", MIN_SHARE, number(2), min),
-    ]
+    shown = [(measure_column(reading), reading.measure.over_layers) for reading in shown_in("overview")]
     rows = [
         [
             f"{cell} (collapsed)" if any(run.collapsed for run in group) else cell,
             group[0].architecture,
             term(group[0]),
             str(len(group)),
-            *(show(over([run.get(name) for run in group])) for _, name, show, over in columns),
+            *(column.show((min if worst == "min" else fmean)(map(column.read, group))) for column, worst in shown),
         ]
         for cell, group in cells.items()
     ]
     note = "means over the seeds; smallest share: the least used expert of any seed, over its fair share"
-    header = ["cell", "experts/active", "term", "seeds", *(column[0] for column in columns)]
+    header = ["cell", "experts/active", "term", "seeds", *(column.name for column, _ in shown)]
     return Table("Overview", header, rows, note, gives_way=("local CV m=16", "experts/active", "seeds", "term"))
 
 
 def run_tables(runs: Sequence[Run]) -> list[Table]:
-    """A row for each run, its columns spread over tables that a terminal can hold; none where nothing was measured."""
+    """Return tables with a row for each run: sizes and speed, perplexity by domain, and the measures of each kind."""
     domains = list(dict.fromkeys(domain for run in runs for domain in run.domains))
+    consistency, caches, balance = (
+        [measure_column(reading, finer) for reading in shown_in("runs", panel)]
+        for panel, finer in (("Consistency", 0), ("Caches", 0), ("Balance", 1))
+    )
+    collapsed = f"; below {COLLAPSED_BELOW} a run counts as collapsed" if any(run.collapsed for run in runs) else ""
     tables = [
         _table(
             "Models",
             runs,
             [
-                ("parameters", lambda run: run.total_parameters, millions),
-                ("active", lambda run: run.active_parameters, millions),
-                ("perplexity", metric(PERPLEXITY), number(2)),
-                ("tokens/s", lambda run: run.tokens_per_s, number(0)),
-                ("tokens", lambda run: run.tokens, millions),
-                ("seconds", lambda run: run.wall_time_s, number(0)),
+                Column("parameters", lambda run: run.total_parameters, millions),
+                Column("active", lambda run: run.active_parameters, millions),
+                measure_column(PERPLEXITY, 1),
+                Column("tokens/s", lambda run: run.tokens_per_s, number(0)),
+                Column("tokens", lambda run: run.tokens, millions),
+                Column("seconds", lambda run: run.wall_time_s, number(0)),
             ],
             leading=[("experts", lambda run: run.architecture), ("term", term), ("seed", lambda run: str(run.seed))],
             gives_way=("seconds", "experts", "tokens", "parameters"),
         ),
-        _table("Perplexity by domain", runs, [(name, metric(f"val/ppl/{name}"), number(2)) for name in domains]),
         _table(
-            "Consistency (SRP, gain and overlap in %)",
+            "Perplexity by domain",
             runs,
-            [
-                *((f"SRP m={m}", metric(f"val/srp/m{m}"), percent) for m in (4, 16, 64)),
-                *((f"rho_hat m={m}", metric(f"val/rho_hat/m{m}"), number(2)) for m in (4, 16, 64)),
-                ("static SRP", metric("val/static_srp"), percent),
-                ("local gain m=16", metric(LOCAL_GAIN), percent),
-                ("overlap", metric("val/overlap"), percent),
-            ],
+            [measure_column(PERPLEXITY.within(VALIDATION, domain=domain), 1, domain) for domain in domains],
         ),
         _table(
-            "Cache and balance (hit rates in %)",
+            "Consistency and balance",
             runs,
-            [
-                ("LRU hits at K", metric("val/cache/lru_k"), percent),
-                ("at 2K", metric("val/cache/lru_2k"), percent),
-                ("at 25% of experts", metric("val/cache/lru_25pct"), percent),
-                ("global CV", metric(GLOBAL_CV), number(3)),
-                ("max/mean", metric(MAX_MEAN), number(2)),
-                ("smallest share", metric(MIN_SHARE), number(2)),
-                ("local CV m=16", metric(LOCAL_CV), number(3)),
-            ],
-            note=f"smallest share: of the fair share; below {COLLAPSED_BELOW} a run counts as collapsed"
-            if any(run.collapsed for run in runs)
-            else "smallest share: of the fair share",
+            [*consistency, *balance],
+            note=f"smallest share: of the fair share{collapsed}; without local gain a high SRP is imbalance",
+            gives_way=tuple(column.name for column in consistency if "rho_hat" in column.name),
         ),
+        _table("Cache misses", runs, caches),
     ]
     return [table for table in tables if len(table.header) > 1]
 
 
+def measure_column(reading: Reading, finer: int = 0, name: str = "") -> Column:
+    """Return the column of a measure: hit rates are shown as misses, shares in percent.
+
+    Args:
+        reading: of the table of measures; of the validation unless it says otherwise.
+        finer: more digits than the measure usually has.
+        name: of the column; that of the measure and its unit when empty.
+    """
+    logged = reading if reading.stage else reading.within(VALIDATION)
+    label = name or (reading.complement or reading.label) + reading.measure.unit_label
+
+    def read(run: Run) -> float:
+        value = run.get(logged)
+        return 1 - value if reading.complement else value
+
+    return Column(label, read, lambda value: reading.show(value, finer))
+
+
 def pair_table(pairs: Sequence[Pair]) -> Table:
-    """A row for each pair."""
-    header = ["run", "against", "LRU misses at 25%", "perplexity", "SRP m=16", "local gain", "smallest share"]
-    table = Table(
+    """Return a row for each pair: how the run stands next to its baseline in each measure."""
+    shown = sorted(
+        (reading.within(VALIDATION) for reading in shown_in("pairs")),
+        key=lambda reading: ASKED_FIRST.index(reading) if reading in ASKED_FIRST else len(ASKED_FIRST),
+    )
+    rows = [
+        [run_name(pair.run), pair.baseline.name, *(reading.show_compared(pair.compared(reading)) for reading in shown)]
+        for pair in pairs
+    ]
+    return Table(
         "Paired with its baseline",
-        [*header, "max/mean", "global CV"],
+        ["run", "against", *(reading.complement or reading.label for reading in shown)],
+        rows,
         note="changes against the baseline of the same seed; SRP and gain in percentage points, max/mean and CV as "
         "multiples",
-        gives_way=("max/mean", "local gain", "against"),
+        gives_way=("max/mean", "local gain m=16", "against"),
     )
-    for pair in pairs:
-        table.rows.append(
-            [
-                run_name(pair.run),
-                pair.baseline.name,
-                change(pair.misses_change),
-                change(pair.perplexity_change),
-                points(pair.srp_change),
-                points(pair.local_gain_change),
-                number(2)(pair.smallest_share),
-                multiple(pair.max_mean_ratio),
-                multiple(pair.cv_ratio),
-            ]
-        )
-    return table
 
 
 def origin_tables(runs: Sequence[Run]) -> list[Table]:
-    """How each run was made, and the hashes of the text."""
+    """Return how each run was made, and the hashes of the text."""
     made = [
         [
             run.name,
@@ -153,15 +143,12 @@ def origin_tables(runs: Sequence[Run]) -> list[Table]:
 
 
 def run_name(run: Run) -> str:
-    """The run's name, with a mark when an expert collapsed."""
+    """Return the run's name, with a mark when an expert collapsed."""
     return f"{run.name} (collapsed)" if run.collapsed else run.name
 
 
 def term(run: Run) -> str:
-    """The consistency term and its weight.
-
-    For example "LocalConsistency 0.3"; "none" without one.
-    """
+    """Return the consistency term and its weight, such as "LocalConsistency 0.3"; "none" without one."""
     return f"{run.loss} {run.weight:g}" if run.weight else run.loss
 
 
@@ -174,11 +161,11 @@ def _table(
     note: str = "",
     gives_way: tuple[str, ...] = (),
 ) -> Table:
-    """A table without the columns that no run has."""
-    kept = [column for column in columns if not all(math.isnan(column[1](run)) for run in runs)]
-    header = ["run", *(name for name, _ in leading), *(name for name, _, _ in kept)]
+    """Return a table without the columns that no run has."""
+    kept = [column for column in columns if not all(math.isnan(column.read(run)) for run in runs)]
+    header = ["run", *(name for name, _ in leading), *(column.name for column in kept)]
     rows = [
-        [run_name(run), *(read(run) for _, read in leading), *(show(read(run)) for _, read, show in kept)]
+        [run_name(run), *(read(run) for _, read in leading), *(column.show(column.read(run)) for column in kept)]
         for run in runs
     ]
     return Table(title, header, rows, note, gives_way)

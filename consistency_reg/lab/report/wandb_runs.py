@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from consistency_reg.lab.report.curves import MISSES_FROM, PERPLEXITY, Curve, curve
+from consistency_reg.lab.report.curves import QUALITY, SAVING, Curve, curve
 from consistency_reg.lab.report.runs import Run, run_from_result
 from consistency_reg.lab.wandb_login import login_found
 from consistency_reg.optional import require
@@ -57,7 +57,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _curve(run: Any, result: Mapping[str, Any], metrics: Mapping[str, Any]) -> Curve:
-    logged = [name for name in (PERPLEXITY, MISSES_FROM) if name in metrics]
+    logged = [name for name in (QUALITY, SAVING) if name in metrics]
     rows = list(run.scan_history(keys=[STEP, *logged]))  # rows that have all of them: those of validations
     history = pd.DataFrame(rows).rename(columns={STEP: "step"})
     return curve(history, int(result["steps"]), int(result["tokens"]))

@@ -1,34 +1,25 @@
 """``consistency-reg upcycle``: turn a dense language model into a mixture of experts that plain transformers loads."""
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from consistency_reg.lab.corpus.text import DOMAINS, load_domain
+from consistency_reg.lab.arguments.upcycle import SMOLLM, parser
+from consistency_reg.lab.corpus.text import load_domain
 from consistency_reg.lab.upcycle.convert import Plan, mlp_inputs, upcycle
 from consistency_reg.lab.upcycle.smollm import smollm_folder
-from consistency_reg.lab.usage import CommandParser
 from consistency_reg.optional import require
 
 with require("transformers"):
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-SMOLLM = "smollm2-135m"
 CORPUS_BYTES = 4_500_000  # of each domain, as in the recipes, so that the same text is held out
-EXAMPLE = """\
-examples:
-  consistency-reg upcycle smollm2-135m --out runs/split --splits 16 --top-k 8         neurons split, half active
-  consistency-reg upcycle smollm2-135m --out runs/moe --splits 8 --copies 4 --layers 20-29
-  consistency-reg fit --config recipes/finetune.yaml --model runs/moe --run_dir runs/recovered --model.model.train all
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``consistency-reg upcycle``: write the mixture and its tokenizer into a folder."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     plan = Plan(
         splits=options.splits,
         copies=options.copies,
@@ -95,23 +86,3 @@ def layer_numbers(text: str) -> tuple[int, ...]:
     except ValueError:
         raise ValueError(f"--layers must be numbers and ranges such as 0,2,10-12, got {text!r}") from None
     return tuple(found)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        "consistency-reg upcycle",
-        description="Turn a dense language model into a mixture of experts of a stock transformers architecture.",
-        epilog=EXAMPLE,
-    )
-    parser.add_argument("dense", metavar="DENSE", help=f"folder or hub id of a dense model, or {SMOLLM}")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the mixture goes")
-    parser.add_argument("--splits", type=int, default=8, metavar="S", help="parts of an MLP; 1 copies it; default: 8")
-    parser.add_argument("--copies", type=int, default=1, metavar="C", help="S * C experts in all; default: 1")
-    parser.add_argument("--top-k", type=int, default=4, metavar="K", help="experts that a token uses; default: 4")
-    parser.add_argument("--shared", type=float, default=0.0, metavar="SHARE", help="of the neurons, always active")
-    parser.add_argument("--layers", metavar="RANGES", help="such as 0,2,10-12; default: all")
-    parser.add_argument("--router-scale", type=float, default=0.5, metavar="SD", help="of the logits; default: 0.5")
-    parser.add_argument("--calibration-tokens", type=int, default=8192, metavar="N", help="default: 8192")
-    parser.add_argument("--domains", nargs="+", default=list(DOMAINS), metavar="NAME", help=" ".join(DOMAINS))
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the clustering; default: 0")
-    return parser

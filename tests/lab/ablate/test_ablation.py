@@ -100,8 +100,11 @@ def test_a_list_of_values_labels_itself_and_a_list_of_cells_is_taken_as_it_is(fo
         ({"seeds": [1, 1]}, "seeds must be a list of different integers"),
         ({"seeds": ["one"]}, "seeds must be a list of different integers"),
         ({"grid": {"a": {"key": "x", "values": {True: 1}}}}, "put the label in quotes"),
-        ({"grid": {"a": {"key": "x", "values": {"../up": 1}}}}, "a label is part of a folder's name"),
-        ({"grid": {"a.x": [[4, 16]]}}, "a label is part of a folder's name"),
+        (
+            {"grid": {"a": {"key": "x", "values": {"../up": 1}}}},
+            "the name of a value",
+        ),
+        ({"grid": {"a.x": [[4, 16]]}}, "the name of a value"),
         ({"grid": {"a": {"values": {"x": 1}}}}, "must map recipe keys to values"),
         ({"grid": {"seed_everything": [1]}}, "must not set seed_everything"),
         ({"grid": {"run_dir": ["x"]}}, "must not set run_dir"),

@@ -1,6 +1,7 @@
 """Packed rows, their order, resuming, and that models keep the documents of a row apart."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +18,11 @@ from torch.utils.data import ConcatDataset, default_collate
 from transformers import AutoTokenizer
 
 from consistency_reg.lab.corpus.data import TextDataModule, check_attention, model_inputs
+from consistency_reg.lab.corpus.disk_cache import cache_root
 from consistency_reg.lab.corpus.packing import MixedRows, PackedRows, ResumableLoader
 from consistency_reg.lab.corpus.sources import DataSource
 from consistency_reg.lab.corpus.text import DOMAINS
-from consistency_reg.lab.corpus.tokens import Tokens
+from consistency_reg.lab.corpus.tokens import Tokens, tokenize
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 
@@ -526,3 +528,96 @@ def test_digests_are_logged(cache, tmp_path):
     assert set(data.corpus_sha256) == {"math", "speeches", "scripture"}
     assert logger.experiment.hparams["corpus_sha256"] == data.corpus_sha256
     assert all(len(digest) == 64 for digest in data.corpus_sha256.values())
+
+
+# --- chats --------------------------------------------------------------------------------------------------------
+
+TEMPLATE = "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer(tmp_path_factory, cache):
+    """The folder of a tokenizer with a template and its special tokens."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = ready(corpus(cache, domains=["math"])).tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]})
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def write_chats(path, chats):
+    rows = [[{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(chat)] for chat in chats]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return {"path": "json", "data_files": str(path)}
+
+
+def test_chats_are_what_the_tokenizers_template_makes_of_them(tmp_path, cache, chat_tokenizer):
+    chats = [[f"how much is {i} + 1 ?", f"it is {i + 1}", "thanks <|end|>"] for i in range(40)]
+    source = write_chats(tmp_path / "chats.jsonl", chats)
+    module = ready(corpus(cache, domains=None, data={"chats": source}, tokenizer=chat_tokenizer, vocab_size=400))
+    tokenizer, tokens = module.tokenizer, module.texts["chats"].train
+    ends = [*tokens.starts[1:], len(tokens.ids)]
+    found = {tokenizer.decode(tokens.ids[a:b].tolist()) for a, b in zip(tokens.starts, ends, strict=True)}
+    expected = {f"<|user|>{a}<|end|><|assistant|>{b}<|end|><|user|>{c}<|end|>" for a, b, c in chats}
+    assert len(found) == 36
+    assert found <= expected
+    first = tokens.ids[:1].tolist()
+    assert tokenizer.convert_ids_to_tokens(first) == ["<|user|>"]  # no start token before that of the template
+    assert tokens.text_tokens == len(tokens.ids)
+
+
+def test_chats_without_a_template_are_refused_with_the_way_out(tmp_path, cache):
+    source = write_chats(tmp_path / "chats.jsonl", [["a", "b"]] * 20)
+    with pytest.raises(ValueError, match="the data of chats are chats, which need a tokenizer with a chat template"):
+        corpus(cache, domains=None, data={"chats": source}).prepare_data()
+    corpus(cache, domains=["math"]).prepare_data()
+    ready(corpus(cache, domains=["math"])).tokenizer.save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="which need a tokenizer with a chat template"):
+        corpus(cache, domains=None, data={"chats": source}, tokenizer=str(tmp_path / "plain")).prepare_data()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"messages": [{"role": "user"}]}', 'line 2: expected a list of {"role", "content"} under the key'),
+        ('{"messages": "hello"}', "line 2: expected a list of"),
+    ],
+)
+def test_a_malformed_chat_is_named_by_its_line(tmp_path, line, message):
+    good = json.dumps({"messages": [{"role": "user", "content": "hello"}]})
+    (tmp_path / "chats.jsonl").write_text("\n".join([good, line, good, good]))
+    for column in ("messages", "text"):
+        source = DataSource("json", data_files=str(tmp_path / "chats.jsonl"), text_column=column)
+        with pytest.raises(ValueError, match=message):
+            source.load()
+
+
+def test_rows_without_text_are_counted(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", ["some words", None, "more words", "and more"])
+    with pytest.warns(UserWarning, match=r"1 of the 4 rows of .*a\.jsonl have no 'text': left out"):
+        DataSource("json", data_files=path).load()
+
+
+# --- where things are kept ----------------------------------------------------------------------------------------
+
+
+def test_a_domains_name_cannot_leave_the_cache(tmp_path):
+    source = {"path": "json", "data_files": write_lines(tmp_path / "a.jsonl", ["x"] * 9)}
+    for name in ("../../x", "/x", ".x", "a/b"):
+        with pytest.raises(ValueError, match="the name of a domain must be of letters, digits and"):
+            TextDataModule(data={name: source})
+        with pytest.raises(ValueError, match="the name of a domain must be of letters, digits and"):
+            tokenize(DataSource(**source).load(), tokenizer=None, name=name, cache_dir=tmp_path)
+
+
+def test_the_cache_is_where_the_system_keeps_caches(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("CONSISTENCY_REG_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_root() == tmp_path / ".cache" / "consistency_reg"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_root() == tmp_path / "xdg" / "consistency_reg"
+    monkeypatch.setenv("CONSISTENCY_REG_CACHE", "~/mine")
+    assert cache_root() == tmp_path / "mine"
+    assert cache_root("given") == Path("given")

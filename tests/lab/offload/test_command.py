@@ -1,15 +1,24 @@
 """``consistency-reg offload``: what it prints, what it writes, and what it refuses."""
 
+import contextlib
 import csv
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from offloading import save
+from places import ROOT
 from tiny_models import COMMON, E, K
 from tokenizers import Tokenizer, models, pre_tokenizers
-from wandb_file import read_runs
+from wandb_file import read_run
 
 from consistency_reg.lab.cli import main
 from consistency_reg.lab.offload.decoding import read_text, sampler, write_text
@@ -97,6 +106,30 @@ def test_with_the_bias_there_are_fewer_misses_and_the_slots_are_those_that_it_se
     assert biased["numbers"]["perplexity"] != without["numbers"]["perplexity"]
 
 
+def test_a_model_that_was_trained_with_the_bias_has_it(folders, prompt, tmp_path):
+    trained = tmp_path / "trained"
+    shutil.copytree(folders[0], trained)
+    config = json.loads((trained / "config.json").read_text())
+    deployment = {"strength": 0.2, "cache_ratio": 2.0, "guaranteed": 1, "method": "prior"}
+    (trained / "config.json").write_text(json.dumps(config | {"cache_aware_routing": deployment}))
+    command = ["offload", str(trained), "--prompt", str(prompt), "--tokens", "3", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert json.loads((tmp_path / "out" / "offload.json").read_text())["models"][0]["model"] == "trained + bias 0.2"
+
+
+def test_slots_go_to_the_layers_where_hits_are(folders, prompt, tmp_path):
+    out = tmp_path / "out"
+    command = ["offload", folders[0], "--prompt", str(prompt), "--tokens", "20", "--slots", "4", "--out", str(out)]
+    assert main(command) == 0
+    equal = json.loads((out / "offload.json").read_text())["models"][0]
+    assert main([*command, "--spread", "auto"]) == 0
+    spread = json.loads((out / "offload.json").read_text())["models"][0]
+    assert sum(spread["slots"]) <= 8
+    assert min(spread["slots"]) >= K
+    assert spread["slot_bytes"] <= equal["slot_bytes"]
+    assert spread["texts"] == equal["texts"]
+
+
 def test_a_calibration_predicts(folders, prompt, tmp_path, capsys):
     out = tmp_path / "out"
     assert (
@@ -117,7 +150,7 @@ def test_a_run_of_wandb_for_each_model(folders, prompt, tmp_path, monkeypatch):
     out = tmp_path / "out"
     command = ["offload", folders[0], "--prompt", str(prompt), "--tokens", "3", "--wandb", "tests", "--out", str(out)]
     assert main(command) == 0
-    (run,) = read_runs(out)
+    run = read_run(out)
     (row,) = run.history
     assert run.name == "baseline"
     assert row["offload/decode_tokens_per_s"] > 0
@@ -136,7 +169,7 @@ def test_a_run_of_wandb_for_each_model(folders, prompt, tmp_path, monkeypatch):
         (["--temperature", "-1"], "--temperature must be 0 or more"),
         (["--tokens", "500"], "reads 128 tokens, and a prompt of"),
         (["--device", "cuda:9"], "device cuda:9 is not there"),
-        (["--spread", "shared", "--policy", "belady"], "policy must be one of lru, lfu"),
+        (["--spread", "shared", "--policy", "belady"], "policy must be one of ('lru', 'lfu', 'fixed')"),
         (["--prompt", "nowhere.txt"], "nowhere.txt: No such file or directory"),
     ],
 )
@@ -184,6 +217,42 @@ def test_a_passage_is_repeatable(folders):
         first, second = (write_text(offloaded, prompt, 12, sampler(1.0, seed=3)) for _ in range(2))
     assert first.ids == second.ids
     assert [step.misses for step in first.steps] == [step.misses for step in second.steps]
+
+
+@pytest.mark.parametrize(
+    "stop", [signal.SIGTERM, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (signal.SIGINT, signal.SIGKILL))]
+)
+def test_a_stopped_command_leaves_nothing_half_written(folders, prompt, tmp_path, stop):
+    out = tmp_path / "out"
+    options = ["--prompt", str(prompt), "--tokens", "100", "--read-bandwidth", "20kB", "--out", str(out)]
+    command = [sys.executable, "-m", "consistency_reg", "offload", folders[0], *options]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not reads(process.pid, Path(folders[0])):
+        time.sleep(0.1)
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(stop)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode in (-stop, 128 + stop)
+    assert "Traceback" not in said
+    assert not out.exists()
+
+
+def reads(process, folder):
+    """Whether a process has a model's weights open."""
+    with contextlib.suppress(OSError):
+        opened = [os.path.realpath(link) for link in Path(f"/proc/{process}/fd").iterdir()]
+        return any(path.startswith(str(folder)) and path.endswith(".safetensors") for path in opened)
+    return False
+
+
+def test_a_full_disk_is_one_error(folders, prompt, tmp_path, monkeypatch, capsys):
+    def full(path, content):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("consistency_reg.lab.offload.command.write_atomically", full)
+    out = tmp_path / "out"
+    assert main(["offload", folders[0], "--prompt", str(prompt), "--tokens", "2", "--out", str(out)]) == 1
+    assert capsys.readouterr().err.endswith("offload.json: No space left on device\n")
 
 
 def test_quantiles_of_nothing():

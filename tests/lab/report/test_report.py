@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -14,11 +15,11 @@ from places import ROOT
 from run_folders import DOMAINS, result, write_demo, write_losses, write_run
 from wandb_file import read_run as read_wandb_run
 
+from consistency_reg.lab.recipe import architecture, consistency_term, pair_digest
 from consistency_reg.lab.render.markdown import MARKED, update
 from consistency_reg.lab.report import command, main, pair_runs, read_folder, read_run
 from consistency_reg.lab.report.command import gather
 from consistency_reg.lab.report.findings import Findings
-from consistency_reg.lab.report.recipe import architecture, consistency_term, pair_digest
 from consistency_reg.lab.report.records import fingerprint, read_csv, to_frame
 from consistency_reg.lab.report.runs import loss_labels
 from consistency_reg.lab.report.tables import pair_table
@@ -53,7 +54,7 @@ def test_a_folder_of_cells_becomes_table_csv_json_pictures_and_page(drawing, cap
         "SRP m=64",
         "rho_hat",
         "static SRP",
-        "at 2K",
+        "at 2 x K",
         "local CV",
         "max/mean",
         "overlap",
@@ -228,6 +229,58 @@ def test_a_committed_csv_gives_the_same_report_as_the_folders(folder, capsys):
     write_run("other", "x", data={"vocab_size": 99})
     with pytest.raises(ValueError, match="vocab_size none and 99"):
         report("other/x", "--append-csv", "recipes/results/demo.csv")
+
+
+@pytest.mark.parametrize(
+    ("column", "text", "message"),
+    [
+        ("seed", "first", "row 2 (b-seed0): seed must be a whole number, got 'first'"),
+        ("steps", "", "row 2 (b-seed0): steps must be a whole number, got ''"),
+        ("weight", "0,3", "row 2 (b-seed0): weight must be a number, got '0,3'"),
+        ("versions", "torch 2", "row 2 (b-seed0): versions must be a JSON object, got 'torch 2'"),
+        ("labels", "[1]", "row 2 (b-seed0): labels must be a JSON object, got '[1]'"),
+        ("data", '{"corpus": 5}', "row 2 (b-seed0): data must be a JSON object whose corpus maps domains to hashes"),
+        ("curve", '{"tokens": 5}', "row 2 (b-seed0): curve must be a JSON object of lists of numbers"),
+        ("curve", '{"tokens": [5], "val/ppl": []}', "row 2 (b-seed0): curve must be a JSON object of lists of numbers"),
+        ("val/srp/m16", "44%", "row 2 (b-seed0): val/srp/m16 must be a number, got '44%'"),
+    ],
+)
+def test_a_cell_that_was_edited_by_hand_is_named(folder, column, text, message):
+    for name in ("a-seed0", "b-seed0"):
+        write_run("runs", name)
+    assert report("runs", "--append-csv", "rows.csv", "--out", "a") == 0
+    frame = pd.read_csv("rows.csv", dtype=str, keep_default_na=False)
+    frame.loc[1, column] = text
+    frame.to_csv("rows.csv", index=False)
+    with pytest.raises(ValueError, match=re.escape(f"rows.csv is no CSV of runs: {message}")):
+        report("rows.csv", "--out", "b")
+    assert not Path("b").exists()
+
+
+def test_numbers_as_a_spreadsheet_writes_them_and_rows_without_labels_are_read(folder):
+    write_run("runs", "a-seed0")
+    assert report("runs", "--append-csv", "rows.csv", "--out", "a") == 0
+    frame = pd.read_csv("rows.csv", dtype=str, keep_default_na=False)
+    frame.loc[0, ["tokens", "seed", "labels"]] = ["1.2288E+06", "0.0", ""]
+    frame.to_csv("rows.csv", index=False)
+    (run,) = read_csv(Path("rows.csv"))
+    assert (run.tokens, run.seed, run.labels) == (1_228_800, 0, {})
+
+
+def test_what_cannot_be_written_is_said_before_the_work(folder, monkeypatch):
+    write_run("runs", "a-seed0")
+    Path("file").touch()
+    monkeypatch.setattr(command, "gather", lambda sources: pytest.fail("has begun to work"))
+    for arguments, option in (
+        (["--out", "file"], "--out"),
+        (["--out", "file/below"], "--out"),
+        (["--out", "out", "--pictures", "file"], "--pictures"),
+        (["--out", "out", "--append-csv", "file/rows.csv"], "--append-csv"),
+        (["--out", "out", "--update", "README.md"], "--update"),
+    ):
+        with pytest.raises(ValueError, match=f"{option} must"):
+            report("runs", *arguments)
+    assert not Path("out").exists()
 
 
 def test_metrics_that_are_missing_or_nan_leave_gaps(folder):

@@ -189,18 +189,14 @@ def test_files_of_the_model_are_as_they_were(tmp_path):
 # --- micro-batches ------------------------------------------------------------------------------------------------
 
 
-def test_where_a_trainer_sums_micro_batches_the_term_counts_by_their_tokens():
-    """Three micro-batches of one optimizer step, one of them with fewer labels."""
-    model, ids = tiny_model("olmoe").train(), token_ids(6, T)
-    labels = ids.clone()
-    labels[4:, :7] = -100
-    items = (labels[:, 1:] != -100).sum()
-    plain = [model(ids[i : i + 2], labels=labels[i : i + 2], num_items_in_batch=items).loss for i in (0, 2, 4)]
-    term, added = attach(model, LOSS, weight=5.0), []
-    for i, loss in zip((0, 2, 4), plain, strict=True):
-        with_term = model(ids[i : i + 2], labels=labels[i : i + 2], num_items_in_batch=items).loss
-        added.append(((with_term - loss) / (5.0 * term.value)).item())
-    assert added == pytest.approx([22 / 54, 22 / 54, 10 / 54], rel=1e-4)
+def test_where_a_trainer_sums_micro_batches_their_number_must_be_said():
+    model, ids = tiny_model("olmoe").train(), token_ids(B, T)
+    given = {"labels": ids, "num_items_in_batch": torch.tensor(44)}
+    with attach(model, LOSS), pytest.raises(RuntimeError, match=r"num_items_in_batch.*ConsistencyCallback.*scale=1"):
+        model(ids, **given)
+    loss = model(ids, **given).loss
+    with attach(model, LOSS, scale=0.25):
+        assert torch.equal(model(ids, **given).loss, loss)
 
 
 @pytest.mark.parametrize("first", ["attach", "prepare"])
@@ -250,7 +246,9 @@ def test_a_weight_must_be_a_number_from_zero(weight):
 def test_missing_labels_are_told(return_dict):
     model, ids = tiny_model("olmoe").train(), token_ids(B, T)
     attach(model)
-    with pytest.raises(RuntimeError, match=r"OlmoeForCausalLM returned no loss.*give it labels.*'input_ids'"):
+    with pytest.raises(
+        RuntimeError, match=r"OlmoeForCausalLM returned no loss.*give it labels.*'input_ids'.*attach\(\.\.\., scale="
+    ):
         model(ids, return_dict=return_dict)
 
 
@@ -284,3 +282,108 @@ def test_training_past_the_model_that_is_attached_to_is_an_error():
     attach(model, LOSS)
     with pytest.raises(RuntimeError, match=r"outside of a forward of the OlmoeForCausalLM.*attach to the module that"):
         model.model(ids)
+
+
+# --- by what it is scaled -----------------------------------------------------------------------------------------
+
+
+def gate_gradient(model, backward):
+    model.zero_grad()
+    backward()
+    return model.model.layers[0].mlp.gate.weight.grad.clone()
+
+
+def term_gradient(model, ids):
+    with RouterCapture(model) as capture:
+        model(ids)
+    return torch.autograd.grad(LOSS(capture.trace()), model.model.layers[0].mlp.gate.weight)[0]
+
+
+LOSSES = {  # of what the model returned, none of them with a factor that says by what it was divided
+    "logits": lambda output, reward: reward * output.logits.logsumexp(-1).mean(),
+    "in place": lambda output, reward: output.loss.mul_(reward),
+    "log-probabilities": lambda output, reward: -reward * output.logits.log_softmax(-1)[..., 0].mean(),
+    "hidden states": lambda output, reward: reward * output.hidden_states[-1].square().mean(),
+    "two of them": lambda output, reward: reward * output.loss + output.hidden_states[0].mean() + output.logits.mean(),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("reward", [1.0, 0.5, 0.0, -0.7, -60.0])
+def test_with_a_scale_the_term_is_the_same_whatever_is_trained(name, reward):
+    model, ids = tiny_model("olmoe").double().train(), token_ids(B, T)
+    model.set_experts_implementation("eager")  # the one that takes doubles
+    right = term_gradient(model, ids)
+
+    def backward():
+        LOSSES[name](model(ids, labels=ids, output_hidden_states=True), reward).backward()
+
+    without = gate_gradient(model, backward)
+    with attach(model, LOSS, weight=5.0, scale=0.25):
+        added = gate_gradient(model, backward) - without
+    assert (added - 5.0 * 0.25 * right).norm() < 1e-6 * right.norm()
+
+
+@pytest.mark.parametrize("name", ["logits", "log-probabilities", "hidden states"])
+def test_without_a_scale_what_is_not_the_loss_is_refused(name):
+    model, ids = tiny_model("olmoe").train(), token_ids(B, T)
+    attach(model, LOSS)
+    output = model(ids, labels=ids, output_hidden_states=True)
+    with pytest.raises(
+        RuntimeError, match=r"something else of what it returned is trained.*ConsistencyCallback.*scale="
+    ):
+        LOSSES[name](output, 1.0).backward()
+
+
+@pytest.mark.parametrize("rewards", [[-0.7], [0.0], [1.0, -1.0], [1.0, 0.313]])
+def test_without_a_scale_a_loss_times_a_reward_is_refused(rewards):
+    model, ids = tiny_model("olmoe").train(), token_ids(B, T)
+    attach(model, LOSS)
+    for reward in rewards[:-1]:
+        (reward * model(ids, labels=ids).loss).backward()
+    with pytest.raises(RuntimeError, match=r"the model's loss was multiplied by .*, not for a reward.*scale="):
+        (rewards[-1] * model(ids, labels=ids).loss).backward()
+
+
+def test_constants_gradient_scalers_and_a_shorter_last_step_are_no_rewards():
+    model, ids = tiny_model("olmoe").train(), token_ids(B, T)
+    term = attach(model, LOSS)
+    for factor in (1 / 6, 1 / 6, 65536 / 6, 32768 / 6, 32768 / 5, 1.0):
+        (factor * model(ids, labels=ids).loss).backward()
+    assert 0 < term.value < 1
+
+
+@pytest.mark.parametrize("scale", [None, "function"])
+def test_under_a_gradient_scaler(scale):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    model, ids = tiny_model("olmoe").train(), token_ids(B, T)
+    with RouterCapture(model) as capture:
+        loss = model(ids, labels=ids).loss
+    expected = step(model, loss + 5.0 * LOSS(capture.trace()))
+    model = tiny_model("olmoe").train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with attach(model, LOSS, 5.0, scale=scaler.scale if scale else None), torch.autocast("cpu", enabled=False):
+        scaler.scale(model(ids, labels=ids).loss).backward()
+    scaler.step(optimizer)
+    torch.testing.assert_close(parameters(model), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, float("inf"), "0.5", [1.0]])
+def test_a_scale_that_is_no_number_above_zero_is_refused(scale):
+    with pytest.raises(ValueError, match="scale must be a finite number > 0, or a function of 1, got "):
+        attach(tiny_model("olmoe"), LOSS, scale=scale)
+
+
+def test_a_model_that_returns_nothing_to_train_is_told():
+    class Silent(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_model("olmoe")
+
+        def forward(self, ids):
+            return {"tokens": self.inner(ids).logits.argmax(-1)}
+
+    model = Silent().train()
+    attach(model, LOSS, scale=1.0)
+    with pytest.raises(RuntimeError, match="Silent returned nothing in training that has a gradient"):
+        model(token_ids(B, T))

@@ -9,8 +9,9 @@ import transformers
 from plain_sgd import PLAIN_SGD
 from tiny_models import tiny_model, token_ids
 
-from consistency_reg import LoadBalanceLoss, LocalConsistencyLoss
+from consistency_reg import LoadBalanceLoss, LocalConsistencyLoss, RouterAnchorLoss, RouterCapture
 from consistency_reg.integrations import ConsistencyCallback, attach
+from consistency_reg.integrations.attach import attachments
 
 T = 12
 LOSS = LocalConsistencyLoss((3, 5), scope="sequence")
@@ -75,14 +76,20 @@ def test_the_two_ways_of_the_trainer_give_the_same(tmp_path):
     torch.testing.assert_close(parameters(summed), parameters(averaged), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("accepts", [True, False])
-def test_attach_alone_serves_the_trainer(tmp_path, accepts):
-    """Rows of one length: there the share of the tokens is the share of the rows."""
-    with_callback, _ = train(tmp_path, rows(16), 2, [callback()], accepts=accepts, gradient_accumulation_steps=4)
+def test_attach_alone_serves_a_trainer_that_averages_micro_batches(tmp_path):
+    options = {"accepts": False, "gradient_accumulation_steps": 4}
+    with_callback, _ = train(tmp_path, rows(16), 2, [callback()], **options)
     model = tiny_model("olmoe")
     attach(model, LOSS, 5.0)
-    train(tmp_path, rows(16), 2, model=model, accepts=accepts, gradient_accumulation_steps=4)
+    train(tmp_path, rows(16), 2, model=model, **options)
     torch.testing.assert_close(parameters(model), parameters(with_callback), rtol=1e-5, atol=1e-6)
+
+
+def test_attach_alone_is_refused_by_a_trainer_that_adds_them_up(tmp_path):
+    model = tiny_model("olmoe")
+    attach(model, LOSS, 5.0)
+    with pytest.raises(RuntimeError, match=r"given num_items_in_batch.*use ConsistencyCallback\(\.\.\.\)\.add_to"):
+        train(tmp_path, rows(16), 2, model=model)
 
 
 # --- weight and logs ----------------------------------------------------------------------------------------------
@@ -178,7 +185,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path):
     trainer_of(again, tmp_path, rows(16), 2, [one()]).train(resume_from_checkpoint=str(checkpoint))
     torch.testing.assert_close(parameters(again), parameters(straight), rtol=0, atol=0)
     state = json.loads((checkpoint / "trainer_state.json").read_text())
-    assert state["log_history"][-1]["consistency/weight"] == pytest.approx(5.0 * 3 / 8)
+    assert state["log_history"][-1]["balance/weight"] == pytest.approx(5.0 * 3 / 8)
 
 
 def test_a_second_training_adds_the_term_once(tmp_path):
@@ -187,7 +194,7 @@ def test_a_second_training_adds_the_term_once(tmp_path):
     train(tmp_path, rows(4), 4, [callback()], model=first)
     twice = callback()
     trainer = trainer_of(second, tmp_path, [{"input_ids": row["input_ids"]} for row in rows(4)], 4, [twice])
-    with pytest.raises(RuntimeError, match="returned no loss in training"):
+    with pytest.raises(ValueError, match="did not return a loss"):
         trainer.train()
     train(tmp_path, rows(4), 4, [twice], model=second)
     assert torch.equal(parameters(first), parameters(second))
@@ -203,12 +210,12 @@ def test_a_training_after_an_interrupted_one_has_the_term_once(tmp_path):
     interrupted, fresh = tiny_model("olmoe"), tiny_model("olmoe")
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, rows(4), 4, [callback(), Interrupts()], model=interrupted, learning_rate=0.0)
-    losses = {}
-    for name, model in (("interrupted", interrupted), ("fresh", fresh)):
-        _, trainer = train(tmp_path, rows(4), 4, [callback(), callback(weight=1.0)], model=model, learning_rate=0.0)
-        losses[name] = trainer.state.log_history[0]["loss"]
-    _, plain = train(tmp_path, rows(4), 4, model=fresh, learning_rate=0.0)
-    assert losses["interrupted"] == losses["fresh"] > plain.state.log_history[0]["loss"] + 1
+    for model in (interrupted, fresh):
+        train(tmp_path, rows(4), 4, [callback(), callback(weight=1.0, name="second")], model=model)
+    once = tiny_model("olmoe")
+    train(tmp_path, rows(4), 4, [callback(weight=6.0)], model=once)
+    assert torch.equal(parameters(interrupted), parameters(fresh))
+    torch.testing.assert_close(parameters(fresh), parameters(once), rtol=1e-6, atol=1e-7)
 
 
 def test_a_state_that_is_not_found_is_told(tmp_path):
@@ -218,17 +225,144 @@ def test_a_state_that_is_not_found_is_told(tmp_path):
     checkpoint = tmp_path / "first" / "checkpoint-2"
     again = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
     trainer = trainer_of(again, tmp_path / "second", rows(16), 4, [ConsistencyCallback(LoadBalanceLoss(running=0.9))])
-    with pytest.warns(UserWarning, match="state of LoadBalanceLoss begins anew, as there is no .*second/checkpoint-2"):
+    with pytest.warns(
+        UserWarning,
+        match=r"state of LoadBalanceLoss begins anew, as there is no .*second/checkpoint-2/.* with 'balance'",
+    ):
         trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+# --- several terms ------------------------------------------------------------------------------------------------
+
+
+def three_terms(model):
+    """Consistency, a balance and an anchor: two of them have a state."""
+    return [
+        ConsistencyCallback(LOSS, 5.0),
+        ConsistencyCallback(LoadBalanceLoss(running=0.9), 3.0),
+        ConsistencyCallback(RouterAnchorLoss(RouterCapture(model).frozen_routers()), 2.0),
+    ]
+
+
+def test_three_terms_are_logged_each_by_its_name_and_add_up(tmp_path):
+    model, by_hand = tiny_model("olmoe"), tiny_model("olmoe").train()
+    _, trainer = train(tmp_path, rows(4), 4, three_terms(model), model=model)
+    ids = torch.stack([row["input_ids"] for row in rows(4)])
+    with RouterCapture(by_hand, keep_inputs=True) as capture:
+        loss = by_hand(ids, labels=ids).loss
+    for term, (name, weight) in zip(
+        three_terms(by_hand), {"consistency": 5.0, "balance": 3.0, "anchor": 2.0}.items(), strict=True
+    ):
+        value = term.loss(capture.trace())
+        loss = loss + weight * value
+        log = trainer.state.log_history[0]
+        assert log[f"{name}/loss"] == pytest.approx(value.item(), rel=1e-5, abs=1e-7)
+        assert (log[f"{name}/weight"], f"{name}/layer_01" in log) == (weight, True)
+    loss.backward()
+    torch.optim.SGD(by_hand.parameters(), lr=0.5).step()
+    torch.testing.assert_close(parameters(model), parameters(by_hand), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+def test_a_resumed_run_of_several_terms_equals_one_that_was_not_stopped(tmp_path, anchored):
+    def terms(model):
+        balances = [
+            ConsistencyCallback(LoadBalanceLoss(running=0.9), 5.0),
+            ConsistencyCallback(LoadBalanceLoss(running=0.5), 3.0, name="fast"),
+        ]
+        return [*three_terms(model), balances[1]] if anchored else balances
+
+    straight = tiny_model("olmoe")
+    frozen = terms(straight)
+    train(tmp_path, rows(16), 2, frozen, model=straight, save_strategy="steps", save_steps=4)
+    checkpoint = tmp_path / "checkpoint-4"
+    states = torch.load(checkpoint / "consistency_loss.pt", weights_only=True)
+    assert list(states) == (["balance", "anchor", "fast"] if anchored else ["balance", "fast"])
+    again = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*begins anew")
+        trainer = trainer_of(again, tmp_path, rows(16), 2, terms(again))
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    torch.testing.assert_close(parameters(again), parameters(straight), rtol=0, atol=0)
+
+
+def test_two_of_a_kind_without_names_are_warned_of_and_told_apart(tmp_path):
+    with pytest.warns(UserWarning, match=r"2 terms of a LocalConsistencyLoss are trained at once: name each"):
+        _, trainer = train(tmp_path, rows(4), 4, [callback(), callback(weight=1.0)])
+    log = trainer.state.log_history[0]
+    assert (log["consistency/weight"], log["consistency_2/weight"]) == (5.0, 1.0)
+
+
+def test_two_of_a_kind_with_names(tmp_path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*terms of a")
+        _, trainer = train(tmp_path, rows(4), 4, [callback(), callback(weight=1.0, name="late", start_step=3)])
+    log = trainer.state.log_history[0]
+    assert (log["consistency/weight"], log["late/weight"]) == (5.0, 0.0)
+
+
+def test_the_state_of_one_term_as_it_was_written_before_is_read(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    straight, _ = train(tmp_path, rows(8), 2, [ConsistencyCallback(LoadBalanceLoss(running=0.9), 5.0)], **options)
+    file = tmp_path / "checkpoint-2" / "consistency_loss.pt"
+    torch.save(torch.load(file, weights_only=True)["balance"], file)
+    again = transformers.AutoModelForCausalLM.from_pretrained(file.parent)
+    trainer = trainer_of(again, tmp_path, rows(8), 2, [ConsistencyCallback(LoadBalanceLoss(running=0.9), 5.0)])
+    trainer.train(resume_from_checkpoint=str(file.parent))
+    assert torch.equal(parameters(again), parameters(straight))
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "two words", 3])
+def test_a_name_that_is_no_word_is_refused(name):
+    with pytest.raises(ValueError, match="name must be letters, digits, dots, dashes or underscores, got "):
+        ConsistencyCallback(LOSS, name=name)
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
 
 
-def test_a_loss_outside_of_the_model_is_told(tmp_path):
-    trainer = trainer_of(tiny_model("olmoe"), tmp_path, rows(4), 4, [callback()], label_smoothing_factor=0.1)
-    with pytest.raises(RuntimeError, match=r"Where the loss is computed outside of the model, add"):
+class StrangeTrainer(transformers.Trainer):
+    """Runs the model more often than it trains what comes of it."""
+
+    untrained, later = False, False
+
+    def compute_loss(self, model, inputs, **kwargs):
+        if self.untrained:
+            model(**inputs)
+        if self.later:
+            self.accelerator.backward(model(**inputs).loss)
+        return super().compute_loss(model, inputs, **kwargs)
+
+
+@pytest.mark.parametrize("what", ["untrained", "later"])
+def test_a_micro_batch_whose_forwards_are_not_trained_once_is_refused(tmp_path, what):
+    trainer = trainer_of(tiny_model("olmoe"), tmp_path, rows(4), 4, [callback()])
+    trainer.__class__ = StrangeTrainer
+    setattr(trainer, what, True)
+    before = parameters(trainer.model)
+    with pytest.raises(RuntimeError, match=r"in one micro-batch the model ran 2 times with a gradient, and [12] b"):
         trainer.train()
+    assert torch.equal(parameters(trainer.model), before)
+
+
+def test_a_model_that_is_not_in_training_mode_is_refused(tmp_path):
+    trainer = trainer_of(tiny_model("olmoe"), tmp_path, rows(4), 4, [callback()])
+    trainer.compute_loss = lambda model, inputs, **_: model.eval()(**inputs).loss
+    with pytest.raises(RuntimeError, match="ran in no forward in training mode with a gradient in this micro-batch"):
+        trainer.train()
+
+
+def test_an_optimizer_step_of_another_length_is_refused(tmp_path):
+    trainer = trainer_of(tiny_model("olmoe"), tmp_path, rows(4), 2, [callback()], gradient_accumulation_steps=2)
+    trainer.add_callback(type("Wrong", (transformers.TrainerCallback,), {"on_substep_end": _end_twice})())
+    with pytest.raises(RuntimeError, match="the optimizer step had 3 micro-batches where 2 were expected"):
+        trainer.train()
+
+
+def _end_twice(self, args, state, control, **kwargs):
+    """As a trainer would that splits a micro-batch in two."""
+    (attachment,) = attachments(kwargs["model"])
+    attachment._seen += 1
 
 
 def test_reentrant_checkpointing_is_refused(tmp_path):

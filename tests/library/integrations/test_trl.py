@@ -72,19 +72,23 @@ class InOrder(SFTTrainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-@pytest.mark.parametrize("way", ["attach", "callback"])
-def test_steps_are_those_of_the_loss_with_the_term(way, tmp_path):
+def test_steps_are_those_of_the_loss_with_the_term(tmp_path):
     model = tiny_model("olmoe")
-    if way == "attach":
-        attach(model, LOSS, 5.0)
-    trainer = trainer_of(model, tmp_path, callbacks=[ConsistencyCallback(LOSS, 5.0)] if way == "callback" else ())
+    trainer = trainer_of(model, tmp_path, callbacks=[ConsistencyCallback(LOSS, 5.0)])
     trainer.__class__ = InOrder
     trainer.train()
     torch.testing.assert_close(parameters(model), expected_steps(5.0), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(parameters(model), expected_steps(0.0), rtol=1e-3, atol=1e-4)
-    if way == "callback":
-        logs = [log for log in trainer.state.log_history if "loss" in log]
-        assert all(0 < log["consistency/loss"] < 1 and log["consistency/weight"] == 5.0 for log in logs)
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert all(0 < log["consistency/loss"] < 1 and log["consistency/weight"] == 5.0 for log in logs)
+
+
+def test_attach_alone_is_refused(tmp_path):
+    """The trainer leaves the model's loss aside, and none of what it trains says by what it was divided."""
+    model = tiny_model("olmoe")
+    attach(model, LOSS, 5.0)
+    with pytest.raises(RuntimeError, match=r"something else of what it returned is trained.*ConsistencyCallback"):
+        trainer_of(model, tmp_path).train()
 
 
 def test_accumulation_4x2_equals_1x8(tmp_path):
@@ -110,12 +114,6 @@ def test_lora_with_the_router(tmp_path):
     for layer in (0, 1):
         gates = [m.model.layers[layer].mlp.gate.weight for m in (before, merged)]
         assert not torch.allclose(*gates, atol=1e-3)
-
-
-def test_a_loss_whose_scale_cannot_be_told_is_refused(tmp_path):
-    trainer = trainer_of(tiny_model("olmoe"), tmp_path, callbacks=[ConsistencyCallback(LOSS)], loss_type="dft")
-    with pytest.raises(RuntimeError, match=r"something else than their mean.*loss_type='nll'"):
-        trainer.train()
 
 
 def test_evaluation_is_without_the_term(tmp_path):

@@ -1,6 +1,7 @@
 """A model whose experts are read as tokens need them computes what the model in memory computes."""
 
 import gc
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import COMMON, KINDS, E, K, tiny_model, token_ids
 
 from consistency_reg import CacheAwareRouting, OffloadedExperts, RouterCapture, functional
+from consistency_reg.functional.cache_replay import cache_access_hits
 
 
 @pytest.fixture
@@ -71,12 +73,12 @@ def test_weights_of_another_dtype_are_converted_as_they_are_read(olmoe):
 
 
 def test_experts_are_on_the_meta_device_and_slots_hold_what_was_asked_for(olmoe):
-    with OffloadedExperts(olmoe, slots=3, read_ahead=2) as model:
+    offloaded = OffloadedExperts(olmoe, slots=3, read_ahead=2)
+    with offloaded as model:
         experts = [parameter for name, parameter in model.named_parameters() if ".experts." in name]
         assert experts
         assert all(parameter.is_meta for parameter in experts)
         expert_bytes = sum(parameter[0].numel() for parameter in experts) // 2 * 4
-        offloaded = model.model.layers[0].mlp.experts._offloaded._engine
         assert offloaded.statistics().slot_bytes == (2 * 3 + 2) * expert_bytes
         logits(model, token_ids(1, 20))
         for layer in range(2):
@@ -108,11 +110,11 @@ def test_a_model_that_is_not_its_checkpoint_is_not_read_from_it(olmoe):
 
 
 def test_the_capture_sees_the_routing_that_the_engine_recorded(olmoe):
-    with OffloadedExperts(olmoe, record=True) as model, RouterCapture(model) as capture, torch.no_grad():
+    offloaded = OffloadedExperts(olmoe, record=True)
+    with offloaded as model, RouterCapture(model) as capture, torch.no_grad():
         model(token_ids(1, 10))
         captured = capture.trace().expert_ids
-        recorded = model.model.layers[0].mlp.experts._offloaded._engine.routing()
-    for ids, seen in zip(recorded, captured, strict=True):
+    for ids, seen in zip(offloaded.routing(), captured, strict=True):
         assert torch.equal(ids, seen[0])
 
 
@@ -146,9 +148,32 @@ def test_hits_of_decode_are_those_of_the_simulator_to_the_last_access(olmoe, pol
 
 
 def simulated_hits(ids_TK, slots, policy):
-    """The simulator's hits of one document from an empty cache, without the first uses that find a free slot."""
-    hits = functional.cache_hit_rate(ids_TK[None], E, policy)[slots - 1] * ids_TK.numel()
-    return round(hits.item()) - min(slots, len(ids_TK.unique()))
+    """The simulator's hits of one document from an empty cache."""
+    rates = functional.cache_hit_rate(ids_TK[None], E, policy, replay="token", cold="miss")
+    return round(rates[slots - 1].item() * ids_TK.numel())
+
+
+def test_every_access_hits_or_misses_as_in_the_simulator(olmoe):
+    offloaded = OffloadedExperts(olmoe, slots=3, record=True)
+    with offloaded as model:
+        read_by_token(model, token_ids(1, 30), prompt=1)
+        statistics, routing = offloaded.statistics(), offloaded.routing()
+    for layer, ids in enumerate(routing):
+        (hits,) = cache_access_hits(ids[None], E, slots=3, replay="token", cold="miss")
+        assert [step.layers[layer].hits for step in statistics.steps] == hits[0].sum(dim=-1).tolist()
+
+
+def test_a_fixed_set_reads_each_of_its_experts_once_and_the_others_always(olmoe):
+    ids = token_ids(1, 30)
+    usage = [torch.arange(E), torch.arange(E).flip(0)]
+    offloaded = OffloadedExperts(olmoe, slots=3, policy="fixed", usage=usage, record=True)
+    with offloaded as model:
+        assert torch.equal(read_by_token(model, ids, prompt=1), read_by_token(in_memory(olmoe), ids, prompt=1))
+        statistics, routing = offloaded.statistics(), offloaded.routing()
+        assert offloaded.resident_mask(0).nonzero().flatten().tolist() == [5, 6, 7]
+    for layer, seen in enumerate(routing):
+        within = usage[layer][seen] >= E - 3
+        assert statistics.layers[layer].hits == within.sum() - len(seen[within].unique())
 
 
 def test_hits_of_a_cache_that_layers_share_are_those_of_the_simulator(olmoe):
@@ -157,8 +182,8 @@ def test_hits_of_a_cache_that_layers_share_are_those_of_the_simulator(olmoe):
         read_by_token(model, token_ids(1, 30), prompt=1)
         statistics, routing = offloaded.statistics(), offloaded.routing()
     visits = torch.stack([routing[0], routing[1] + E], dim=1).flatten(0, 1)  # layer after layer of each token
-    hits = functional.cache_hit_rate(visits[None], 2 * E)[2 * 3 - 1] * visits.numel()
-    assert statistics.hits == round(hits.item()) - min(6, len(visits.unique()))
+    hits = functional.cache_hit_rate(visits[None], 2 * E, cold="miss")[2 * 3 - 1] * visits.numel()
+    assert statistics.hits == round(hits.item())
     assert statistics.slots == [6]
 
 
@@ -248,3 +273,16 @@ def test_the_bias_of_cache_aware_routing_is_for_the_experts_that_are_in_slots(ol
         for t in range(prompt, ids.shape[1]):
             output = model(ids[:, t : t + 1], past_key_values=output.past_key_values, use_cache=True)
         assert offloaded.statistics().decode.hits == routing.hits - before
+
+
+def test_reads_can_be_held_back_to_those_of_a_slower_disk(olmoe):
+    ids = token_ids(1, 30)
+    expert_bytes = 3 * 32 * 16 * 4
+    offloaded = OffloadedExperts(olmoe, read_bandwidth=100 * expert_bytes)
+    with offloaded as model:
+        began = time.perf_counter()
+        logits(model, ids)
+        elapsed = time.perf_counter() - began
+        assert elapsed >= 0.95 * offloaded.statistics().misses / 100
+    with pytest.raises(ValueError, match="read_bandwidth must be a positive number of bytes"):
+        OffloadedExperts(olmoe, read_bandwidth="slow")

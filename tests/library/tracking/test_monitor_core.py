@@ -138,6 +138,7 @@ def test_a_term_without_gradient_alarms_at_the_next_validation():
     scores = torch.randn(1, 4, 8, requires_grad=True)
     one = RoutingTrace([scores.topk(2).indices], 8, scores=[scores])
     core.watch_term((one.scores[0] ** 2).sum(), one)
+    core.watch_term((one.scores[0] * 0).sum(), one)
     validate(core, [trace()], {"val/loss": 2.0}, wall)
     assert wall.alerts == []
     core.watch_term((one.scores[0] * 0).sum(), one)

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from wandb_file import read_run
 from consistency_reg import RoutingMonitor, functional
 from consistency_reg.callbacks.batches import count_tokens
 from consistency_reg.callbacks.progress import TrainingBar, total_steps
-from consistency_reg.lab.wandb_login import login_found, wandb_mode
+from consistency_reg.lab.wandb_login import wandb_mode
 from consistency_reg.lab.workspace import main as workspace_main
 from consistency_reg.lab.workspace import workspace
 from consistency_reg.tracking.artifacts import log_artifact
@@ -294,23 +296,36 @@ def test_the_workspace_command_needs_a_login_and_says_so(monkeypatch, tmp_path):
         workspace_main(["project"])
 
 
+FIND_LOGIN = """
+from consistency_reg.lab.wandb_login import login_found, wandb_mode
+print(login_found(), wandb_mode())
+"""
+
+
 def test_no_login_means_offline_and_a_chosen_mode_stays(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("NETRC", "WANDB_API_KEY", "WANDB_CONFIG_DIR", "WANDB_BASE_URL", "WANDB_MODE"):
+    for name in ("WANDB_API_KEY", "WANDB_CONFIG_DIR", "WANDB_BASE_URL", "WANDB_MODE", "WANDB_SERVICE"):
         monkeypatch.delenv(name, raising=False)
-    assert wandb_mode() == "offline"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "logins"))
+
+    def found(**environment):  # in a process of its own, as wandb reads its environment once
+        done = subprocess.run(
+            [sys.executable, "-c", FIND_LOGIN],
+            cwd=tmp_path,
+            env=os.environ | environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()[-2:]
+
+    assert found() == ["False", "offline"]
+    (tmp_path / "logins").write_text("machine api.wandb.ai login user password " + 40 * "0")
+    assert found() == ["True", "None"]
+    assert found(WANDB_BASE_URL="https://wandb.example.org") == ["False", "offline"]  # a login for another server
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert wandb_mode() == "disabled"
-    monkeypatch.delenv("WANDB_MODE")
-    logins = tmp_path / "logins"
-    logins.write_text("machine api.wandb.ai login user password " + 40 * "0")
-    monkeypatch.setenv("NETRC", str(logins))
-    assert login_found()
-    assert wandb_mode() is None
-    settings = tmp_path / ".config" / "wandb" / "settings"
-    settings.parent.mkdir(parents=True)
-    settings.write_text("[default]\nbase_url = https://wandb.example.org\n")
-    assert wandb_mode() == "offline"  # the login is one for another server
 
 
 def test_the_cache_curve_marks_2k_and_the_share_once_where_they_are_one(run):

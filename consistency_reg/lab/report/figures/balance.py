@@ -3,8 +3,10 @@
 from consistency_reg.lab.render.png import legend_below, panels
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.looks import Looks
-from consistency_reg.lab.report.runs import GLOBAL_CV, LOCAL_CV, SRP, Run
+from consistency_reg.lab.report.measured import GLOBAL_CV, LOCAL_CV, SRP
+from consistency_reg.lab.report.runs import Run
 from consistency_reg.optional import require
+from consistency_reg.reading import Reading
 
 with require("plots"):
     import pandas as pd
@@ -20,7 +22,7 @@ CAPTION = (
 
 def draw(findings: Findings, looks: Looks) -> Figure | None:
     """Two panels with one SRP axis; None where balance was not measured."""
-    runs = [run for run in findings.runs if {GLOBAL_CV, LOCAL_CV, SRP} <= run.metrics.keys()]
+    runs = [run for run in findings.runs if run.measured(GLOBAL_CV, LOCAL_CV, SRP)]
     if not runs:
         return None
     figure, (left, right) = panels(1, 2, 11, 5.0, sharey=True)
@@ -32,11 +34,11 @@ def draw(findings: Findings, looks: Looks) -> Figure | None:
     return figure
 
 
-def _panel(axes: Axes, runs: list[Run], looks: Looks, metric: str, title: str) -> None:
+def _panel(axes: Axes, runs: list[Run], looks: Looks, measure: Reading, title: str) -> None:
     for run in runs:
-        looks.point(axes, run, run.metrics[metric], 100 * run.metrics[SRP])
-    measured = pd.DataFrame({name: [run.metrics[name] for run in runs] for name in (metric, SRP)}).rank()
-    correlation = measured[metric].corr(measured[SRP])
+        looks.point(axes, run, run.get(measure), 100 * run.get(SRP))
+    ranks = pd.DataFrame([[run.get(measure), run.get(SRP)] for run in runs]).rank()
+    correlation = ranks[0].corr(ranks[1])
     known = len(runs) > 2 and correlation == correlation
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel(

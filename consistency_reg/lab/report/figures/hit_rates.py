@@ -1,15 +1,16 @@
 """LRU hit rate by cache size, with the knee of each curve."""
 
-import re
 from typing import Any
 
 from consistency_reg.lab.knee import knee
+from consistency_reg.lab.recipe import routed_experts
 from consistency_reg.lab.render.png import entry, legend_below, panels, whiskers
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.looks import Looks
-from consistency_reg.lab.report.recipe import routed_experts
 from consistency_reg.lab.report.runs import Run
+from consistency_reg.measures import HIT_RATE
 from consistency_reg.optional import require
+from consistency_reg.reading import VALIDATION
 
 with require("plots"):
     import pandas as pd
@@ -21,7 +22,6 @@ CAPTION = (
     "sizes, beyond which slots bring less than they do on average. Curves have the sizes that the recipe's "
     "monitor.cache_ratios and monitor.cache_shares ask for."
 )
-RATIO, SHARE = re.compile(r"val/cache/lru_([\d.]*)k"), re.compile(r"val/cache/lru_([\d.]+)pct")
 LEAST_SIZES = 4  # of a curve whose knee is worth naming
 
 
@@ -60,12 +60,14 @@ def curve(run: Run) -> dict[float, float]:
     """LRU hit rate by cache ratio, smallest first; shares of the experts become ratios where E and K are known."""
     sizes = routed_experts(run.architecture)
     rates = {}
-    for name, rate in run.metrics.items():
-        if match := RATIO.fullmatch(name):
-            rates[float(match[1] or 1)] = rate
-        elif sizes and (match := SHARE.fullmatch(name)):
-            slots = max(round(float(match[1]) / 100 * sizes[0]), 1)
-            rates[slots / sizes[1]] = rate
+    for reading, rate in run.readings():
+        of_model = reading.layer is None and not reading.domain and reading.stage == VALIDATION
+        if reading.measure is not HIT_RATE or reading.cache != "lru" or not of_model:
+            continue
+        if reading.ratio is not None:
+            rates[reading.ratio] = rate
+        elif sizes and reading.share is not None:
+            rates[max(round(reading.share * sizes[0]), 1) / sizes[1]] = rate
     return dict(sorted(rates.items()))
 
 

@@ -1,11 +1,9 @@
 """SRP of every layer."""
 
-import re
-
 from consistency_reg.lab.render.png import panels
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.looks import Looks
-from consistency_reg.lab.report.runs import SRP
+from consistency_reg.lab.report.measured import SRP
 from consistency_reg.optional import require
 
 with require("plots"):
@@ -15,17 +13,16 @@ with require("plots"):
     from matplotlib.figure import Figure
 
 CAPTION = "SRP (segments of 16 tokens) of each MoE layer, means over the seeds, in percent."
-LAYER = re.compile(rf"{SRP}/layer_(\d+)")
 MOST_NUMBERS = 16  # layers for which the numbers have room
 
 
 def draw(findings: Findings, looks: Looks) -> Figure | None:
     """A row for each cell, a column for each layer; None where layers were not measured."""
     rows = [
-        {"cell": run.cell, "layer": int(match[1]), "srp": 100 * value}
+        {"cell": run.cell, "layer": reading.layer, "srp": 100 * value}
         for run in findings.runs
-        for name, value in run.metrics.items()
-        if (match := LAYER.fullmatch(name))
+        for reading, value in run.readings()
+        if reading.layer is not None and reading.within(reading.stage) == SRP
     ]
     if not rows:
         return None

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from consistency_reg.lab.render.png import legend_below, panels
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.looks import Looks
+from consistency_reg.lab.report.measured import HITS, PERPLEXITY, SRP
 from consistency_reg.lab.report.pairs import Pair
-from consistency_reg.lab.report.runs import MISSES_FROM, PERPLEXITY, SRP, Run
+from consistency_reg.lab.report.runs import Run
 from consistency_reg.optional import require
+from consistency_reg.reading import Reading
 
 with require("plots"):
     from matplotlib.axes import Axes
@@ -25,17 +27,17 @@ MANY = 12  # pairs, beyond which arrows stand back
 def draw(findings: Findings, looks: Looks) -> Figure:
     """A point for each run, an arrow for each pair; runs that lack a panel's metric are not in it."""
     figure, (left, right) = panels(1, 2, 11, 5.4, sharey=True)
-    sides: tuple[tuple[Axes, str, Callable[[Run], float]], ...] = (
-        (left, MISSES_FROM, lambda run: 100 * run.misses),
-        (right, SRP, lambda run: 100 * run.metrics[SRP]),
+    sides: tuple[tuple[Axes, Reading, Callable[[Run], float]], ...] = (
+        (left, HITS, lambda run: 100 * run.misses),
+        (right, SRP, lambda run: 100 * run.get(SRP)),
     )
     for axes, needed, read in sides:
         for pair in findings.pairs:
-            if needed in pair.run.metrics and needed in pair.baseline.metrics:
+            if pair.run.measured(needed) and pair.baseline.measured(needed):
                 _arrow(axes, pair, read, looks.colour(pair.run), alpha=0.7 if len(findings.pairs) <= MANY else 0.3)
         for run in findings.runs:
-            if needed in run.metrics:
-                looks.point(axes, run, read(run), run.metrics[PERPLEXITY])
+            if run.measured(needed):
+                looks.point(axes, run, read(run), run.get(PERPLEXITY))
         axes.margins(0.1, 0.1)
     left.set_xlabel("LRU misses at cache = 25% of the experts (% of expert accesses)\n← better")
     right.set_xlabel("SRP, segments of 16 tokens (%)\nbetter →")
@@ -51,7 +53,7 @@ def draw(findings: Findings, looks: Looks) -> Figure:
 def _arrow(axes: Axes, pair: Pair, read: Callable[[Run], float], colour: str, alpha: float) -> None:
     axes.annotate(
         "",
-        xy=(read(pair.run), pair.run.metrics[PERPLEXITY]),
-        xytext=(read(pair.baseline), pair.baseline.metrics[PERPLEXITY]),
+        xy=(read(pair.run), pair.run.get(PERPLEXITY)),
+        xytext=(read(pair.baseline), pair.baseline.get(PERPLEXITY)),
         arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.2, "shrinkA": 7, "shrinkB": 7, "alpha": alpha},
     )

@@ -36,11 +36,16 @@ TRAINER_DEFAULTS = {  # Lightning's, of the other keys; None besides
 }
 OF_VALIDATION = ("limit_val_batches", "overfit_batches", "fast_dev_run")
 ONLY_WATCH = ("Bar", "Monitor", "Summary", "Checkpoint")  # how callbacks that change nothing are named
+IN_THE_LOOP = "CacheAware"  # the name of cache-aware routing in training, where it is alone
+ROUTING = ("strength", "start_step", "ramp_steps", "cache_ratio", "guaranteed", "method")
+ADDED_LATER = {"trust_remote_code": False}  # options of a model
 STRENGTHS = ("weight", "target", "budget")  # how strong a term is, not what it is
 
 
 def consistency_term(config: Mapping[str, Any]) -> tuple[str, float]:
     """Name and weight of a recipe's consistency term; "none" where nothing of it reaches the loss.
+
+    Cache-aware routing in training counts as one, of its strength, where it is alone.
 
     Example:
         >>> consistency_term({"consistency": {"loss": {"class_path": "a.ReMoELoss"}, "weight": 0.1}})
@@ -49,7 +54,8 @@ def consistency_term(config: Mapping[str, Any]) -> tuple[str, float]:
     section = config.get("consistency") or {}
     weight = float(section.get("weight") or 0.0)
     if not any(section.get(strength) for strength in STRENGTHS):
-        return "none", 0.0
+        strength = _routing(config).get("strength", 0.0)
+        return (IN_THE_LOOP, float(strength)) if strength else ("none", 0.0)
     loss = section.get("loss") or {}
     name = loss.get("class_path", "LocalConsistencyLoss").rpartition(".")[2]
     if name == "make_loss":
@@ -68,7 +74,14 @@ def term_options(config: Mapping[str, Any]) -> dict[str, Any]:
     section = dict(config.get("consistency") or {})
     loss = section.pop("loss", None) or {}
     options = {**section, **(loss.get("init_args") or {})}
+    options |= {f"routing.{key}": value for key, value in _routing(config).items()}
     return {key: value for key, value in sorted(options.items()) if key not in STRENGTHS and value not in (None, [])}
+
+
+def _routing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The cache-aware routing in training; empty where there is none. How it is deployed is no part of it."""
+    section = config.get("routing") or {}
+    return {key: section[key] for key in ROUTING if key in section} if section.get("strength") else {}
 
 
 def architecture(config: Mapping[str, Any]) -> str:
@@ -122,11 +135,22 @@ def pair_digest(config: Mapping[str, Any]) -> str:
     for section, keys in PAIRED_SETTINGS.items():
         value = config.get(section)
         paired[section] = {key: value.get(key) for key in keys} if keys and isinstance(value, dict) else value
+    paired["model"] = _without_later_options(paired["model"])
     if more := _more_of_trainer(config):  # recipes that set none of it keep the digest of committed rows
         paired["trainer"] |= more
     if (anchor := config.get("anchor") or {}).get("weight"):
         paired["anchor"] = anchor
     return hashlib.sha256(json.dumps(_with_first_paths(paired), sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _without_later_options(model: Any) -> Any:
+    """Leave out options that were added after rows had been committed, where they say what was always done."""
+    built: Any = model.get("model") if isinstance(model, Mapping) else None
+    given = built.get("init_args") if isinstance(built, Mapping) else None
+    if not isinstance(given, Mapping):
+        return model
+    kept = {key: value for key, value in given.items() if key not in ADDED_LATER or value != ADDED_LATER[key]}
+    return {**model, "model": {**built, "init_args": kept}}
 
 
 def _with_first_paths(value: Any) -> Any:

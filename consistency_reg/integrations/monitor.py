@@ -1,0 +1,312 @@
+"""The measures of routing in transformers' Trainer and in TRL's trainers."""
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from consistency_reg.capture import RouterAdapter
+from consistency_reg.integrations.attach import attachments
+from consistency_reg.integrations.listening import ForwardListener, Given
+from consistency_reg.integrations.optimizer_step import StepTerm
+from consistency_reg.integrations.reporters import ReporterBoard
+from consistency_reg.integrations.trainer_state import checkpoint_of, steps_of_epoch
+from consistency_reg.masks import Masks
+from consistency_reg.optional import require
+from consistency_reg.routing import RoutingTrace
+from consistency_reg.tracking.alarms import Alarms
+from consistency_reg.tracking.monitor import MonitorCore
+
+with require("accelerate"):
+    import accelerate  # noqa: F401  (the Trainer needs it, and names it less clearly)
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+STATE_FILE = "routing_monitor.json"
+RUNTIME = "_runtime"  # what every evaluation logs, behind its prefix
+
+
+class RoutingMonitorCallback(TrainerCallback):
+    """Measures routing in a ``Trainer``'s evaluations and at the training steps that it logs.
+
+    The measures are those of :class:`~consistency_reg.RoutingMonitor`, with the names of transformers: of an evaluation
+    ``eval_srp/m16``, ``eval_static_srp``, ``eval_cache/lru_2k``, ``eval_balance/cv``, ..., of each layer with
+    ``/layer_00`` behind, and of each dataset, where ``eval_dataset`` is a mapping, with its name behind; of a training
+    step ``srp/m16``, ``static_srp``, ``local_gain/m16``, ``cache/lru_2k``, ..., and ``tokens``, those seen so far.
+    Reporters write them below ``eval/`` and ``train/``; wandb also gets tables of all experts and datasets, pictures
+    (extra ``plots``) and ``best/`` in its summary, TensorBoard the pictures. A router that collapses is warned of once,
+    and wandb's user is alerted.
+
+    :meth:`add_to` puts the callback before the reporters and tells it the names of the datasets.
+
+    Args:
+        segment_lengths: m of SRP and of local balance.
+        cache_ratios: rho of the LRU caches, slots = rho * K.
+        cache_shares: more LRU caches, as a share of a layer's experts.
+        masks: ``forward's arguments by name -> (valid, document_ids)``, each [B, T] or None; reads the usual ones when
+            None.
+        adapters: kinds of routers that the capture does not know by itself.
+        layers: regular expression, the routers to measure; all when None.
+        quality: the logged metric of an evaluation, lower is better, that the trade-off and ``best/`` are about;
+            ``eval_loss`` when None.
+        training: measure training steps too.
+        samples: how many texts to draw, the first row of as many datasets.
+        alarms: the bounds to warn at, see :class:`~consistency_reg.tracking.alarms.Alarms`; the usual ones when None.
+
+    Raises:
+        ValueError: ratios that are not positive, shares outside of (0, 1]; a model without routers.
+
+    Example:
+        >>> RoutingMonitorCallback(segment_lengths=(4, 16)).tokens
+        0
+    """
+
+    def __init__(
+        self,
+        segment_lengths: Sequence[int] = (4, 16, 64),
+        cache_ratios: Sequence[float] = (1.0, 2.0),
+        cache_shares: Sequence[float] = (0.25,),
+        *,
+        masks: Callable[[Mapping[str, Any]], Masks] | None = None,
+        adapters: Sequence[RouterAdapter] = (),
+        layers: str | None = None,
+        quality: str | None = None,
+        training: bool = True,
+        samples: int = 2,
+        alarms: Alarms | None = None,
+    ) -> None:
+        self.core = MonitorCore(
+            segment_lengths, cache_ratios, cache_shares, quality=quality, samples=samples, alarms=alarms
+        )
+        self.training = training
+        self._options: dict[str, Any] = {"masks": masks, "adapters": adapters, "layers": layers}
+        self._trainer: Trainer | None = None
+        self._listener: ForwardListener | None = None
+        self._tokens: Tensor | int = 0
+        self._processes = 1
+        self._records = False  # whether the present training step will be logged
+        self._of_step: RoutingTrace | None = None
+        self._of_batch: tuple[RoutingTrace, Tensor | None] | None = None
+        self._batches = 0  # of the dataset that is evaluated
+        self._evaluated: dict[str, dict[str, float]] = {}  # datasets of an evaluation that has more, and their logs
+        self._logged: dict[str, float] = {}
+        self._training_values: dict[str, float] = {}
+        self._said = False
+
+    @property
+    def tokens(self) -> int:
+        """Count the real tokens seen in training by all processes, which are taken to see equally many."""
+        return int(self._tokens)
+
+    def add_to(self, trainer: Trainer) -> "RoutingMonitorCallback":
+        """Join the trainer's callbacks before its reporters, so that they log the measures too."""
+        trainer.callback_handler.callbacks.insert(0, self)
+        self._trainer = trainer
+        return self
+
+    @contextmanager
+    def listening(self, model: nn.Module) -> Iterator[None]:
+        """Measure what is evaluated inside, for evaluations outside of ``train()``."""
+        self._listen(model)
+        try:
+            yield
+        finally:
+            self._release()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Listen to the model; go on from a checkpoint."""
+        self._processes = args.world_size
+        self._listen(model)
+        saved = checkpoint_of(args, state) / STATE_FILE
+        if state.global_step and saved.exists():
+            kept = json.loads(saved.read_text(encoding="utf-8"))
+            self._tokens = kept["tokens"]
+            self.core.load_state_dict(kept)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Decide whether the step is measured, and forget an evaluation that was not finished."""
+        if self._evaluated or self._batches:
+            self._begin_evaluation()
+            self.core.reset()
+        self._records = self.training and _will_log(args, state, train_dataloader)
+        for term in attachments(model):
+            if isinstance(term, StepTerm):
+                term.watch = self.core.watch_term if self._records else None
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Measure the last forward of a step that will be logged."""
+        if self._of_step is not None:
+            trace, self._of_step = self._of_step, None
+            values = self.core.training_step(trace)
+            self._training_values = {name: float(value) for name, value in values.items()}
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Count a batch of an evaluation."""
+        if self._listener is None:
+            self._say_that_nothing_is_measured()
+        if self._of_batch is None:
+            return
+        (trace, token_ids), self._of_batch = self._of_batch, None
+        board = self._board(args, state)
+        if board.shows_pictures:
+            self.core.draw(board, getattr(processing_class, "decode", None))
+        domain = len(self._evaluated)
+        names = self._datasets()
+        name = names[domain] if domain < len(names) else "eval"
+        self.core.validation_batch(trace, domain, name=name, token_ids=token_ids, draw=self._batches == 0, board=board)
+        self._batches += 1
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the measures to the log of a training step, or of an evaluation when all of its datasets are done."""
+        if logs is None:
+            return
+        prefix = next((name.removesuffix(RUNTIME) for name in logs if name.endswith(RUNTIME)), None)
+        if prefix is None and "loss" in logs and self._training_values:
+            values = self._training_values | {"tokens": float(self.tokens)}
+            self._training_values = {}
+        elif prefix is not None and prefix != "train":
+            values = self._end_dataset(prefix, logs, args.device)
+        else:
+            return
+        logs |= values
+        if state.log_history:
+            state.log_history[-1] |= values
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Show what goes with the numbers: alarms, the trade-off with the quality, its best, tables, pictures."""
+        if self._logged:
+            logged, self._logged = self._logged, {}
+            self.core.show(
+                self._board(args, state),
+                logged,
+                step=state.global_step,
+                tokens=self.tokens,
+                first=state.is_world_process_zero,
+            )
+
+    def on_predict(self, *_: Any, **__: Any) -> None:
+        """Forget what was heard of a prediction, which is no evaluation."""
+        self._begin_evaluation()
+        self.core.reset()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep the tokens seen and the best evaluation in the checkpoint."""
+        folder = checkpoint_of(args, state)
+        if args.should_save and folder.exists():
+            kept = {"tokens": self.tokens} | self.core.state_dict()
+            written = folder / f".{STATE_FILE}"
+            written.write_text(json.dumps(kept), encoding="utf-8")
+            written.replace(folder / STATE_FILE)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Take the hooks off the model."""
+        self._release()
+
+    # --- hearing ----------------------------------------------------------------------------------------------------
+
+    def _listen(self, model: nn.Module) -> None:
+        self._release()
+        self._model = model
+        self._listener = ForwardListener(model, self._hear, **self._options)
+
+    def _hear(self, given: Given) -> None:
+        assert self._listener is not None
+        learns = torch.is_grad_enabled()
+        if self._model.training and learns:
+            self._tokens = self._tokens + self._listener.count_tokens(given) * self._processes
+            if self._records:
+                self._of_step = self._listener.trace(given)
+        elif not self._model.training and not learns and self._of_batch is None:
+            ids = given.get("input_ids")  # a second forward of the same batch is not counted
+            self._of_batch = self._listener.trace(given), ids if isinstance(ids, Tensor) else None
+
+    def _release(self) -> None:
+        if self._listener is not None:
+            self._listener.release()
+        self._listener = None
+        self._of_step = self._of_batch = None
+        self._training_values = {}
+        self._begin_evaluation()
+        self.core.reset()
+
+    # --- evaluations ------------------------------------------------------------------------------------------------
+
+    def _datasets(self) -> list[str]:
+        """Return the names of the trainer's evaluation datasets, where they are several."""
+        datasets = getattr(self._trainer, "eval_dataset", None)
+        return list(datasets) if isinstance(datasets, dict) else []
+
+    def _begin_evaluation(self) -> None:
+        self._evaluated, self._batches, self._of_batch = {}, 0, None
+
+    def _end_dataset(self, prefix: str, logs: Mapping[str, Any], device: torch.device) -> dict[str, float]:
+        """Return the measures of an evaluation, if this was the last of its datasets."""
+        numbers = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
+        names, dataset = self._datasets(), prefix.removeprefix("eval_")
+        domain = len(self._evaluated)
+        if domain < len(names) and names[domain] == dataset:  # one of those that are evaluated in turn
+            self._evaluated[dataset], self._batches = numbers, 0
+            if len(self._evaluated) < len(names):
+                return {}
+            each = enumerate(self._evaluated.items())
+            numbers |= {
+                f"eval_loss/dataloader_idx_{i}": of.get(f"eval_{name}_loss", torch.nan) for i, (name, of) in each
+            }
+            prefix = "eval"
+        else:
+            names = [f"{number}" for number in range(domain)] + [dataset]
+        values = self.core.end_validation(names, device)
+        self._begin_evaluation()
+        self._logged = numbers if values else {}
+        return {f"{prefix}_{name}": float(value) for name, value in values.items()}
+
+    def _say_that_nothing_is_measured(self) -> None:
+        if not self._said:
+            self._said = True
+            warnings.warn(
+                "RoutingMonitorCallback measures evaluations within train(); this one is not: write "
+                "with callback.listening(trainer.model): trainer.evaluate()",
+                stacklevel=3,
+            )
+
+    def _board(self, args: TrainingArguments, state: TrainerState) -> ReporterBoard:
+        callbacks = [] if self._trainer is None else self._trainer.callback_handler.callbacks
+        return ReporterBoard(
+            list(args.report_to or ()), callbacks, state.global_step, first=state.is_world_process_zero
+        )
+
+
+def _will_log(args: TrainingArguments, state: TrainerState, dataloader: Any) -> bool:
+    """Return whether the trainer logs after the optimizer step that begins."""
+    done = state.global_step + 1
+    if args.logging_strategy == "steps":
+        return done % max(int(state.logging_steps), 1) == 0 or (args.logging_first_step and done == 1)
+    steps = steps_of_epoch(args, dataloader)
+    return args.logging_strategy == "epoch" and steps is not None and done % steps == 0

@@ -1,0 +1,21 @@
+"""The verdict of an evaluation: which model misses least, and how large a cache it needs."""
+
+from collections.abc import Sequence
+
+from consistency_reg.lab.evaluate.measure import Evaluation
+from consistency_reg.lab.render.table import in_bytes
+from consistency_reg.lab.render.verdict import Verdict, of_models
+
+
+def verdict(evaluations: Sequence[Evaluation]) -> Verdict:
+    """Return the verdict on models that were measured on the same text; the others stand next to the first."""
+    return of_models({one.recording.model: one.values for one in evaluations}, _advice(evaluations[0]))
+
+
+def _advice(one: Evaluation) -> str:
+    """Return the cache to begin with: at the knee of the hit rates, or of 2K slots where there is none."""
+    name, choice = next(iter(one.advice.items()))
+    size = f"{choice.ratio:.3g} x K slots a layer" + (", the knee of the hit rates" if name == "knee" else "")
+    memory = "" if choice.memory_bytes is None else f" and {in_bytes(choice.memory_bytes)}"
+    gain = f"{100 * choice.hit_rate:.1f}% hits, {choice.misses:.2f} loads a token{memory}"
+    return f"Next: an LRU cache of {size}: {gain}."

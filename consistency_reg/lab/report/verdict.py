@@ -1,0 +1,51 @@
+"""The verdict of a report: the cell that saves most within its budget, and what to try next."""
+
+import math
+
+from consistency_reg.lab.render.verdict import Outcome, Verdict, advise, describe
+from consistency_reg.lab.report.findings import Findings
+from consistency_reg.lab.report.hypervolume import BUDGETS
+from consistency_reg.lab.report.measured import HITS
+from consistency_reg.optional import require
+
+with require("plots"):
+    import pandas as pd
+
+NO_BASELINE = "Next: the same command with --consistency.weight 0 and the same seed, and a report on both."
+NO_TERM = "Next: the same command with --consistency.weight 0.35 and the same seed, and a report on both."
+
+
+def verdict(findings: Findings) -> Verdict:
+    """Return what the best cell saves and costs; where nothing is compared, what the run that misses least does."""
+    if not findings.pairs:
+        best = min(findings.runs, key=lambda run: math.inf if math.isnan(run.misses) else run.misses)
+        without = all(run.loss == "none" for run in findings.runs)
+        return Verdict(describe(best.name, best.metrics), NO_TERM if without else NO_BASELINE)
+    best = best_cell(findings.cells)
+    of_loss = findings.cells[(findings.cells["loss"] == best["loss"]) & (findings.cells["against"] == best["against"])]
+    outcome = Outcome(
+        name=best["cell"],
+        against=best["against"],
+        misses=best["misses_change_mean"],
+        cache=HITS.complement,
+        perplexity=best["perplexity_change_mean"],
+        smallest_share=best["smallest_share_min"],
+        cv_ratio=best["cv_ratio_max"],
+        seeds=int(best["seeds"]),
+    )
+    return Verdict(str(outcome), advise(outcome, heavier=best["weight"] == of_loss["weight"].max()))
+
+
+def best_cell(cells: pd.DataFrame) -> pd.Series:
+    """Return the cell with the fewest misses within the first budget of perplexity.
+
+    Where no cell is within it, this is the cheapest cell that stays in comparisons, and where none stays, the one with
+    the fewest misses.
+    """
+    kept = cells[cells["left_out"] == 0]
+    budget = BUDGETS[0]
+    cheap = kept[(kept["perplexity_change_mean"] <= budget.mean) & (kept["perplexity_change_max"] <= budget.each)]
+    for group, by in ((cheap, "misses_change_mean"), (kept, "perplexity_change_mean"), (cells, "misses_change_mean")):
+        if group[by].notna().any():
+            return group.loc[group[by].idxmin()]
+    return cells.iloc[0]

@@ -1,0 +1,337 @@
+"""The folder of a run: its files, who works in it, how far the run is, and what came out of it.
+
+Every command that writes or reads run folders does so through this module: ``fit`` and ``ablate`` fill them,
+``report``, ``evaluate`` and the model card read them.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from consistency_reg.lab.files import naming, remove_leftovers, write_atomically, write_json
+
+CONFIG, RESULT, PROGRESS, METRICS = "config.yaml", "result.json", "progress.json", "metrics.csv"
+CHECKPOINTS, LAST, MODEL, WANDB, WANDB_ID = "checkpoints", "last.ckpt", "model", "wandb", "wandb-id"
+CELL_CONFIG, CELL_SETTINGS, LOG, LOCK = "cell.yaml", "cell.json", "log.txt", "lock"
+HANDED_DOWN = "CONSISTENCY_REG_CLAIM"  # the file descriptor of a claim that a child process is given
+PATIENCE = 15.0  # seconds in which what a killed owner has left, such as data workers, ends by itself
+SIGNED_WITHIN = 1.0  # seconds in which a new owner has written who it is
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run, which need not exist yet.
+
+    Args:
+        path: where it is.
+
+    Example:
+        >>> RunFolder(Path("runs/first")).last_checkpoint.as_posix()
+        'runs/first/checkpoints/last.ckpt'
+    """
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The name of the run: the folder's own, also where it is given as ``.``."""
+        return self.path.resolve().name
+
+    @property
+    def config(self) -> Path:
+        """The whole recipe of the run, defaults included."""
+        return self.path / CONFIG
+
+    @property
+    def result(self) -> Path:
+        """What came out; it is there only when the run is finished."""
+        return self.path / RESULT
+
+    @property
+    def metrics(self) -> Path:
+        """What was logged since the run went on for the last time."""
+        return self.path / METRICS
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """The checkpoint that a resumed run goes on from."""
+        return self.checkpoints / LAST
+
+    @property
+    def model(self) -> Path:
+        """The folder of the trained model, its tokenizer and its card."""
+        return self.path / MODEL
+
+    @property
+    def wandb(self) -> Path:
+        """The files of wandb."""
+        return self.path / WANDB
+
+    @property
+    def cell_config(self) -> Path:
+        """What a cell of an ablation changes in its recipe."""
+        return self.path / CELL_CONFIG
+
+    @property
+    def cell_settings(self) -> Path:
+        """What a cell of an ablation was made with, and its place in the grid."""
+        return self.path / CELL_SETTINGS
+
+    @property
+    def log(self) -> Path:
+        """What the process of a cell has printed."""
+        return self.path / LOG
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run came to its end."""
+        return self.result.exists()
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run was begun here."""
+        return any((self.path / name).exists() for name in (RESULT, CELL_SETTINGS, CONFIG))
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing is here but what an ablation writes first."""
+        known = {LOCK, CELL_CONFIG}
+        return not self.path.is_dir() or all(one.name in known or one.match(".*.part") for one in self.path.iterdir())
+
+    def check_writable(self) -> None:
+        """Raise OSError if the folder can neither be written to nor made; nothing is written."""
+        place = self.path.absolute()
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{os.strerror(errno.ENOTDIR)}, so no run can be there", str(place))
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "nothing can be written here", str(place))
+
+    def write_config(self, config: str) -> None:
+        """Write the recipe of a run that begins."""
+        write_atomically(self.config, config)
+
+    def set_result_aside(self) -> None:
+        """Keep the result and the recipe of a finished run that is to go on for more steps, under other names."""
+        earlier, config = self.earlier_configs(), self.config.read_text()
+        if config not in [path.read_text() for path in earlier]:  # else this was begun before, and killed
+            write_atomically(self.path / f"config-{len(earlier) + 1}.yaml", config)
+        if self.result.exists():
+            self.result.rename(self.path / f"result-{len(self.earlier_configs())}.json")
+
+    def earlier_configs(self) -> list[Path]:
+        """Return the recipes that the run had before it was to go on for more steps."""
+        return sorted(self.path.glob("config-*.yaml"), key=_number)
+
+    def set_metrics_aside(self) -> None:
+        """Keep what an interrupted run has logged as ``metrics-1.csv`` and so on; a row that was cut off goes."""
+        if not self.metrics.exists():
+            return
+        content = self.metrics.read_bytes()
+        if not content.endswith(b"\n"):
+            write_atomically(self.metrics, content[: content.rfind(b"\n") + 1])
+        number = max(map(_number, self.path.glob("metrics-*.csv")), default=0) + 1
+        self.metrics.rename(self.path / f"metrics-{number}.csv")
+
+    def read_result(self) -> dict[str, Any]:
+        """Return what ``result.json`` holds.
+
+        Raises:
+            OSError, ValueError: there is none, or it is no JSON.
+        """
+        return json.loads(self.result.read_text())
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Write ``result.json``, with which the run is finished."""
+        write_json(self.result, result)
+
+    def write_progress(self, progress: dict[str, Any]) -> None:
+        """Write how far the run is."""
+        write_json(self.path / PROGRESS, progress, durable=False)  # the next one comes in seconds
+
+    def read_progress(self) -> dict[str, Any] | None:
+        """Return how far the run said it is, with the time of that under "written"; None before it did."""
+        path = self.path / PROGRESS
+        try:
+            return {**json.loads(path.read_text()), "written": path.stat().st_mtime}
+        except (OSError, ValueError):
+            return None
+
+    def wandb_id(self, new: str) -> str:
+        """Return wandb's id of the run; it is ``new`` for the first one who asks."""
+        path = self.path / WANDB_ID
+        if not path.exists() or not path.stat().st_size:  # an empty one is what a full disk has left
+            write_atomically(path, new)
+        return path.read_text()
+
+    def log_tail(self, lines: int = 8) -> list[str]:
+        """Return the last lines of the log that say something; of a progress bar only its last state."""
+        try:
+            text = self.log.read_bytes()[-20_000:].decode(errors="replace")
+        except OSError:
+            return []
+        shown = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n")]
+        return [line for line in shown if line][-lines:]
+
+    def tidy(self) -> None:
+        """Remove what killed processes have left half written; only for who holds the claim."""
+        for folder in (self.path, self.checkpoints):
+            remove_leftovers(folder)
+
+
+class Claim:
+    """The right to work in a run folder, which one process at a time has.
+
+    It ends with its process, however that ends, and is shared with the child process that it is handed down to: then it
+    ends with whoever of the two ends last.
+    """
+
+    def __init__(self, descriptor: int, *, inherited: bool = False) -> None:
+        self.descriptor = descriptor
+        self.inherited = inherited
+
+    @classmethod
+    def take(cls, folder: RunFolder) -> "Claim | None":
+        """Claim a folder, which is made if it is not there; None while another process works in it.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        if (inherited := _handed_down(folder)) is not None:
+            claim = cls(inherited, inherited=True)
+        else:
+            with naming(folder.path / LOCK):
+                folder.path.mkdir(parents=True, exist_ok=True)
+                claim = cls(os.open(folder.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644))
+            if not claim._lock():
+                os.close(claim.descriptor)
+                return None
+        claim._sign()
+        return claim
+
+    @classmethod
+    def take_or_refuse(cls, folder: RunFolder) -> "Claim":
+        """Claim a folder, and wait a little where its owner has been killed.
+
+        Raises:
+            RuntimeError: another process works in it; says which.
+            OSError: the folder cannot be written to.
+        """
+        began = time.monotonic()
+        while (claim := cls.take(folder)) is None:
+            owner = _owner(folder)
+            patience = PATIENCE if _is_dead(owner) else 0.0 if owner else SIGNED_WITHIN
+            if time.monotonic() - began > patience:
+                raise RuntimeError(_refusal(folder, owner))
+            time.sleep(0.1)
+        return claim
+
+    def handed_down(self) -> dict[str, str]:
+        """Return what the environment of a child needs, which is also to be passed the descriptor."""
+        return {HANDED_DOWN: str(self.descriptor)}
+
+    def release(self) -> None:
+        """End the claim, also for processes that it was handed down to; without effect the second time."""
+        if self.descriptor < 0:
+            return
+        if not self.inherited:  # else it is the parent's to end
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.descriptor, 0)
+                fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+        os.close(self.descriptor)
+        self.descriptor = -1
+
+    def _lock(self) -> bool:
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            warnings.warn(
+                "the file system has no locks: see that no two processes work in one run folder", stacklevel=4
+            )
+        return True
+
+    def _sign(self) -> None:
+        """Write who works here, for others to read."""
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without the name
+            os.ftruncate(self.descriptor, 0)
+            os.pwrite(self.descriptor, json.dumps(owner).encode(), 0)
+
+
+def refuse_claimed(folder: RunFolder) -> None:
+    """Raise RuntimeError if another process that is alive works in a folder; nothing is written."""
+    owner = _owner(folder)
+    if not owner or _is_dead(owner) or HANDED_DOWN in os.environ:
+        return
+    with contextlib.suppress(OSError), open(folder.path / LOCK) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(_refusal(folder, owner)) from None
+
+
+def _handed_down(folder: RunFolder) -> int | None:
+    """The descriptor of this folder's claim that this process was given, once; None if it was not."""
+    given = os.environ.get(HANDED_DOWN, "")
+    try:
+        descriptor = int(given)
+        here, there = os.fstat(descriptor), os.stat(folder.path / LOCK)
+    except (OSError, ValueError):
+        return None
+    if (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino):
+        return None
+    del os.environ[HANDED_DOWN]
+    os.set_inheritable(descriptor, False)
+    return descriptor
+
+
+def _owner(folder: RunFolder) -> dict[str, Any]:
+    try:
+        owner = json.loads((folder.path / LOCK).read_text())
+    except (OSError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _is_dead(owner: dict[str, Any]) -> bool:
+    """Whether an owner on this machine has ended, as far as that can be seen."""
+    if owner.get("host") != socket.gethostname() or not isinstance(owner.get("pid"), int):
+        return False
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _refusal(folder: RunFolder, owner: dict[str, Any]) -> str:
+    who = "another process"
+    if owner:
+        who = f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}"
+    return f"run_dir {str(folder.path)!r} is being trained by {who}: wait for it, or choose another folder"
+
+
+def _number(path: Path) -> int:
+    digits = path.stem.rpartition("-")[2]
+    return int(digits) if digits.isdigit() else 0

@@ -1,0 +1,63 @@
+"""The function that transformers' ExpertsInterface calls for offloaded experts, and which engine it is for."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from consistency_reg.offload.layers import ExpertLayer
+from consistency_reg.optional import require
+
+IMPLEMENTATION = "consistency_reg_offload"
+Compute = Callable[
+    [int, nn.Module, Tensor, Tensor, Tensor], Tensor
+]  # number of the layer, module, states, ids, weights
+
+
+class Dispatch:
+    """Have transformers compute the experts of some layers by a function, until it is undone.
+
+    Args:
+        layers: of experts.
+        compute: called with the number of the layer and what the layer's module is called with.
+    """
+
+    def __init__(self, layers: Sequence[ExpertLayer], compute: Compute) -> None:
+        with require("transformers"):
+            from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, offloaded_experts)
+        self._modules: list[Any] = [layer.module for layer in layers]
+        configs = {id(module.config): module.config for module in self._modules}
+        self._implementations = [(config, config._experts_implementation) for config in configs.values()]
+        for config in configs.values():
+            config._experts_implementation_internal = IMPLEMENTATION
+        for number, module in enumerate(self._modules):
+            module._offloaded = _Layer(number, compute)
+
+    def undo(self) -> None:
+        """Give the modules their own implementation back."""
+        for module in self._modules:
+            del module._offloaded
+        for config, implementation in self._implementations:
+            config._experts_implementation_internal = implementation
+
+
+class _Layer:
+    """What belongs to one module: no module and no parameter, so that torch does not register it."""
+
+    def __init__(self, number: int, compute: Compute) -> None:
+        self.number, self.compute = number, compute
+
+
+@torch.compiler.disable
+def offloaded_experts(module: Any, hidden_NH: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    """Compute the experts of a layer by way of the slots.
+
+    Raises:
+        RuntimeError: the model is used outside of its ``with`` block.
+    """
+    layer: _Layer | None = getattr(module, "_offloaded", None)
+    if layer is None:
+        raise RuntimeError("experts are offloaded no longer: use the model inside of `with OffloadedExperts(...)`")
+    return layer.compute(layer.number, module, hidden_NH, ids_NK, weights_NK)
