@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from consistency_reg.devices import is_on_host
+from consistency_reg.documents import document_positions, row_chunks, rows_of
 from consistency_reg.functional.segments import (
     active_experts,
-    document_positions,
-    row_chunks,
-    rows_of,
     running_sums,
     window_ends,
 )
@@ -221,15 +220,11 @@ def _segment_usage(before_BTE: Tensor, ends_BT: Tensor, length_BT: Tensor) -> Te
     """Usage within each segment, [S, E], from that of the tokens before each place of a row, [B, T+1, E]."""
     before_SE = before_BTE.flatten(0, 1)
     after_BT = torch.arange(len(before_SE), device=before_SE.device).view(before_BTE.shape[:2])[:, 1:]
-    if _may_wait(before_SE):
+    if is_on_host(before_SE):
         after_S, length_S = after_BT[ends_BT], length_BT[ends_BT]
     else:  # to select the ends would make the host wait: take every token, with an empty segment where none ends
         after_S, length_S = after_BT.flatten(), length_BT.where(ends_BT, 0).flatten()
     return before_SE[after_S] - before_SE[after_S - length_S]
-
-
-def _may_wait(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
 
 
 def _cv(usage: Tensor) -> Tensor:

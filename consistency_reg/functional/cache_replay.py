@@ -55,7 +55,7 @@ def cache_access_hits(
         [[[True, True], [False, True], [False, True]]]
     """
     check_policy(policy)
-    simulation = Simulation("uses" if policy == "fixed" else policy, replay=replay, cold=cold)
+    simulation = Simulation("lru" if policy == "fixed" else policy, replay=replay, cold=cold)
     if slots < 1:
         raise ValueError(f"slots must be at least 1, got {slots}")
     trace = checked_trace(expert_ids, num_experts, valid, document_ids)

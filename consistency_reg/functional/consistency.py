@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from consistency_reg.devices import is_on_host
 from consistency_reg.functional.segments import along_tokens, covering_sums, window_ends
 from consistency_reg.functional.srp import best_f1
 
@@ -36,7 +37,7 @@ def count_histogram(counts: Tensor, ends: Tensor, segment_length: int, *, by_row
         [..., G, m+1] int64. No host synchronisation.
     """
     *layers, B, T, E = counts.shape
-    if counts.device.type == "cpu" and not by_row:  # counts stay int16 here, scatter_add_ needs int64
+    if is_on_host(counts) and not by_row:  # counts stay int16 here, scatter_add_ needs int64
         batches = counts.reshape(-1, B, T, E)
         bins = [torch.bincount(batch[ends].flatten(), minlength=segment_length + 1) for batch in batches]
         return torch.stack(bins).view(*layers, 1, segment_length + 1)

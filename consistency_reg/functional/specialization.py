@@ -6,7 +6,8 @@ Source: arXiv 2505.16056. B rows, T tokens, K active of E routed experts of one 
 import torch
 from torch import Tensor
 
-from consistency_reg.functional.segments import row_chunks
+from consistency_reg.devices import is_on_host
+from consistency_reg.documents import row_chunks
 from consistency_reg.routing import check_id_shape
 
 CHUNK_TOKENS = 2**13  # bounds the memory whatever B is
@@ -135,7 +136,7 @@ def check_group_ids(group_ids: Tensor, num_groups: int, shape: tuple[int, int], 
     if group_ids.shape not in (shape, shape[:1]):
         raise ValueError(f"group ids must have shape [B, T] = {list(shape)} or [B], got {list(group_ids.shape)}")
     group_BT = (group_ids[:, None] if group_ids.dim() == 1 else group_ids).long().expand(shape)
-    if group_BT.device.type == "cpu":
+    if is_on_host(group_BT):
         real = group_BT if valid is None else group_BT[valid]
         low, high = (int(real.min()), int(real.max())) if real.numel() else (0, 0)
         if low < 0 or high >= num_groups:

@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from consistency_reg import kernels
+from consistency_reg import devices
+from consistency_reg.documents import document_positions, row_chunks, rows_of
 from consistency_reg.functional.segments import (
     active_experts,
     check_segment_lengths,
-    document_positions,
-    row_chunks,
-    rows_of,
     running_sums,
     window_ends,
 )
@@ -223,7 +221,7 @@ def srp_counts(
     windows = {m: torch.zeros(E, m + 1, dtype=torch.int64, device=device) for m in segment_lengths}
     sequences = {m: torch.zeros(N, m + 1, dtype=torch.int64, device=device) for m in segment_lengths if per_sequence}
     usage_E = torch.zeros(E, dtype=torch.int64, device=device)
-    by_kernel = kernels.takes(expert_ids)
+    by_kernel = devices.has_kernels(expert_ids)
     count, most = (_count_by_kernel, KERNEL_CHUNK_TOKENS) if by_kernel else (_count, CHUNK_TOKENS)
     for rows in row_chunks(N, T, chunk_tokens or most):
         ids_BTK, valid_BT, document_BT = rows_of(rows, expert_ids, valid, document_ids)
@@ -270,7 +268,7 @@ def _count_by_kernel(
 
 def _count_rows(f_BWE: Tensor, row: Tensor, whole_BW: Tensor, shape: tuple[int, int]) -> Tensor:
     """Histogram of f over whole windows, one for each value of ``row``, which broadcasts against f. -> [rows, m+1]."""
-    count = _bincount if f_BWE.device.type == "cpu" else _scatter_count
+    count = _bincount if devices.is_on_host(f_BWE) else _scatter_count
     return count(f_BWE + (row * shape[1]).to(torch.int32), whole_BW, shape[0] * shape[1]).view(shape)
 
 

@@ -1,4 +1,4 @@
-"""The load-balance loss and the router z-loss, per layer, never pooled over layers."""
+"""The load-balance loss of each layer, never pooled over layers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from consistency_reg.functional.segments import active_experts
 from consistency_reg.losses.base import RoutingLoss, without_padding
-from consistency_reg.losses.consistency import SCOPES
 from consistency_reg.losses.distributed import all_sum, world_size
+from consistency_reg.losses.envelope import SCOPES
 from consistency_reg.routing import LayerRouting, RoutingTrace
 
 
@@ -180,26 +180,3 @@ def _mean_over_processes(sums: Tensor, counts: Tensor) -> Tensor:
     all_sums, all_counts = all_sum(sums.detach(), counts.to(sums.dtype))
     own_part = world_size() * (sums - sums.detach())  # 0, with the gradient
     return (all_sums + own_part) / all_counts.clamp_min(1)[:, None]
-
-
-class RouterZLoss(RoutingLoss):
-    """``mean over valid tokens of logsumexp(logits)^2``, which keeps the router's logits small.
-
-    Source: arXiv 2202.08906.
-
-    Example:
-        >>> logits = torch.zeros(1, 2, 4)
-        >>> trace = RoutingTrace([logits.topk(1).indices], num_experts=4, logits=[logits])
-        >>> round(RouterZLoss()(trace).item(), 3)  # log(4)^2
-        1.922
-    """
-
-    def layer_loss(self, layer: LayerRouting, trace: RoutingTrace) -> Tensor:
-        """The z-loss of one layer."""
-        logits_BTE = without_padding(layer, trace).logits
-        if logits_BTE is None:
-            raise ValueError(f"layer {layer.name!r}: the loss needs the router's logits, but the trace has none")
-        dtype = torch.promote_types(logits_BTE.dtype, torch.float32)
-        squared_BT = logits_BTE.to(dtype).logsumexp(dim=-1) ** 2
-        valid_BT = trace.valid_mask
-        return (squared_BT * valid_BT).sum() / valid_BT.sum().clamp_min(1)

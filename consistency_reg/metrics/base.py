@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from consistency_reg.devices import is_on_host
 from consistency_reg.reading import LAYER, Reading
 from consistency_reg.routing import RoutingTrace
 
@@ -131,5 +132,5 @@ class RoutingMetric(Metric):
         found = tuple(layer.num_experts for layer in trace)
         if found != self.num_experts:
             raise ValueError(f"the metric is for layers of {self.num_experts} experts, got a trace of {found}")
-        if self.check_values and trace.expert_ids[0].device.type == "cpu":
+        if self.check_values and is_on_host(trace.expert_ids[0]):
             trace.check_values()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from consistency_reg.functional.bootstrap import percentile_interval
-from consistency_reg.functional.cache_hits import RowHitRates
+from consistency_reg.functional.cache_hits import RowSums
 from consistency_reg.metrics.base import Value
 from consistency_reg.metrics.plots import axes_of
 from consistency_reg.metrics.resampled import ResampledMetric
@@ -139,7 +139,7 @@ class HitRateMetric(ResampledMetric):
             self._add("tokens", tokens)
             self._add("accesses", torch.stack([tokens * layer.top_k for layer in part]))
             simulated = [self._simulate(name, part) for name in self.names]
-            rates_NSC = torch.stack([torch.cat([cache.hit_rate for cache in caches], 1) for caches in simulated], 1)
+            rates_NSC = torch.stack([torch.cat([cache.total for cache in caches], 1) for caches in simulated], 1)
             documents_N = simulated[0][0].documents
             self._add("rates", rates_NSC.sum(dim=0))
             self._add("documents", documents_N.sum())
@@ -165,7 +165,7 @@ class HitRateMetric(ResampledMetric):
         ax.legend()
         return ax.figure, ax
 
-    def _row_rates(self, name: str, cache: RoutingTrace) -> RowHitRates:
+    def _row_rates(self, name: str, cache: RoutingTrace) -> RowSums:
         """The documents' hit rates in one simulation of one cache, which all layers share, summed by row."""
         raise NotImplementedError
 
@@ -177,12 +177,12 @@ class HitRateMetric(ResampledMetric):
         """The hit rates of every size [..., C] from the documents' mean of :meth:`_row_rates`."""
         return rates
 
-    def _simulate(self, name: str, trace: RoutingTrace) -> list[RowHitRates]:
+    def _simulate(self, name: str, trace: RoutingTrace) -> list[RowSums]:
         """Each layer's cache, then the shared one."""
         alike: dict[tuple[int, int], list[int]] = {}
         for i, layer in enumerate(trace):
             alike.setdefault((layer.num_experts, layer.top_k), []).append(i)
-        rates: dict[int, RowHitRates] = {}
+        rates: dict[int, RowSums] = {}
         N = trace.shape[0]
         for (E, _), layers in alike.items():
             below_each_other = RoutingTrace(
@@ -194,7 +194,7 @@ class HitRateMetric(ResampledMetric):
             together = self._row_rates(name, below_each_other)
             for place, i in enumerate(layers):
                 rows = slice(place * N, (place + 1) * N)
-                rates[i] = RowHitRates(together.hit_rate[rows], together.documents[rows])
+                rates[i] = RowSums(together.total[rows], together.documents[rows])
         if self.shared:
             rates[len(trace)] = self._row_rates(name, trace)
         return [rates[i] for i in range(len(self.caches))]
