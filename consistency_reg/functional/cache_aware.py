@@ -286,7 +286,7 @@ def _is_all_real(valid: Tensor | None) -> bool:
 
 @dataclass(frozen=True)
 class _Clocks:
-    """Where the tokens stand: all [..., B, T] int64.
+    """The clocks and positions of tokens: all [..., B, T] int64.
 
     Attributes:
         clock: counts the tokens of a row, those of a document that it goes on with included.

@@ -40,7 +40,7 @@ CHUNK_ACCESSES = 2**22  # that are looked at together: bounds memory, and leaves
 
 @dataclass(frozen=True)
 class Simulation:
-    """What is simulated, and how its hits are counted.
+    """A policy to simulate, and how its hits are counted.
 
     Args:
         policy: "lru", "lfu", "belady", or "sch" with windows of ``segment_length`` tokens.
@@ -99,7 +99,7 @@ class HitCounts:
 
 @dataclass(frozen=True)
 class UseCounts:
-    """How often some documents used each expert: integers, to be concatenated over batches.
+    """The uses of each expert by some documents: integers, to be concatenated over batches.
 
     Attributes:
         uses: [D, E] int64.

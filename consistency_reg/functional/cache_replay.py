@@ -112,7 +112,7 @@ def _serve(
 
 @dataclass(frozen=True)
 class EngineReplay:
-    """What an engine's cache held, access by access.
+    """The contents of an engine's cache, access by access.
 
     Attributes:
         held: for each layer [T, K] bool, whether the cache held the expert before the layer's call.

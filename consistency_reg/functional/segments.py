@@ -14,7 +14,7 @@ from consistency_reg.devices import is_on_host
 def check_segment_lengths(
     segment_lengths: int | Iterable[int], *, lowest: int = 1, name: str = "segment_lengths"
 ) -> tuple[int, ...]:
-    """One or several segment lengths as a tuple.
+    """Return one or several segment lengths as a tuple.
 
     Args:
         segment_lengths: m in tokens, or several of them.
@@ -41,7 +41,7 @@ def check_segment_lengths(
 
 
 def side_by_side(expert_ids: Sequence[Tensor], num_experts: Sequence[int]) -> Tensor:
-    """The experts of several layers as those of one layer, each layer's ids behind those of the layer before.
+    """Return the experts of several layers as those of one, each layer's ids behind those of the layer before.
 
     Args:
         expert_ids: [B, T, K] for each layer.
@@ -60,7 +60,7 @@ def side_by_side(expert_ids: Sequence[Tensor], num_experts: Sequence[int]) -> Te
 
 
 def active_experts(expert_ids: Tensor, num_experts: int, valid: Tensor | None = None) -> Tensor:
-    """The 0/1 activations a[e, t]: [..., B, T, K] ids -> [..., B, T, E] int16, 0 on padding.
+    """Return the 0/1 activations a[e, t]: [..., B, T, K] ids -> [..., B, T, E] int16, 0 on padding.
 
     Example:
         >>> active_experts(torch.tensor([[[2, 0]]]), num_experts=3)
@@ -74,7 +74,7 @@ def active_experts(expert_ids: Tensor, num_experts: int, valid: Tensor | None = 
 
 
 def window_ends(position: Tensor, segment_length: int) -> Tensor:
-    """Where a whole window of ``segment_length`` tokens of one document ends: [B, T] positions -> [B, T] bool.
+    """Return where a whole window of ``segment_length`` tokens of a document ends: [B, T] positions -> [B, T] bool.
 
     Example:
         >>> window_ends(torch.tensor([[0, 1, 2, 0, 1]]), 2)
@@ -93,7 +93,7 @@ def running_sums(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def along_tokens(scan: Callable[[Tensor, int], Tensor], values: Tensor) -> Tensor:
-    """``scan(values, dim)`` over T of [..., T, E]. A GPU scans quickly along the innermost axis in memory alone."""
+    """Return ``scan(values, dim)`` over T of [..., T, E]; a GPU scans quickly along the innermost axis alone."""
     if is_on_host(values):
         return scan(values, values.dim() - 2)
     by_expert = values.transpose(-1, -2).contiguous()
