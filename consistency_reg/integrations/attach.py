@@ -14,10 +14,12 @@ from torch.utils.hooks import RemovableHandle
 
 from consistency_reg.capture import RouterAdapter, RouterCapture
 from consistency_reg.hooks import OwnedHook
+from consistency_reg.in_the_loop import RoutingSchedule, TrainedRouting
 from consistency_reg.integrations.carry import carry
 from consistency_reg.integrations.model_loss import Factors, add_to_loss
 from consistency_reg.losses import RoutingLoss
 from consistency_reg.masks import Masks, batch_masks, named_arguments
+from consistency_reg.rerouting import CacheAwareRouting
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.term import Term, check_loss, check_weight, warn_of_frozen
 
@@ -34,6 +36,7 @@ def attach(
     adapters: Sequence[RouterAdapter] = (),
     keep_inputs: bool = False,
     layers: str | None = None,
+    routing: RoutingSchedule | None = None,
 ) -> "Attachment":
     """Train ``weight * term`` with what is trained of ``model``, in training, until the handle is detached.
 
@@ -63,6 +66,8 @@ def attach(
         adapters: kinds of routers that the capture does not know by itself.
         keep_inputs: capture the routers' inputs too, which :class:`~consistency_reg.RouterAnchorLoss` needs.
         layers: regular expression, the routers to capture; all when None.
+        routing: train with cache-aware routing in the forward pass, ``RoutingSchedule(strength=0.1)``; without when
+            None. Where it changes from step to step, call ``begin_step(step)`` on the handle.
 
     Returns:
         the :class:`Attachment`, which is a context manager as well.
@@ -95,7 +100,15 @@ def attach(
         (True, ['router'])
     """
     return Attachment(
-        model, loss, weight, scale=scale, masks=masks, adapters=adapters, keep_inputs=keep_inputs, layers=layers
+        model,
+        loss,
+        weight,
+        scale=scale,
+        masks=masks,
+        adapters=adapters,
+        keep_inputs=keep_inputs,
+        layers=layers,
+        routing=routing,
     ).attach()
 
 
@@ -119,6 +132,7 @@ class Attachment:
         adapters: Sequence[RouterAdapter] = (),
         keep_inputs: bool = False,
         layers: str | None = None,
+        routing: RoutingSchedule | None = None,
     ) -> None:
         self.loss = check_loss(loss)
         self.weight = weight
@@ -129,6 +143,7 @@ class Attachment:
         self._model = model
         self._masks = masks or batch_masks
         self._capture = RouterCapture(model, adapters, keep_inputs=keep_inputs, layers=layers)
+        self._trained = None if routing is None else TrainedRouting(model, routing, adapters, masks, layers)
         self._handles: list[RemovableHandle] = []
         self._called = False
         warn_of_frozen(self._capture)
@@ -141,6 +156,20 @@ class Attachment:
     @weight.setter
     def weight(self, weight: float) -> None:
         self._weight = check_weight(weight)
+
+    @property
+    def routing(self) -> CacheAwareRouting | None:
+        """The cache-aware routing of training forwards, or None."""
+        return None if self._trained is None else self._trained.routing
+
+    def begin_step(self, step: int) -> None:
+        """Give the routing the strength and the cache of an optimizer step; without effect where there is none."""
+        if self._trained is not None:
+            self._trained.begin(step)
+
+    def logged_routing(self) -> dict[str, float]:
+        """Return what is logged of the routing: ``routing``, its strength; nothing where there is none."""
+        return {} if self.routing is None else {"routing": self.routing.strength}
 
     @property
     def value(self) -> float:
@@ -160,6 +189,8 @@ class Attachment:
             return self
         self.warn_of_others()
         self._called = False
+        if self._trained is not None:
+            self._trained.attach()
         self._capture.attach()  # before our own hook: at the end of a forward it hears first
         router = next(iter(self._capture.routers.values()))
         self._handles = [
@@ -184,6 +215,8 @@ class Attachment:
             handle.remove()
         self._handles = []
         self._capture.detach()
+        if self._trained is not None:
+            self._trained.detach()
 
     def __enter__(self) -> "Attachment":
         return self.attach()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from consistency_reg.capture import RouterAdapter
+from consistency_reg.in_the_loop import RoutingSchedule
 from consistency_reg.integrations.attach import attachments
 from consistency_reg.integrations.optimizer_step import StepTerm
 from consistency_reg.integrations.trainer_state import checkpoint_of, micro_batches
@@ -48,7 +49,10 @@ class ConsistencyCallback(TrainerCallback):
         start_step: optimizer step at which the term, and its warm-up, begins.
         name: of the term in the log, ``NAME/loss``, and in checkpoints. None for "consistency", or for other losses
             "balance", "z" or "anchor"; a second of the same name is called ``NAME_2``.
-        masks: as :func:`~consistency_reg.attach` takes it, as are the options below.
+        routing: train with cache-aware routing in the forward pass, ``RoutingSchedule(strength=0.1)``, whose strength
+            is logged as ``/routing``; of several terms give it to one. Evaluation and generation are as the model is:
+            deploy it with :class:`~consistency_reg.CacheAwareRouting`.
+        masks: as :func:`~consistency_reg.attach` takes it, as are the other options.
 
     Raises:
         ValueError: a negative or non-finite weight; when training begins, a model without routers, ``DataParallel``,
@@ -74,6 +78,7 @@ class ConsistencyCallback(TrainerCallback):
         adapters: Sequence[RouterAdapter] = (),
         keep_inputs: bool = False,
         layers: str | None = None,
+        routing: RoutingSchedule | None = None,
     ) -> None:
         self.loss = check_loss(loss)
         self.schedule = WeightSchedule(weight, warmup_steps, start_step)
@@ -83,6 +88,7 @@ class ConsistencyCallback(TrainerCallback):
             "adapters": adapters,
             "keep_inputs": keep_inputs or isinstance(self.loss, RouterAnchorLoss),
             "layers": layers,
+            "routing": routing,
         }
         self._attachment: StepTerm | None = None
         self._seen: dict[str, list[Tensor | float]] = {}  # since the last log
@@ -147,13 +153,14 @@ class ConsistencyCallback(TrainerCallback):
         """Set the weight of this optimizer step, and by what its gradients are scaled."""
         assert self._attachment is not None
         self._attachment.weight = self.schedule.at(state.global_step)
+        self._attachment.begin_step(state.global_step)
         self._attachment.begin(micro_batches(args, state, train_dataloader), getattr(optimizer, "scaler", None))
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
         """Check and keep what a micro-batch had."""
         assert self._attachment is not None
         for term in self._attachment.end_micro_batch():
-            for name, value in term.logged().items():
+            for name, value in (term.logged() | self._attachment.logged_routing()).items():
                 self._seen.setdefault(name, []).append(value)
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:

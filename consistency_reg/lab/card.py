@@ -65,7 +65,7 @@ Commit `{result["git_commit"] or "unknown"}`, seed {result["seed"]}; {versions};
 
 
 def _header(result: Mapping[str, Any]) -> str:
-    """The hub's metadata: what the model is, what it was made of, and what was measured."""
+    """Return the hub's metadata: what the model is, what it was made of, and what was measured."""
     base = _base(result)
     on_hub = base and not Path(base["path"]).expanduser().exists()  # a folder here is nothing that the hub could link
     found: dict[str, Any] = {"base_model": base["path"], "base_model_relation": "finetune"} if base and on_hub else {}
@@ -92,7 +92,7 @@ def _header(result: Mapping[str, Any]) -> str:
 
 
 def _origin(result: Mapping[str, Any]) -> str:
-    """One sentence of what was trained, from where on, and how."""
+    """Return sentences on what was trained, from where on, and how."""
     sizes, term = result["parameters"], result["config"]["consistency"]
     weight = term["weight"]
     loss = ((term.get("loss") or {}).get("class_path") or "LocalConsistencyLoss").rpartition(".")[2]
@@ -113,7 +113,7 @@ def _origin(result: Mapping[str, Any]) -> str:
 
 
 def _base(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What the recipe says of the checkpoint that the run began with; None for a model trained from scratch."""
+    """Return the recipe's options of the checkpoint that the run began with; None for a run from scratch."""
     given = (result["config"].get("model") or {}).get("model") or {}
     arguments = given.get("init_args") or {}
     return arguments if arguments.get("path") and "train" in arguments else None
@@ -125,7 +125,7 @@ def _shown(result: Mapping[str, Any]) -> list[Reading]:
 
 
 def _measured(result: Mapping[str, Any]) -> str:
-    """The table of measures; of a fine-tuned model with those of its checkpoint on the same text."""
+    """Return the table of measures; of a fine-tuned model with those of its checkpoint on the same text."""
     before, after = result.get("before") or {}, result["metrics"]
     header = ["of the validation", *(["before", "after"] if before else [""]), "what it is"]
     rows = [

@@ -11,6 +11,12 @@ with require("transformers"):
     import consistency_reg.lab.model  # noqa: F401  makes its models known to the Auto classes
 
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder holds an adapter of PEFT alone, without the model that it belongs to."""
+    return (folder / ADAPTER_CONFIG).exists() and not (folder / CONFIG).exists()
 
 
 def model_folder(path: Path) -> Path | None:
@@ -28,6 +34,8 @@ def model_folder(path: Path) -> Path | None:
     for folder in (path, run.model):
         if (folder / CONFIG).exists():
             return folder
+    if is_adapter(path):
+        raise ValueError(f"{path} holds a PEFT adapter alone: merge it into its base, and save that (merge_and_unload)")
     if run.config.exists():
         raise ValueError(f"{path} is a run without a saved model: it is not finished, run the same command again")
     raise ValueError(f"{path} must hold a model (config.json) or a finished run (model/config.json), and has neither")

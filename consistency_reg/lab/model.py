@@ -31,7 +31,7 @@ def small_moe(
     context_length: int = 512,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """A decoder whose layers are mixtures of experts, with or without shared experts, some of them dense if asked for.
+    """Build a decoder whose layers are mixtures of experts, with or without shared ones, some dense if asked for.
 
     One architecture (GraniteMoeShared: SwiGLU experts, softmax over the chosen experts' logits) serves both sides of
     the shared-expert question. Shared experts take the place of routed ones, as in arXiv 2505.16056: 64 experts of
@@ -142,7 +142,7 @@ def initialize_by_name(model: nn.Module, *, std: float, seed: int) -> None:
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """(total, active per token) parameters; of the routed experts' weights K/E are active.
+    """Return the parameters (total, active per token); of the routed experts' weights K/E are active.
 
     All count as active where the configuration does not say E and K under the usual names.
 

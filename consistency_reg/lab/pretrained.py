@@ -116,7 +116,7 @@ def attention_matrices(model: nn.Module) -> list[str]:
 
 
 def save_plain(model: Any, folder: Path) -> None:
-    """``save_pretrained`` with the architecture of the checkpoint; low-rank updates are merged into their matrices.
+    """Save a model in the architecture of its checkpoint; low-rank updates are merged into their matrices.
 
     The updates are gone from ``model`` afterwards.
     """

@@ -1,4 +1,4 @@
-"""What a result came from: the commit, the versions of the packages and the device that decide it."""
+"""Where a result came from: the commit, the versions of the packages and the device that decide it."""
 
 import platform
 import re
@@ -12,7 +12,7 @@ PACKAGES = ("consistency-reg", "torch", "lightning", "transformers", "torchmetri
 
 
 def git_commit() -> str:
-    """The commit of the checkout that this package runs from, "+changes" when its tree differs; "" outside of one."""
+    """Return the commit of the checkout that this runs from, "+changes" if its tree differs; "" outside of one."""
     here = Path(__file__).parents[1]
 
     def git(*args: str) -> str:
@@ -29,7 +29,7 @@ def git_commit() -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide a result; those not installed are left out."""
+    """Return the versions of the packages that decide a result; those not installed are left out."""
     found = {}
     for package in PACKAGES:
         try:
@@ -40,7 +40,7 @@ def package_versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device | str = "cpu") -> str:
-    """The name of a GPU, or of this machine's processor: each trains another model of one recipe and seed."""
+    """Return the name of a GPU, or of this machine's processor: each trains another model of one recipe and seed."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

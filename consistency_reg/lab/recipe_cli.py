@@ -194,7 +194,7 @@ class RecipeCLI(LightningCLI):
         return trainer
 
     def _bar(self) -> list[TrainingBar]:
-        """The bar of the run, unless the recipe wants none or has its own."""
+        """Return the bar of the run, unless the recipe wants none or has its own."""
         callbacks = self.config.trainer.callbacks or []
         has_own = any(callback.class_path.endswith("ProgressBar") for callback in callbacks)
         return [] if has_own or self.config.trainer.enable_progress_bar is False else [TrainingBar()]

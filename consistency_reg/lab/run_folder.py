@@ -290,7 +290,7 @@ def refuse_claimed(folder: RunFolder) -> None:
 
 
 def _handed_down(folder: RunFolder) -> int | None:
-    """The descriptor of this folder's claim that this process was given, once; None if it was not."""
+    """Return the descriptor of this folder's claim that this process was given, once; None if it was not."""
     given = os.environ.get(HANDED_DOWN, "")
     try:
         descriptor = int(given)
@@ -313,7 +313,7 @@ def _owner(folder: RunFolder) -> dict[str, Any]:
 
 
 def _is_dead(owner: dict[str, Any]) -> bool:
-    """Whether an owner on this machine has ended, as far as that can be seen."""
+    """Return whether an owner on this machine has ended, as far as that can be seen."""
     if owner.get("host") != socket.gethostname() or not isinstance(owner.get("pid"), int):
         return False
     try:

@@ -1,4 +1,4 @@
-"""What tracks a run: its loggers, and what they get at its end."""
+"""The loggers of a run, and what they get at its end."""
 
 import csv
 import io
@@ -116,12 +116,12 @@ def run_loggers(folder: RunFolder, wandb_project: str) -> list[Logger]:
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes; known before the trainer is built."""
+    """Return whether this is the process that writes; known before the trainer is built."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def log_result(trainer: Trainer, result: Mapping[str, Any], name: str, files: Sequence[Path]) -> None:
-    """What ``result.json`` holds into wandb's summary, and the files of the model card as an artifact.
+    """Log ``result.json`` into wandb's summary, and the files of the model card as an artifact.
 
     The recipe is in wandb's config and the metrics are in the summary under their own names, so neither is repeated.
     """
@@ -137,7 +137,7 @@ def finish(trainer: Trainer, *, failed: bool) -> None:
 
 
 def _settings() -> Any:
-    """wandb's settings: what is logged goes to the file within a second, not 15, should the machine or we be killed."""
+    """Return wandb's settings: what is logged is in the file within a second, not 15, should the run be killed."""
     with require("wandb"):
         import wandb
     often = "x_transaction_log_flush_interval"

@@ -1,4 +1,4 @@
-"""What the commands' help and their messages about wrong usage share."""
+"""The form of the commands' help and of their messages about wrong usage."""
 
 import argparse
 from typing import Any, NoReturn
@@ -35,14 +35,14 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
-        """As argparse does, with options and positional arguments in one list."""
+        """Add an argument as argparse does, with options and positional arguments in one list."""
         action = self._arguments.add_argument(*names, **options)
         if not action.option_strings:
             self.usage = f"{self.usage} {action.metavar or action.dest}{'' if action.nargs is None else '...'}"
         return action
 
     def format_help(self) -> str:
-        """The help, without a blank line at its end."""
+        """Return the help, without a blank line at its end."""
         return super().format_help().rstrip() + "\n"
 
     def error(self, message: str) -> NoReturn:

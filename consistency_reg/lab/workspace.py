@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def workspace(entity: str, project: str, *, quality: str = "val/ppl", segment_length: int = 16) -> Any:
-    """The layout: trade-off first, then consistency, caches, balance, training, and the pictures; nothing is sent.
+    """Return the layout: trade-off first, then consistency, caches, balance, training, pictures; nothing is sent.
 
     Args:
         entity: user or team.

@@ -40,7 +40,7 @@ class Cell:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What the cell adds to the recipe, as a recipe."""
+        """The keys that the cell adds to its recipe, as a recipe."""
         return nest({**self.overrides, "seed_everything": self.seed})
 
 
@@ -64,12 +64,12 @@ class Grid:
 
     @property
     def name(self) -> str:
-        """What the runs of this ablation have in common; the wandb group."""
+        """The name that the runs of this ablation share: their wandb group."""
         return self.runs.name
 
     @property
     def cells(self) -> tuple[Cell, ...]:
-        """Every cell, the seeds of a cell side by side."""
+        """Every cell of the grid, the seeds of a cell next to each other."""
         cells = []
         for labels in product(*self.axes.values()):
             values = dict(zip(self.axes, labels, strict=True))
@@ -81,7 +81,7 @@ class Grid:
         return tuple(cells)
 
     def select(self, conditions: Iterable[str]) -> tuple[Cell, ...]:
-        """The cells with the values that ``AXIS=LABEL`` (or ``seed=N``) of ``conditions`` name.
+        """Return the cells with the values that ``AXIS=LABEL`` (or ``seed=N``) of ``conditions`` name.
 
         Several labels of one axis are alternatives; of several axes all must hold.
 
@@ -104,7 +104,7 @@ class Grid:
 
 
 def nest(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys as nested mappings; a longer key goes into the value of a shorter one.
+    """Return dotted keys as nested mappings; a longer key goes into the value of a shorter one.
 
     Example:
         >>> nest({"a.b.c": 1, "a.b": {"d": 2}})

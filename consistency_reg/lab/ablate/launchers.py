@@ -16,26 +16,26 @@ BUSY = "another process works on it"
 
 
 class Process(Protocol):
-    """A cell at work."""
+    """A cell whose process runs."""
 
     def poll(self) -> str | None:
-        """None while it runs, then "" or what went wrong; :data:`BUSY` if it turned out that another works on it."""
+        """Return None while it runs, then "" or what went wrong; :data:`BUSY` if another works on it."""
 
     def terminate(self) -> None:
-        """Ask it to end, so that it can write a checkpoint."""
+        """Ask the process to end, so that it can write a checkpoint."""
 
     def wait(self, seconds: float) -> bool:
-        """Whether it has ended within so many seconds."""
+        """Return whether the process has ended within so many seconds."""
 
     def kill(self) -> None:
-        """End it by force."""
+        """End the process by force."""
 
 
 class Launcher(Protocol):
     """Starts cells."""
 
     def slots(self) -> int:
-        """How many cells can be at work at a time."""
+        """Return how many cells can be at work at a time."""
 
     def start(self, grid: Grid, cell: Cell) -> Process | None:
         """Start a cell; None if another process works on it or has just finished it."""
@@ -54,7 +54,7 @@ class LocalLauncher:
         self.jobs = jobs
 
     def slots(self) -> int:
-        """The jobs."""
+        """Return the number of jobs."""
         return self.jobs
 
     def start(self, grid: Grid, cell: Cell) -> Process | None:
@@ -88,7 +88,7 @@ class LocalProcess:
             )
 
     def poll(self) -> str | None:
-        """None while it runs, then "" or how it failed."""
+        """Return None while the process runs, then "" or how it failed."""
         code = self._process.poll()
         if code is None:
             return None
@@ -96,12 +96,12 @@ class LocalProcess:
         return describe_exit(code)
 
     def terminate(self) -> None:
-        """SIGTERM to it and its children, if it still runs."""
+        """Send SIGTERM to the process and its children, if it still runs."""
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGTERM)
 
     def wait(self, seconds: float) -> bool:
-        """Whether it has ended within so many seconds."""
+        """Return whether the process has ended within so many seconds."""
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -110,14 +110,14 @@ class LocalProcess:
         return True
 
     def kill(self) -> None:
-        """SIGKILL to it and its children."""
+        """Send SIGKILL to the process and its children."""
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._claim.release()
 
 
 def cell_environment(grid: Grid, jobs: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a cell's process: one wandb group for all, and this machine's threads divided by jobs."""
+    """Return the environment of a cell's process: one wandb group for all, this machine's threads divided by jobs."""
     cell = {**environment, "WANDB_RUN_GROUP": grid.name, "PYTHONUNBUFFERED": "1"}
     if jobs > 1:
         threads = int(environment.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
@@ -126,7 +126,7 @@ def cell_environment(grid: Grid, jobs: int, environment: Mapping[str, str]) -> d
 
 
 def describe_exit(code: int) -> str:
-    """What went wrong, by a process' exit code; empty for 0.
+    """Return what an exit code of a process means; empty for 0.
 
     Example:
         >>> describe_exit(0), describe_exit(1), describe_exit(-9)

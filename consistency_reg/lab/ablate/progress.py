@@ -41,11 +41,11 @@ class CellState:
     _first: tuple[float, float] | None = None
 
     def begin(self) -> None:
-        """The cell's process has started."""
+        """Note that the cell's process has started."""
         self.status, self._began, self._first = "running", time.time(), None
 
     def end(self, *, failed: bool) -> None:
-        """The cell's process has ended, or the cell had been finished before."""
+        """Note that the cell's process has ended, or that the cell was finished before."""
         self.status, self.line = "failed" if failed else "finished", ""
 
     def observe(self) -> None:
@@ -66,7 +66,7 @@ class CellState:
 
 
 def progress_line(progress: dict[str, object]) -> str:
-    """Step, loss and perplexity, as far as they are known.
+    """Return step, loss and perplexity in one line, as far as they are known.
 
     Example:
         >>> progress_line({"step": 20, "total_steps": 400, "ce": 4.0, "phase": "train"})
@@ -80,7 +80,7 @@ def progress_line(progress: dict[str, object]) -> str:
 
 
 def remaining_seconds(states: Sequence[CellState], jobs: int) -> float | None:
-    """Seconds until the last cell ends, by the pace of those that were seen at work; None before any was."""
+    """Return the seconds until the last cell ends, by the pace of those seen at work; None before any was."""
     seen = [state for state in states if state.pace is not None]
     if not seen:
         return None
@@ -96,7 +96,7 @@ def remaining_seconds(states: Sequence[CellState], jobs: int) -> float | None:
 
 
 def clock(seconds: float | None) -> str:
-    """Seconds as h:mm:ss.
+    """Return seconds as h:mm:ss.
 
     Example:
         >>> clock(3725.2), clock(None)

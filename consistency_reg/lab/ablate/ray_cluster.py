@@ -57,7 +57,7 @@ class RayLauncher:
             )
 
     def slots(self) -> int:
-        """How many cells the machines have room for, at most ``jobs``."""
+        """Return how many cells the machines have room for, at most ``jobs``."""
         room = sum(
             min(int(machine["Resources"].get(name, 0) // wanted) for name, wanted in self.resources.items() if wanted)
             for machine in _machines()
@@ -92,7 +92,7 @@ class RayProcess:
         self._reference = reference
 
     def poll(self) -> str | None:
-        """None while it runs, then "" or what went wrong, with it or with its machine."""
+        """Return None while the cell runs, then "" or what went wrong, with it or with its machine."""
         return self._result() if self.wait(0) else None
 
     def terminate(self) -> None:
@@ -100,7 +100,7 @@ class RayProcess:
         ray.cancel(self._reference, force=False)
 
     def wait(self, seconds: float) -> bool:
-        """Whether it has ended within so many seconds."""
+        """Return whether the cell has ended within so many seconds."""
         return bool(ray.wait([self._reference], timeout=seconds)[0])
 
     def kill(self) -> None:

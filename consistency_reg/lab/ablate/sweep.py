@@ -13,7 +13,7 @@ with require("lightning"):
 
 
 def sweep(grid: Grid) -> dict[str, Any]:
-    """What ``wandb sweep`` takes: each of its agents runs one cell at a time with ``consistency-reg ablate --only``.
+    """Return the grid as ``wandb sweep`` takes it: its agents run one cell at a time with ``ablate --only``.
 
     Cells that are finished, also those that no agent ran, are not run again.
     """
@@ -30,6 +30,6 @@ def sweep(grid: Grid) -> dict[str, Any]:
 
 
 def export_sweep(grid: Grid, path: Path) -> None:
-    """Write :func:`sweep` as YAML."""
+    """Write what :func:`sweep` returns as YAML."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, yaml.safe_dump(sweep(grid), sort_keys=False))

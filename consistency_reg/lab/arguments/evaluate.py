@@ -6,6 +6,7 @@ from consistency_reg.lab.corpus.names import DOMAIN_NAMES
 from consistency_reg.lab.usage import CommandParser
 
 SEQUENCE_LENGTH = 512
+METHODS = ("prior", "max_rank", "cumulative")  # of functional.cache_aware, not imported: it loads torch
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EXAMPLE = """\
 examples:
@@ -23,7 +24,7 @@ def parser() -> CommandParser:
         epilog=EXAMPLE,
     )
     command.add_argument(
-        "models", nargs="*", type=labelled, metavar="[NAME=]MODEL", help="folder, finished run, or hub id of a model"
+        "models", nargs="*", type=labelled, metavar="[NAME=]MODEL", help="folder, finished run, PEFT adapter, or hub id"
     )
     command.add_argument("--trace", action="append", type=Path, default=[], metavar="FILE", help="saved routing")
     command.add_argument("--save-trace", type=Path, metavar="FILE", help="keep the routing of the MODEL")
@@ -34,7 +35,7 @@ def parser() -> CommandParser:
     )
     command.add_argument("--data-config", metavar="NAME", help="configuration of the data set")
     command.add_argument("--split", default="train", metavar="NAME", help="such as test or train[:1%%]; default: train")
-    command.add_argument("--text-column", default="text", metavar="NAME", help="of the data set; default: text")
+    command.add_argument("--text-column", default="text", metavar="NAME", help="text, or chats; default: text")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="which documents are drawn; default: 0")
     command.add_argument("--max-tokens", type=int, default=131_072, metavar="N", help="of all domains; default: 131072")
     command.add_argument(
@@ -53,6 +54,10 @@ def parser() -> CommandParser:
     command.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     command.add_argument("--segment-lengths", nargs="+", type=integers, metavar="M", help="default: 4,16,64")
     command.add_argument("--cache-ratios", nargs="+", type=numbers, metavar="RHO", help="slots / K; default: 1,2,3,4")
+    command.add_argument(
+        "--cache-aware", nargs="+", type=numbers, metavar="S", help="strengths of cache-aware routing to price: 0.1,0.2"
+    )
+    command.add_argument("--method", choices=METHODS, default="prior", help="of cache-aware routing; default: prior")
     command.add_argument(
         "--no-shared-cache",
         dest="shared_cache",
@@ -77,15 +82,15 @@ def labelled(text: str) -> tuple[str, str]:
 
 
 def integers(text: str) -> list[int]:
-    """Integers between commas."""
+    """Return the integers between commas."""
     return [int(value) for value in text.split(",") if value]
 
 
 def numbers(text: str) -> list[float]:
-    """Numbers between commas."""
+    """Return the numbers between commas."""
     return [float(value) for value in text.split(",") if value]
 
 
 def names(text: str) -> list[str]:
-    """Names between commas."""
+    """Return the names between commas."""
     return [value for value in text.split(",") if value]

@@ -55,7 +55,7 @@ def without_docstrings(source: str) -> str:
 
 
 def prose_paragraphs(source: str) -> Iterator[str]:
-    """The paragraphs of a Python file's docstrings that read as text: no code, tables or directives.
+    """Yield the paragraphs of a Python file's docstrings that read as text: no code, tables or directives.
 
     Example:
         >>> prose = "A sentence that has more than ten words is what we look for here, and eighty letters too."
@@ -69,7 +69,7 @@ def prose_paragraphs(source: str) -> Iterator[str]:
 
 
 def is_prose(paragraph: str) -> bool:
-    """At least 80 characters, 10 words and 60% letters, neither doctest nor directive."""
+    """Return whether a paragraph has 80 characters, 10 words and 60% letters, and is no doctest or directive."""
     return (
         len(paragraph) >= 80
         and len(paragraph.split()) >= 10
@@ -80,7 +80,7 @@ def is_prose(paragraph: str) -> bool:
 
 
 def texts_within(tree: object) -> Iterator[str]:
-    """Every string under a key "text" of nested JSON.
+    """Yield every string under a key "text" of nested JSON.
 
     Example:
         >>> list(texts_within({"Area": {"total": {"text": "3 sq km"}, "note": "left out"}}))
@@ -98,7 +98,7 @@ def texts_within(tree: object) -> Iterator[str]:
 
 
 def without_tags(markup: str) -> str:
-    """HTML to one line of text.
+    """Return HTML as one line of text.
 
     Example:
         >>> without_tags("<p>Ti&amp;Ta<br>Tu</p>")
@@ -108,7 +108,7 @@ def without_tags(markup: str) -> str:
 
 
 def take_bytes(documents: Iterable[str], size: int, seen: set[bytes], at_least: int = 1) -> list[str]:
-    """Documents until they hold ``size`` bytes of UTF-8, without empty ones and those that were ``seen`` before."""
+    """Return documents until they hold ``size`` bytes of UTF-8, without empty ones and those ``seen`` before."""
     taken: list[str] = []
     total = 0
     for document in documents:
@@ -125,7 +125,7 @@ def take_bytes(documents: Iterable[str], size: int, seen: set[bytes], at_least: 
 
 
 def split_documents(documents: Sequence[str], validation_share: float) -> tuple[list[str], list[str]]:
-    """(train, validation): validation gets the first documents that hold its share of the bytes, train at least one.
+    """Return (train, validation): validation gets the first documents that hold its share, train at least one.
 
     Example:
         >>> split_documents(["aa", "b", "cccccccc"], 0.1)
@@ -147,7 +147,7 @@ def _parsed(source: str) -> ast.Module:
 
 
 def _docstrings(node: ast.AST) -> Iterator[tuple[ast.Constant, bool]]:
-    """The docstrings of the definitions under a node, and whether each is all of its definition's body."""
+    """Yield the docstrings of the definitions under a node, and whether each is all of its definition's body."""
     for field in (
         "body",
         "orelse",

@@ -164,7 +164,7 @@ class TextDataModule(LightningDataModule):
             )
 
     def train_dataloader(self) -> ResumableLoader:
-        """The domains mixed evenly; the loader's state is in Lightning's checkpoints."""
+        """Return a loader of the domains mixed evenly; its state is in Lightning's checkpoints."""
         rows = [self._rows(index, text.train) for index, text in enumerate(self.texts.values())]
         rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         order = MixedRows(list(map(len, rows)), seed=self.seed, rank=rank, world_size=world_size)
@@ -174,7 +174,7 @@ class TextDataModule(LightningDataModule):
         return loader
 
     def val_dataloader(self) -> list[DataLoader]:
-        """One for each of ``domains``; the same rows in every run, whatever the seed."""
+        """Return a loader for each of ``domains``; its rows are the same in every run, whatever the seed."""
         return [
             DataLoader(self._validation_rows(name, self._rows(index, text.validation)), **self._loading())
             for index, (name, text) in enumerate(self.texts.items())
@@ -224,7 +224,7 @@ class TextDataModule(LightningDataModule):
         return Subset(rows, sorted(np.random.default_rng(0).permutation(rows.whole_rows)[:wanted].tolist()))
 
     def _unfinished(self) -> int:
-        """How many batches are under way: a checkpoint written when a step fails is not to count its batch."""
+        """Return how many batches are under way: a checkpoint written when a step fails is not to count its batch."""
         if self.trainer is None:
             return 0
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.current
@@ -241,7 +241,7 @@ class TextDataModule(LightningDataModule):
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What to call a causal model of transformers with, so that attention keeps documents apart: ``model(**inputs)``.
+    """Return the arguments with which a causal model of transformers keeps documents apart: ``model(**inputs)``.
 
     The models make their mask block-diagonal where ``position_ids`` begin anew in a row, but only if they get neither
     an ``attention_mask`` nor a cache (``transformers.masking_utils``). Hence no mask, and no cache, which is their
@@ -266,7 +266,7 @@ def check_attention(model: Any) -> None:
 
 
 def _out_of_signals(worker: int) -> None:
-    """A process group of its own: a signal to that of the run would kill the worker, and its death the step at work."""
+    """Give a worker a process group of its own: a signal to the run's would kill it, and with it the step at work."""
     os.setpgid(0, 0)
 
 

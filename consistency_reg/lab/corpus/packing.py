@@ -81,7 +81,7 @@ class PackedRows(Dataset):
         }
 
     def _predicted(self, first: int, last: int) -> int:
-        """Tokens of ids[first:last] that have a label: all but the first of each piece. ``first`` begins a row."""
+        """Count the tokens of ids[first:last] that have a label: all but each piece's first. ``first`` begins a row."""
         starts = self.tokens.starts
         inside = starts[np.searchsorted(starts, first) : np.searchsorted(starts, last)]
         return last - first - len(np.union1d(inside, np.arange(first, last, self.sequence_length)))
@@ -118,7 +118,7 @@ class MixedRows(DistributedSampler):
         super().set_epoch(epoch)
 
     def order(self) -> np.ndarray:
-        """The rows of this epoch for all processes."""
+        """Return the rows of this epoch for all processes."""
         D = len(self.rows)
         rounds = -(-sum(self.rows) // D)
         place_R = self.epoch * rounds + np.arange(rounds)
@@ -158,7 +158,7 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Where the run stands: the epoch, and the rows of it that were trained on."""
+        """Return where the run stands: the epoch, and the rows of it that were trained on."""
         unfinished = self.unfinished() if self.unfinished is not None else 0
         done = self.sampler.given - unfinished * (self.batch_size or 1)
         return {"epoch": self.sampler.epoch, "rows": done * self.sampler.num_replicas}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from consistency_reg.lab.corpus.disk_cache import cache_key
+from consistency_reg.lab.corpus.encoding import not_utf8
 from consistency_reg.lab.corpus.json_lines import first_mistake
 from consistency_reg.optional import require
 
@@ -18,7 +19,9 @@ with require("transformers"):
 VALIDATION_SHARE = 0.1
 SPLIT_SEED = 0
 TEXT, CHAT = "text", "messages"
+CHECKED_BYTES = 2**26  # at the beginning of a file: what is wrong is mostly wrong from there on
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+TEXT_FORMATS = ("json", "csv", "text")
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,12 @@ class DataSource:
         return Text(train, validation, key)
 
     def _read(self, split: str) -> datasets.Dataset:
+        if mistake := not_utf8(self._text_files(), CHECKED_BYTES):  # of JSON datasets would make other letters
+            raise ValueError(mistake)
         try:
             data = datasets.load_dataset(self.path, self.name, data_files=self.data_files, split=split)
         except (DatasetGenerationError, StopIteration, RuntimeError) as error:  # all of which an empty file raises
-            if mistake := self._mistake():
+            if mistake := self._mistake() or not_utf8(self._text_files()):
                 raise ValueError(mistake) from error
             files = f" of {self.data_files}" if self.data_files else ""
             raise ValueError(f"no documents could be read from {self.path!r}{files}: is it empty? ({error})") from error
@@ -102,21 +107,30 @@ class DataSource:
         return data if column == kind else data.rename_column(column, kind)
 
     def _column(self, data: datasets.Dataset) -> tuple[str, str]:
-        """The column of the documents, and whether it holds text or chats."""
+        """Return the column of the documents, and whether it holds text or chats."""
         kinds = {name: kind for name, feature in data.features.items() if (kind := _kind(feature)) is not None}
         if self.text_column in kinds:
             return self.text_column, kinds[self.text_column]
         if self.text_column == TEXT and kinds.get(CHAT) == CHAT:
             return CHAT, CHAT
-        if mistake := self._mistake():
+        if not kinds and (mistake := self._mistake()):
             raise ValueError(mistake)
+        there = f"one of {list(kinds)}" if kinds else f"of which there is none among {data.column_names}"
         raise ValueError(
-            f"text_column of {self.path!r} must be a column of strings or chats, one of {list(kinds)}, "
-            f"got {self.text_column!r}"
+            f"text_column of {self.path!r} must be a column of strings or chats, {there}, got {self.text_column!r}"
         )
 
+    def _text_files(self) -> list[Path]:
+        """Return the files of text that the source names, or that lie in the folder that it names."""
+        if self.data_files is not None:
+            files = [self.data_files] if isinstance(self.data_files, str) else self.data_files
+            return [Path(file) for file in files] if self.path in TEXT_FORMATS else []
+        folder = Path(self.path)
+        found = sorted(folder.rglob("*")) if folder.is_dir() else []
+        return [file for file in found if FORMATS.get(file.suffix) in TEXT_FORMATS]
+
     def _mistake(self) -> str | None:
-        """The first malformed line, where the source is files of JSON lines."""
+        """Return the first malformed line, where the source is files of JSON lines."""
         if self.path != "json" or self.data_files is None:
             return None
         files = [self.data_files] if isinstance(self.data_files, str) else self.data_files
@@ -165,7 +179,7 @@ def read_text(folder: Path) -> Text:
 
 
 def _kind(feature: Any) -> str | None:
-    """Whether a column holds text or chats; None for neither."""
+    """Return whether a column holds text or chats; None for neither."""
     if str(getattr(feature, "dtype", "")).endswith("string"):
         return TEXT
     inner = getattr(feature, "feature", None)

@@ -93,7 +93,7 @@ DOMAINS: dict[str, tuple[Callable[[Random], Iterator[str]], tuple[str, ...]]] = 
 
 
 def load_domain(name: str, corpus_bytes: int, *, seed: int = 0, cache_dir: str | Path | None = None) -> Text | None:
-    """The text of one domain, sampled once and then kept on disk.
+    """Return the text of one domain, sampled once and then kept on disk.
 
     Args:
         name: one of :data:`DOMAINS`.
@@ -159,7 +159,7 @@ def _installed(packages: Sequence[str]) -> list[str]:
 
 
 def _files(package: str, pattern: str) -> list[Path]:
-    """The installed files of a package whose whole path matches, in the order of their names."""
+    """Return the installed files of a package whose whole path matches, in the order of their names."""
     wanted = re.compile(pattern)
     names = sorted((str(file), file) for file in metadata.files(package) or () if wanted.fullmatch(file.as_posix()))
     return [Path(str(file.locate())) for _, file in names]

@@ -64,7 +64,7 @@ class TokenizedText:
 def train_tokenizer(
     texts: Mapping[str, Text], vocab_size: int, *, cache_dir: str | Path | None = None
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most ``vocab_size`` ids (fewer if the text is short) from the train split of each domain.
+    """Train a byte-level BPE of at most ``vocab_size`` ids (fewer if the text is short) on each domain's train split.
 
     Raises:
         ValueError: ``vocab_size`` does not hold all bytes, or a domain holds chats.
@@ -120,7 +120,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
 def tokenize(
     text: Text, tokenizer: PreTrainedTokenizerFast, *, name: str = "text", cache_dir: str | Path | None = None
 ) -> TokenizedText:
-    """The token ids of a domain, made once and then mapped from disk.
+    """Return the token ids of a domain, made once and then mapped from disk.
 
     Special tokens that are spelt out in text are text; a chat becomes what the tokenizer's template makes of it.
     Documents without any text are left out.

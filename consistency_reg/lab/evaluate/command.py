@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from consistency_reg.functional.cache_aware import check_cache_aware
 from consistency_reg.functional.segments import check_segment_lengths
 from consistency_reg.lab.arguments.evaluate import SEQUENCE_LENGTH, parser
 from consistency_reg.lab.corpus.text import DOMAINS
+from consistency_reg.lab.evaluate import cache_aware
 from consistency_reg.lab.evaluate.figures import NAMES, figures
 from consistency_reg.lab.evaluate.measure import Evaluation, measure
 from consistency_reg.lab.evaluate.models import Candidate, load
@@ -27,11 +29,14 @@ from consistency_reg.lab.evaluate.verdict import verdict
 from consistency_reg.lab.files import write_atomically
 from consistency_reg.lab.provenance import git_commit, package_versions
 from consistency_reg.lab.render.outputs import check_writable, write_pictures
+from consistency_reg.lab.render.png import png
 from consistency_reg.lab.render.terminal import print_tables, print_verdict
 from consistency_reg.optional import require
 
 with require("transformers"):
     import datasets
+
+CACHE_AWARE = "cache_aware.csv"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,20 +44,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(argv)
     about = {"git_commit": git_commit(), "versions": package_versions()}
     recordings = [load_trace(path) for path in options.trace]
-    recordings += record_models(options, about) if options.models else []
+    priced: list[dict[str, Any]] = []
+    recordings += record_models(options, about, priced) if options.models else []
     evaluations = evaluate(recordings, options)
-    print_tables(tables(evaluations))
+    print_tables([*tables(evaluations), *([cache_aware.table(priced)] if priced else [])])
+    for sentence in cache_aware.bought(priced):
+        print(sentence)
     command = shlex.join(["consistency-reg", "evaluate", *(argv or ())])
-    pictures = write(options.out, evaluations, {"command": command, **about})
-    print(f"{options.out}: evaluation.json, evaluation.csv, {', '.join(path.name for path in pictures.values())}")
+    pictures = write(options.out, evaluations, {"command": command, **about}, priced)
+    names = ["evaluation.json", "evaluation.csv", *([CACHE_AWARE] if priced else [])]
+    print(f"{options.out}: {', '.join([*names, *(path.name for path in pictures.values())])}")
     if options.wandb is not None:
         log_to_wandb(options.wandb, evaluations, pictures, options.out)
     print_verdict(verdict(evaluations))
     return 0
 
 
-def record_models(options: argparse.Namespace, about: dict[str, Any]) -> Iterator[Recording]:
-    """Run one model after the other over the same documents."""
+def record_models(
+    options: argparse.Namespace, about: dict[str, Any], priced: list[dict[str, Any]]
+) -> Iterator[Recording]:
+    """Run one model after the other over the same documents; ``priced`` gets the rows of ``--cache-aware``."""
     device = _device(options.device)
     documents = _documents(options)
     for name, place in options.models:
@@ -74,6 +85,10 @@ def record_models(options: argparse.Namespace, about: dict[str, Any]) -> Iterato
         if options.save_trace is not None:
             options.save_trace.parent.mkdir(parents=True, exist_ok=True)
             save_trace(recording, options.save_trace)
+        if options.cache_aware is not None:
+            priced += cache_aware.priced(
+                candidate, texts, options.cache_aware, options.cache_ratios, options.method, options.batch_size
+            )
         yield recording
 
 
@@ -95,11 +110,22 @@ def evaluate(recordings: Sequence[Recording], options: argparse.Namespace) -> li
     ]
 
 
-def write(folder: Path, evaluations: Sequence[Evaluation], about: dict[str, Any]) -> dict[str, Path]:
-    """Write ``evaluation.json``, ``evaluation.csv`` and the pictures, whose places are given back by name."""
+def write(
+    folder: Path, evaluations: Sequence[Evaluation], about: dict[str, Any], priced: Sequence[dict[str, Any]] = ()
+) -> dict[str, Path]:
+    """Write ``evaluation.json``, ``evaluation.csv`` and the pictures, whose places are given back by name.
+
+    Rows of ``--cache-aware`` become ``cache_aware.csv`` and a picture, and are in the JSON.
+    """
     drawn = figures(evaluations)
+    if priced:
+        drawn["cache_aware"] = png(cache_aware.figure(priced))
+        about = {**about, "cache_aware": list(priced)}
     texts = {"evaluation.json": to_json(evaluations, about), "evaluation.csv": to_csv(evaluations)}
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / CACHE_AWARE).unlink(missing_ok=True)  # of another evaluation
+    if priced:
+        texts[CACHE_AWARE] = cache_aware.to_csv(priced)
     for name, text in texts.items():
         write_atomically(folder / name, text)
     return write_pictures(folder, drawn, NAMES)
@@ -108,7 +134,7 @@ def write(folder: Path, evaluations: Sequence[Evaluation], about: dict[str, Any]
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, without those that could only fail after the models have run."""
     options = parser().parse_args(argv)
-    for name in ("segment_lengths", "cache_ratios", "domains"):  # with spaces or commas between them
+    for name in ("segment_lengths", "cache_ratios", "domains", "cache_aware"):  # with spaces or commas between them
         given = getattr(options, name)
         setattr(options, name, None if given is None else list(chain.from_iterable(given)))
     if not options.models and not options.trace:
@@ -124,6 +150,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError(f"--replicates must be 0 or more, got {options.replicates}")
     if not options.cache_ratios or not all(0 < ratio < math.inf for ratio in options.cache_ratios):
         raise ValueError(f"--cache-ratios must be positive numbers, got {options.cache_ratios}")
+    if options.cache_aware is not None:
+        _check_cache_aware(options)
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out must be a folder, got the file {options.out}")
     check_writable("--out", options.out)
@@ -132,6 +160,18 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.save_trace is not None and options.save_trace.is_dir():
         raise ValueError(f"--save-trace must be a file, got the folder {options.save_trace}")
     return options
+
+
+def _check_cache_aware(options: argparse.Namespace) -> None:
+    """Raise ValueError where cache-aware routing could only be refused after the models have run."""
+    if not options.models:
+        raise ValueError("--cache-aware needs a MODEL to run, got saved routing alone")
+    if not all(0 <= strength < math.inf for strength in options.cache_aware):
+        raise ValueError(f"--cache-aware must be strengths of 0 or more, got {options.cache_aware}")
+    if min(options.cache_ratios) < 1:
+        raise ValueError(f"--cache-ratios must be at least 1 for --cache-aware, got {options.cache_ratios}")
+    for strength in options.cache_aware:
+        check_cache_aware(1, 1, 1, strength, 1, options.method)
 
 
 def _documents(options: argparse.Namespace) -> dict[str, datasets.Dataset]:

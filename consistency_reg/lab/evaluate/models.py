@@ -1,15 +1,16 @@
 """Models to judge: from a folder, a finished run or the hub, with the model's own tokenizer."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from consistency_reg.lab.checkpoint import model_folder, read_configuration
-from consistency_reg.lab.evaluate.text import Rows
+from consistency_reg.lab.checkpoint import is_adapter, model_folder, read_configuration
+from consistency_reg.lab.evaluate.adapters import adapter_base, merged
+from consistency_reg.lab.evaluate.text import Document, Rows
 from consistency_reg.optional import require
 
 with require("transformers"):
@@ -67,12 +68,22 @@ class Candidate:
         """The longest row that the model can read; None where there is no limit."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
-    def encode(self, texts: list[str]) -> Rows:
-        """Token ids of texts. A causal model's documents begin with its start token, else its end token, if it has one.
+    def encode(self, documents: list[Document]) -> Rows:
+        """Return token ids of documents, strings or chats.
+
+        A causal model's text begins with its start token, else its end token, if it has one; a chat is what the
+        tokenizer's template makes of it.
 
         Raises:
-            ValueError: ids that the model has no embedding for.
+            ValueError: ids that the model has no embedding for; chats, and a tokenizer without a template.
         """
+        is_text = [isinstance(document, str) for document in documents]
+        if not all(is_text) and not self.tokenizer.chat_template:
+            raise ValueError(f"the tokenizer of {self.name} has no chat template, which chats need: give text")
+        texts = [
+            document if isinstance(document, str) else str(self.tokenizer.apply_chat_template(document, tokenize=False))
+            for document in documents
+        ]
         encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         start = self.tokenizer.bos_token_id
         start = self.tokenizer.eos_token_id if start is None else start
@@ -81,23 +92,26 @@ class Candidate:
         highest = max((max(ids) for ids in encoded if ids), default=0)
         if highest >= known:
             raise ValueError(f"{self.name}: the tokenizer gives id {highest}, but the model has {known} embeddings")
-        return [leading + ids for ids in encoded]
+        return [leading + ids if is_plain else ids for ids, is_plain in zip(encoded, is_text, strict=True)]
 
 
 def load(place: str, *, device: torch.device, dtype: str = "auto", trust_remote_code: bool = False) -> Candidate:
     """Load a model and its tokenizer.
 
     Args:
-        place: a folder of ``save_pretrained``, the folder of a finished run of ``consistency-reg fit``, or a hub id.
+        place: a folder of ``save_pretrained``, the folder of a finished run of ``consistency-reg fit``, a hub id, or
+            the folder of a PEFT adapter, which is merged into the base that it names.
         device: where the model goes.
         dtype: one of :data:`DTYPES`; "auto" is that of the saved weights.
         trust_remote_code: run code that comes with the model.
 
     Raises:
         ValueError: a run folder without a model, code that is not trusted, a model that is neither causal nor an
-            encoder-decoder, weights that are missing.
+            encoder-decoder, weights that are missing, an adapter that does not fit.
         OSError: no such model or tokenizer.
     """
+    if is_adapter(Path(place)):
+        return _with_adapter(Path(place), device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     path = str(model_folder(Path(place)) or place)
     config = read_configuration(path, trust_remote_code=trust_remote_code, option="--trust-remote-code")
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -110,6 +124,24 @@ def load(place: str, *, device: torch.device, dtype: str = "auto", trust_remote_
     folder = Path(path).resolve()  # "." and "model" are good names where one stands in the run
     name = place if not folder.is_dir() else folder.parent.name if folder.name == "model" else folder.name
     return Candidate(name, model.eval(), tokenizer, has_head)
+
+
+def _with_adapter(folder: Path, *, device: torch.device, **options: Any) -> Candidate:
+    """Return the base of an adapter with the adapter merged into it, with the adapter's own tokenizer if it has one."""
+    with require("peft"):
+        import peft  # noqa: F401  missed before a large base is read
+    base_place = adapter_base(folder)
+    try:
+        base = load(base_place, device=torch.device("cpu"), **options)
+    except OSError as error:
+        said = f"{folder} is a PEFT adapter of {base_place!r}, which cannot be read: {error}"
+        raise OSError(said.splitlines()[0]) from error
+    model = merged(base.model, folder)
+    nn.Module.to(model, device)
+    tokenizer = base.tokenizer
+    if (folder / "tokenizer_config.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=options["trust_remote_code"])
+    return replace(base, name=folder.resolve().name, model=model.eval(), tokenizer=tokenizer)
 
 
 def _check_complete(place: str, model: PreTrainedModel, missing: Collection[str]) -> bool:

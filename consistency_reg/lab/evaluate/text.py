@@ -3,8 +3,9 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from typing import Any
 
-from consistency_reg.lab.corpus.sources import local_source
+from consistency_reg.lab.corpus.sources import CHAT, TEXT, local_source
 from consistency_reg.lab.corpus.text import load_domain
 from consistency_reg.optional import require
 
@@ -15,7 +16,8 @@ ENCODED_AT_ONCE = 64  # documents
 FEW_DOCUMENTS = 8  # of a domain, which one odd document among them can tilt
 
 Rows = list[list[int]]
-Documents = Iterable[Mapping[str, str]]  # {"text": ...}
+Document = str | list[dict[str, Any]]  # text, or a chat: a list of {"role", "content"}
+Documents = Iterable[Mapping[str, Document]]  # {"text": ...} or {"messages": ...}
 
 
 def corpus_documents(domains: Sequence[str], corpus_bytes: int) -> dict[str, datasets.Dataset]:
@@ -32,17 +34,14 @@ def corpus_documents(domains: Sequence[str], corpus_bytes: int) -> dict[str, dat
 
 
 def dataset_documents(path: str, config: str | None, split: str, text_column: str) -> datasets.Dataset:
-    """Return the documents of a data set of the hub, a folder, or a file (JSON, CSV, Parquet, text).
+    """Return the documents, text or chats, of a data set of the hub, a folder, or a file (JSON, CSV, Parquet, text).
 
     Raises:
-        ValueError: ``text_column`` is no column of strings; no such split.
+        ValueError: ``text_column`` is no column of strings or chats; no such split.
         OSError: no such data set.
     """
     source = local_source(path, name=config, split=split, validation_split=split, text_column=text_column)
-    text = source.load()
-    if text.is_chat:
-        raise ValueError(f"{path} holds chats, which evaluate does not read: give text, or another --text-column")
-    return text.train
+    return source.load().train
 
 
 def sampled(documents: datasets.Dataset, seed: int) -> datasets.Dataset:
@@ -52,7 +51,7 @@ def sampled(documents: datasets.Dataset, seed: int) -> datasets.Dataset:
 
 def cut(
     domains: Mapping[str, Documents],
-    encode: Callable[[list[str]], Rows],
+    encode: Callable[[list[Document]], Rows],
     length: int,
     max_tokens: int,
 ) -> dict[str, Rows]:
@@ -63,7 +62,7 @@ def cut(
 
     Args:
         domains: the documents of each domain, in the order in which they are taken.
-        encode: from texts to token ids.
+        encode: from documents to token ids.
         length: T.
         max_tokens: of all domains together; a domain with less text does not leave its share to others.
 
@@ -88,9 +87,9 @@ def cut(
     return rows
 
 
-def _encoded(documents: Documents, encode: Callable[[list[str]], Rows]) -> Iterator[list[int]]:
-    texts = (document["text"] for document in documents)
-    present = (text for text in texts if text and not text.isspace())
+def _encoded(documents: Documents, encode: Callable[[list[Document]], Rows]) -> Iterator[list[int]]:
+    found = (row[TEXT] if TEXT in row else row[CHAT] for row in documents)
+    present = (document for document in found if document and not (isinstance(document, str) and document.isspace()))
     while batch := list(islice(present, ENCODED_AT_ONCE)):
         yield from encode(batch)
 

@@ -86,6 +86,9 @@ def place(tmp_path_factory):
     with open(folder / "words.jsonl", "w") as file:
         for length in (90, 40, 3, 70, 25, 60, 33, 80):
             print(json.dumps({"text": " ".join(chosen.choices(WORDS, k=length)), "other": 1}), file=file)
+    (folder / "numbers.jsonl").write_text('{"a": 1, "b": 2}\n')
+    (folder / "latin.txt").write_bytes("w3\ncaf\xe9".encode("latin-1"))
+    (folder / "latin.jsonl").write_bytes('{"text": "caf\xe9"}\n{"text": "w3"}\n'.encode("latin-1"))
     (folder / "empty.jsonl").write_text('{"text": ""}\n{"text": "  "}\n')
     return folder
 
@@ -494,11 +497,50 @@ def test_perplexity_is_told_of_causal_models_alone(place, capsys):
     assert "Perplexity" in capsys.readouterr().out
 
 
+def test_cache_aware_routing_is_priced_on_the_same_text(place, capsys):
+    found = evaluate(place, "--cache-aware", "0.5,0", "2", "--cache-ratios", "1,2", "--max-tokens", "300")
+    rows = found["cache_aware"]
+    assert [(row["cache_ratio"], row["strength"]) for row in rows] == [(r, s) for r in (1, 2) for s in (0, 0.5, 2)]
+    (model,) = found["models"]
+    for row in rows[::3]:
+        assert row["perplexity"] == pytest.approx(model["perplexity"]["all"], rel=1e-5)
+        assert (row["agreement"], row["perplexity_change"], row["misses_change"]) == (1, 0, 0)
+    assert [1 - row["misses"] for row in rows[::3]] == pytest.approx(
+        [at["hit_rate"] for at in model["caches"]["lru"]["at_ratio"].values()], rel=1e-5
+    )
+    assert rows[2]["misses"] < rows[0]["misses"]
+    assert rows[2]["misses_change"] == pytest.approx(rows[2]["misses"] / rows[0]["misses"] - 1)
+    written = rows_of(place / "out" / "cache_aware.csv")
+    assert [float(row["perplexity"]) for row in written] == [row["perplexity"] for row in rows]
+    assert (place / "out" / "cache_aware.png").read_bytes().startswith(PNG)
+    printed = capsys.readouterr().out
+    assert "Cache-aware routing (prior)" in printed
+    assert f"olmoe, {K} slots: +0.5% perplexity buys " in printed
+
+
 def test_models_can_be_given_names(place, tmp_path):
     options = ["--data", str(place / "words.jsonl"), "--segment-lengths", "4", "--out", str(tmp_path / "out")]
     assert main([f"before={place / 'olmoe'}", f"after={place / 'olmoe'}", *options, "--device", "cpu"]) == 0
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert [model["model"] for model in found["models"]] == ["before", "after"]
+
+
+def test_chats_are_read_through_the_tokenizers_template(place, tmp_path):
+    chats = [[{"role": "user", "content": "w3 w4 w5"}, {"role": "assistant", "content": "w6 w7"}] for _ in range(9)]
+    with open(tmp_path / "chats.jsonl", "w") as file:
+        for chat in chats:
+            print(json.dumps({"messages": chat, "source": "x"}), file=file)
+    shutil.copytree(place / "olmoe", tmp_path / "chatty")
+    options = ["--data", str(tmp_path / "chats.jsonl"), "--segment-lengths", "2", "--out", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="the tokenizer of chatty has no chat template, which chats need"):
+        main([str(tmp_path / "chatty"), *options])
+    with_template = tokenizer()
+    with_template.chat_template = "{% for m in messages %}w9 {{ m.content }} {% endfor %}</s>"
+    with_template.save_pretrained(tmp_path / "chatty")
+    trace = tmp_path / "trace"
+    assert main([str(tmp_path / "chatty"), *options, "--text-column", "messages", "--save-trace", str(trace)]) == 0
+    expected = with_template("w9 w3 w4 w5 w9 w6 w7 </s>", add_special_tokens=False)["input_ids"]
+    assert load_trace(trace).token_ids.tolist() == [expected] * 9
 
 
 def test_documents_are_drawn_from_the_whole_text_by_a_seed(place, tmp_path):
@@ -602,7 +644,10 @@ def model_and(*arguments):
         (lambda folder, place: [str(folder)], "must hold a model"),
         (lambda folder, place: [], "needs a MODEL or a --trace FILE"),
         (model_and("--data", "{place}/empty.jsonl"), "at least one document of two tokens, got none in empty"),
-        (model_and("--data", "{place}/words.jsonl", "--text-column", "other"), "text_column .* got 'other'"),
+        (model_and("--data", "{place}/words.jsonl", "--text-column", "other"), r"one of \['text'\], got 'other'"),
+        (model_and("--data", "{place}/numbers.jsonl"), r"strings or chats, of which there is none among \['a', 'b'\]"),
+        (model_and("--data", "{place}/latin.txt"), r"latin\.txt, line 2 is not UTF-8 \(byte 0xe9\)"),
+        (model_and("--data", "{place}/latin.jsonl"), r"latin\.jsonl, line 1 is not UTF-8 \(byte 0xe9\)"),
         (model_and("--data", "{place}/words.jsonl"), "name each domain once, got 'words' again"),
         (model_and("--domains", "cooking"), "domains must be among .* got 'cooking'"),
         (model_and("--sequence-length", "1000"), "must be at most 128, the context of olmoe, got 1000"),
@@ -610,6 +655,11 @@ def model_and(*arguments):
         (model_and("--segment-lengths", "0"), "segment_lengths? must be"),
         (model_and("--cache-ratios", "0"), "--cache-ratios must be positive"),
         (model_and("--cache-ratios", "1,nan"), "--cache-ratios must be positive"),
+        (model_and("--cache-aware", "0.5", "--method", "max_rank"), "strength of method 'max_rank' must be a rank"),
+        (model_and("--cache-aware", "0.5", "--cache-ratios", "0.5,2"), "--cache-ratios must be at least 1 for"),
+        (lambda folder, place: ["--trace", "x", "--cache-aware", "0.5"], "--cache-aware needs a MODEL to run"),
+        (model_and("--cache-aware", "-1"), "--cache-aware must be strengths of 0 or more"),
+        (model_and("{place}/switch", "--cache-aware", "0.1"), "needs a causal model with its head.*: switch is none"),
         (model_and("--max-tokens", "1"), "--max-tokens must be at least 2, got 1"),
         (model_and("--batch-size", "0"), "--batch-size must be at least 1, got 0"),
         (model_and("{place}/switch", "--save-trace", "x"), "--save-trace keeps the routing of one MODEL, got 2"),
