@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -221,7 +221,7 @@ class RoutingTrace:
     def __iter__(self) -> Iterator[LayerRouting]:
         return iter(self.layers)
 
-    @property
+    @cached_property
     def positions(self) -> Tensor:
         """[B, T] int64: index of every token within its document, -1 on padding."""
         return document_positions(self.shape, self.valid, self.document_ids, device=self.expert_ids[0].device)
@@ -235,12 +235,15 @@ class RoutingTrace:
 
     def detach(self) -> "RoutingTrace":
         """Return the same trace without its autograd graph."""
-        return replace(
+        detached = replace(
             self,
             scores=None if self.scores is None else [scores.detach() for scores in self.scores],
             logits=None if self.logits is None else [logits.detach() for logits in self.logits],
             inputs=None if self.inputs is None else [inputs.detach() for inputs in self.inputs],
         )
+        if "positions" in vars(self):
+            vars(detached)["positions"] = self.positions
+        return detached
 
     def check_values(self) -> None:
         """Read the data and raise ValueError on ids out of range or repeated within a token, or NaN scores."""
