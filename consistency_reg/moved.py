@@ -49,6 +49,10 @@ MOVED = {  # former path below consistency_reg -> present path; a package takes 
     "usage": "lab.usage",
     "wandb_login": "lab.wandb_login",
 }
+SPLIT = {  # former path of a module that is several now -> the package that has all of its names
+    "losses.consistency": "losses",
+    "losses.published": "losses",
+}
 ROOT = "consistency_reg."
 
 
@@ -62,6 +66,8 @@ def present_path(path: str) -> str | None:
     former = path.removeprefix(ROOT)
     if former == path:
         return None
+    if former in SPLIT:
+        return ROOT + SPLIT[former]
     package, rest = former, ""
     while package:
         if package in MOVED:

@@ -1,11 +1,13 @@
-"""What the routers of one forward pass decided, and the one place where such input is checked."""
+"""The routing of one forward pass: of a layer, of layers of one shape, of a model; and the checks of such input."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
+
+from consistency_reg.documents import document_positions, row_chunks
 
 LOWEST = -80.0  # softplus(x) is e^x there, still a normal number in fp32
 
@@ -54,23 +56,74 @@ class LayerRouting:
     @property
     def probabilities(self) -> Tensor:
         """[B, T, E] the router's distribution over experts, in fp32 or better (all weights normalized)."""
-        weights = WEIGHTS[self.score_function](self._exact_logits)
-        if self.score_function == "softmax":
-            return weights
-        return weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+        return probabilities(self._known_logits, self.score_function)
 
     @property
     def log_probabilities(self) -> Tensor:
         """[B, T, E] the logarithm of :attr:`probabilities`, finite also where those underflow."""
-        return LOG_WEIGHTS[self.score_function](self._exact_logits).log_softmax(dim=-1)
+        return LOG_WEIGHTS[self.score_function](_exact(self._known_logits)).log_softmax(dim=-1)
 
     @property
-    def _exact_logits(self) -> Tensor:
+    def _known_logits(self) -> Tensor:
         if self.logits is None:
             raise ValueError(
                 f"layer {self.name!r}: this needs the router's logits, but the trace holds expert ids only"
             )
-        return self.logits if self.logits.dtype == torch.float64 else self.logits.float()
+        return self.logits
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """S layers of one shape, worked on at once: B rows, T tokens, K active of E routed experts in each.
+
+    Attributes:
+        expert_ids: [S, B, T, K] int64, the routers' own choices, in their order.
+        num_experts: E.
+        source: [S, B, T, E], the scores or the logits of the routers, whichever is to be worked on; graph kept.
+        score_function: how logits become weights, see :class:`LayerRouting`.
+    """
+
+    expert_ids: Tensor
+    num_experts: int
+    source: Tensor
+    score_function: str = "softmax"
+
+    @classmethod
+    def of(cls, layers: Sequence[LayerRouting], sources: Sequence[Tensor]) -> "LayerStack":
+        """Stack layers that agree in shape and score function with a source [B, T, E] for each; one copies nothing.
+
+        Example:
+            >>> layer = RoutingTrace([torch.tensor([[[0], [1]]])], num_experts=3).layers[0]
+            >>> LayerStack.of([layer, layer], [torch.zeros(1, 2, 3)] * 2).expert_ids.shape
+            torch.Size([2, 1, 2, 1])
+        """
+        ids, source = (
+            torch.stack(tuple(tensors)) if len(tensors) > 1 else tensors[0][None]
+            for tensors in ([layer.expert_ids for layer in layers], sources)
+        )
+        return cls(ids, layers[0].num_experts, source, layers[0].score_function)
+
+    @property
+    def top_k(self) -> int:
+        """K, the experts that are active per token."""
+        return self.expert_ids.shape[-1]
+
+
+def probabilities(logits: Tensor, score_function: str = "softmax") -> Tensor:
+    """Return a router's distribution over experts from its logits [..., E], in fp32 or better: all weights normalized.
+
+    Example:
+        >>> probabilities(torch.tensor([0.0, 0.0]), "sigmoid")
+        tensor([0.5000, 0.5000])
+    """
+    weights = WEIGHTS[score_function](_exact(logits))
+    if score_function == "softmax":
+        return weights
+    return weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+def _exact(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 @dataclass(frozen=True)
@@ -168,7 +221,7 @@ class RoutingTrace:
     def __iter__(self) -> Iterator[LayerRouting]:
         return iter(self.layers)
 
-    @property
+    @cached_property
     def positions(self) -> Tensor:
         """[B, T] int64: index of every token within its document, -1 on padding."""
         return document_positions(self.shape, self.valid, self.document_ids, device=self.expert_ids[0].device)
@@ -181,13 +234,16 @@ class RoutingTrace:
         return torch.ones(self.shape, dtype=torch.bool, device=self.expert_ids[0].device)
 
     def detach(self) -> "RoutingTrace":
-        """The same trace without its autograd graph."""
-        return replace(
+        """Return the same trace without its autograd graph."""
+        detached = replace(
             self,
             scores=None if self.scores is None else [scores.detach() for scores in self.scores],
             logits=None if self.logits is None else [logits.detach() for logits in self.logits],
             inputs=None if self.inputs is None else [inputs.detach() for inputs in self.inputs],
         )
+        if "positions" in vars(self):
+            vars(detached)["positions"] = self.positions
+        return detached
 
     def check_values(self) -> None:
         """Read the data and raise ValueError on ids out of range or repeated within a token, or NaN scores."""
@@ -252,7 +308,7 @@ def _check_tokens(ids_NK: Tensor, num_experts: int, name: str, before: int) -> N
 
 
 def _repeats_an_expert(ids_NK: Tensor) -> Tensor:
-    """Whether a token names an expert twice: [N, K] -> [N] bool. Comparing pairs is faster than sorting."""
+    """Return whether a token names an expert twice: [N, K] -> [N] bool. Comparing pairs is faster than sorting."""
     if ids_NK.shape[1] > 16:
         ordered_NK = ids_NK.sort(dim=-1).values
         return (ordered_NK[:, 1:] == ordered_NK[:, :-1]).any(dim=-1)
@@ -291,7 +347,3 @@ def _check_layer(layer: LayerRouting, shape: tuple[int, int]) -> None:
         raise ValueError(
             f"score_functions of layer {layer.name!r} must be one of {SCORE_FUNCTIONS}, got {layer.score_function!r}"
         )
-
-
-# Last, as the equations check their input with what stands above.
-from consistency_reg.functional.segments import document_positions, row_chunks  # noqa: E402

@@ -11,6 +11,7 @@ from torch import Tensor
 from consistency_reg.capture import RouterCapture
 from consistency_reg.losses import LoadBalanceLoss, LocalConsistencyLoss, RouterAnchorLoss, RouterZLoss, RoutingLoss
 from consistency_reg.routing import RoutingTrace
+from consistency_reg.session import Listener
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def check_name(name: str | None) -> str | None:
     return name
 
 
-def warn_of_frozen(capture: RouterCapture) -> None:
+def warn_of_frozen(capture: RouterCapture | Listener) -> None:
     """Warn if no router learns: a term on their scores then moves only what feeds them."""
     if not capture.any_router_learns():
         warnings.warn(

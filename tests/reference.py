@@ -293,6 +293,14 @@ def adjacent_oracle(p, valid, document_ids):
     return _mean([1 - float(p[n, t] @ p[n, t - 1]) for n, t in _pairs(valid, document_ids, 1)])
 
 
+def bles_oracle(p, expert_ids, valid, document_ids):
+    """CoSMoEs' block-wise loss on distributions p [N, T, E]."""
+    pairs = list(_pairs(valid, document_ids, 1))
+    H = sum(len(set(expert_ids[n, t]) ^ set(expert_ids[n, t - 1])) for n, t in pairs)
+    steps = sum(float(np.abs(p[n, t] - p[n, t - 1]).sum()) for n, t in pairs)
+    return H // 2 / (len(pairs) * expert_ids.shape[-1]) * steps / int(valid.sum()) if pairs else 0.0
+
+
 def melinoe_oracle(requests, kept, valid, document_ids, *, top_k, slots, decay):
     """MELINOE's soft misses per token; ``kept`` [N, T, E] is what the cache takes up of the ``requests``."""
     E = requests.shape[-1]

@@ -13,7 +13,7 @@ from consistency_reg.lab.cli import MODULES
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Pages about other trainers have tests of their own, with the models and data that they need.
-RUN_HERE = ("README.md", "choosing.md", "glossary.md", "index.md", "tracking.md", "what_you_log.md")
+RUN_HERE = ("README.md", "choosing.md", "deploying.md", "glossary.md", "index.md", "tracking.md", "what_you_log.md")
 
 
 def found(pattern, pages=PAGES):
@@ -42,10 +42,13 @@ def test_python_block(page, code, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("page", "line"), commands(), ids=ids)
-def test_command(page, line):
+def test_command(page, line, tmp_path, monkeypatch):
     _, name, *arguments = shlex.split(line)
     assert name in MODULES, line
+    monkeypatch.chdir(tmp_path)
     for word in arguments:
+        if re.fullmatch(r"[\w-]+\.(jsonl|txt)", word):  # the reader's own text
+            Path(word).touch()
         if re.match(r"recipes/[\w./]+\.(yaml|csv)$", word) and "NAME" not in word:
             assert (ROOT / word).exists(), word
     if name == "fit":

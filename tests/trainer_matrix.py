@@ -313,6 +313,11 @@ def hf_trainer(cell: "Cell", model: Any, weight: float, step: Step, folder: Path
     options = arguments(cell, folder)
     if cell.loss == "label smoothing":
         options["label_smoothing_factor"] = 0.1
+    if "checkpointing" in cell.trainer:
+        options |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    if "torch.compile" in cell.trainer:
+        torch.compiler.reset()  # a model that was compiled without hooks stays without
+        options |= {"torch_compile": True, "torch_compile_backend": "aot_eager"}
     if cell.loss == "averaged":
         model.accepts_loss_kwargs = False
     compute = own_loss if cell.loss == "compute_loss_func" else None
@@ -457,6 +462,8 @@ def cells() -> Iterator[Cell]:
     yield from each(hf_trainer, hf, rest, ["the model's"])
     yield from each(hf_trainer, hf, ["encoder-decoder"], ["the model's"], ("full",))
     yield from each(hf_trainer, f"{hf}, gradient scaler", [lm], ["num_items_in_batch"])
+    yield from each(hf_trainer, f"{hf}, gradient checkpointing", [lm], ["num_items_in_batch"])
+    yield from each(hf_trainer, f"{hf}, torch.compile", [lm], ["num_items_in_batch"])
     yield from each(hf_trainer, f"{hf}, attach alone", [lm], ["averaged", "num_items_in_batch"])
     yield from each(trl_trainer, "TRL", [lm], ["SFT, nll"], (*padded, "completion only", "padding-free", "packed"))
     yield from each(trl_trainer, "TRL", [lm], ["SFT, dft"])

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from consistency_reg.capture import RouterAdapter, RouterCapture
+from consistency_reg.capture import RouterAdapter
 from consistency_reg.functional.agreement import agreement_mean
-from consistency_reg.masks import Masks, batch_masks
+from consistency_reg.masks import Masks
 from consistency_reg.measures import HIT_RATE
 from consistency_reg.metrics import SegmentCacheHitRate
 from consistency_reg.optional import require
 from consistency_reg.reading import VALIDATION
 from consistency_reg.routing import RoutingTrace
+from consistency_reg.session import Listener, RoutingSession, Which, check_tokens
 
 with require("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -35,8 +36,11 @@ class ExpertAgreement(Callback):
     Args:
         segment_length: m of SCH.
         cache_ratios: rho of its caches, slots = rho * K.
-        masks: ``batch -> (valid, document_ids)``, each [B, T] or None; reads the usual keys of a mapping when None.
+        masks: ``batch -> (valid, document_ids)``, each [B, T] or None; reads what the model is called with, and the
+            usual keys of the batch, when None (docs/tokens.md).
         adapters: kinds of routers that the capture does not know by itself.
+        layers: regular expression on the routers' names; those of the model that is trained when None.
+        tokens: "labels": only tokens that have a label count (docs/tokens.md); "all": all that are no padding.
 
     Raises:
         RuntimeError: a validation has batches that the first one did not have.
@@ -49,12 +53,16 @@ class ExpertAgreement(Callback):
         *,
         masks: Callable[[Any], Masks] | None = None,
         adapters: Sequence[RouterAdapter] = (),
+        layers: str | None = None,
+        tokens: Which = "all",
     ) -> None:
         self.segment_length = segment_length
         self.cache_ratios = tuple(cache_ratios)
-        self.masks = masks or batch_masks
+        self.masks = masks
         self.adapters = tuple(adapters)
-        self._capture: RouterCapture | None = None
+        self.layers = layers
+        self.tokens = check_tokens(tokens)
+        self._listener: Listener | None = None
         self._recording = ExitStack()
         self._original: dict[Batch, list[Tensor]] = {}
         self._recorded = False
@@ -64,14 +72,20 @@ class ExpertAgreement(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the routers."""
         if not trainer.sanity_checking:
-            self._capture = RouterCapture(pl_module, self.adapters).attach()
-            self._agreement = [MeanMetric().to(pl_module.device) for _ in self._capture.layer_names]
+            self._listener = RoutingSession.of(pl_module).listen(
+                layers=self.layers,
+                adapters=self.adapters,
+                masks=self.masks,
+                tokens=self.tokens,
+                optimizers=lambda: trainer.optimizers,
+            )
+            self._agreement = []
             self._sch = None
 
     def on_validation_batch_start(self, *_: Any, **__: Any) -> None:
         """Record what runs until the batch ends."""
-        if self._capture is not None:
-            self._recording.enter_context(self._capture.recording())
+        if self._listener is not None:
+            self._recording.enter_context(self._listener.recording())
 
     def on_validation_batch_end(
         self,
@@ -83,12 +97,13 @@ class ExpertAgreement(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the experts of the first validation, compare those of the others."""
-        if self._capture is None:
+        if self._listener is None:
             return
         self._recording.close()
-        trace = self._capture.trace(*self.masks(batch))
-        self._capture.clear()
+        trace = self._listener.trace(batch)
+        self._listener.done()
         if self._sch is None:
+            self._agreement = [MeanMetric().to(pl_module.device) for _ in trace]
             options = {"segment_lengths": [self.segment_length], "cache_ratios": self.cache_ratios}
             self._sch = SegmentCacheHitRate.from_trace(trace, **options)
         self._sch.update(trace)
@@ -99,7 +114,7 @@ class ExpertAgreement(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log them."""
-        if self._capture is None or self._sch is None:
+        if self._listener is None or self._sch is None:
             return
         self._release()
         self._recorded = True
@@ -128,11 +143,11 @@ class ExpertAgreement(Callback):
 
     def _release(self) -> None:
         self._recording.close()
-        if self._capture is not None:
-            self._capture.detach()
-            self._capture = None
+        if self._listener is not None:
+            self._listener.release()
+            self._listener = None
 
 
 def _compact(expert_ids: Tensor, num_experts: int) -> Tensor:
-    """The ids on the CPU, in the smallest integers that hold them."""
+    """Return the ids on the CPU, in the smallest integers that hold them."""
     return expert_ids.to("cpu", torch.uint8 if num_experts <= 256 else torch.int32)

@@ -9,6 +9,7 @@ from consistency_reg.losses import RouterAnchorLoss
 from consistency_reg.masks import Masks
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
+from consistency_reg.session import Listener, Which
 from consistency_reg.term import Term, check_weight
 
 with require("lightning"):
@@ -18,15 +19,21 @@ with require("lightning"):
 class RouterAnchor(TrainingStepTerm):
     """Adds ``weight * KL(router ‖ router before fine-tuning)`` to the loss that ``training_step`` returns.
 
-    The routers before fine-tuning are those that the module has when ``fit`` sets up; a run that is resumed keeps the
-    ones that it began with. They are copies of the routers alone, fed with the present router's input: no second
-    model. Logs ``train/anchor/loss`` (raw, in nats), ``/weight``, ``/weighted`` and each layer's raw value. With
-    weight 0 nothing is copied, added or logged. See :class:`~consistency_reg.losses.RouterAnchorLoss`.
+    The routers before fine-tuning are those that the module has when ``fit`` sets up, or that its ``setup`` or
+    ``configure_model`` makes; a run that is resumed keeps the ones that it began with. They are copies of the routers
+    alone, fed with the present router's input: no second model. Logs ``train/anchor/loss`` (raw, in nats), ``/weight``,
+    ``/weighted`` and each layer's raw value. With weight 0 nothing is copied, added or logged. See
+    :class:`~consistency_reg.losses.RouterAnchorLoss`.
 
     Args:
         weight: weight of the term, >= 0.
-        masks: ``batch -> (valid, document_ids)``, each [B, T] or None; reads the usual keys of a mapping when None.
+        masks: ``batch -> (valid, document_ids)``, each [B, T] or None; reads what the model is called with, and the
+            usual keys of the batch, when None (docs/tokens.md).
         adapters: kinds of routers that the capture does not know by itself.
+        layers: regular expression on the routers' names; those that ran with gradient and belong to what the optimizer
+            trains when None.
+        tokens: "labels": only tokens that have a label count (docs/tokens.md); "all": all that are no padding.
+        name: of the term in the log and in checkpoints; "anchor" when None.
 
     Raises:
         ValueError: a negative or non-finite weight; a model without routers (when ``fit`` begins).
@@ -40,6 +47,7 @@ class RouterAnchor(TrainingStepTerm):
 
     name = "anchor"
     by_hand = "call consistency_reg.RouterAnchorLoss"
+    keep_inputs = True
 
     def __init__(
         self,
@@ -47,31 +55,58 @@ class RouterAnchor(TrainingStepTerm):
         *,
         masks: Callable[[Any], Masks] | None = None,
         adapters: Sequence[RouterAdapter] = (),
+        layers: str | None = None,
+        tokens: Which = "all",
+        name: str | None = None,
     ) -> None:
-        super().__init__(masks, adapters)
+        super().__init__(masks, adapters, layers=layers, tokens=tokens, name=name)
         self.weight = check_weight(weight)
         self.loss: RouterAnchorLoss | None = None
+        self._resumed: dict[str, Any] | None = None  # of a checkpoint that was read before there were routers
+
+    @property
+    def state_key(self) -> str:
+        """The key of the state in a checkpoint: by the layers and the name."""
+        options = {"layers": self.layers, "name": self.name}
+        usual = {"layers": None, "name": type(self).name}
+        return type(self).__qualname__ if options == usual else self._generate_state_key(**options)
+
+    def is_on(self) -> bool:
+        """Return whether the weight is more than 0."""
+        return self.weight > 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Copy the routers, before a checkpoint brings back what they have learned."""
-        if stage == "fit" and self.weight:
-            self.loss = RouterAnchorLoss(RouterCapture(pl_module, self.adapters).frozen_routers())
+        """Copy the routers, if they are there, before a checkpoint brings back what they have learned."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.is_on():
+            self.loss = None
+            try:
+                capture = RouterCapture(pl_module, self.adapters, layers=self.layers)
+            except ValueError:  # they come with the module's setup() or configure_model()
+                return
+            self.loss = RouterAnchorLoss(capture.frozen_routers())
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Wrap ``training_step``."""
-        if self.loss is not None:
-            self._wrap(trainer, pl_module, keep_inputs=True)
+    def on_listen(self, listener: Listener, pl_module: LightningModule) -> None:
+        """Copy the routers if they have come since, unless a checkpoint holds those that the run began with."""
+        if self.loss is None:
+            self.loss = RouterAnchorLoss(listener.frozen_routers())
+            if self._resumed is not None:
+                self.loss.load_state_dict(self._resumed)
+        self._resumed = None
 
     def term(self, step: int, trace: RoutingTrace) -> Term:
-        """The divergence of one forward from the routers before fine-tuning."""
+        """Return the divergence of one forward from the routers before fine-tuning."""
         assert self.loss is not None
         return Term.of(self.loss, trace, self.weight)
 
     def state_dict(self) -> dict[str, Any]:
-        """The routers before fine-tuning."""
+        """Return the routers before fine-tuning."""
         return {} if self.loss is None else {"loss": self.loss.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
-        if self.loss is not None and "loss" in state_dict:
-            self.loss.load_state_dict(state_dict["loss"])
+        if self.is_on() and "loss" in state_dict:
+            if self.loss is None:
+                self._resumed = state_dict["loss"]
+            else:
+                self.loss.load_state_dict(state_dict["loss"])

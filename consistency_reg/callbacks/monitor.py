@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistency_reg.callbacks.batches import count_tokens, domain_names, token_ids
+from consistency_reg.callbacks.batches import domain_names
 from consistency_reg.callbacks.loggers import TrainerBoard, define_axes, logged_step
-from consistency_reg.capture import RouterAdapter, RouterCapture
-from consistency_reg.masks import Masks, batch_masks
+from consistency_reg.capture import RouterAdapter
+from consistency_reg.masks import Masks, token_ids
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
+from consistency_reg.session import Listener, RoutingSession, Which, check_tokens
 from consistency_reg.tracking.alarms import Alarms
 from consistency_reg.tracking.board import TOKENS
 from consistency_reg.tracking.monitor import MonitorCore
@@ -48,8 +49,11 @@ class RoutingMonitor(Callback):
         segment_lengths: m of SRP and of local balance.
         cache_ratios: rho of the LRU caches, slots = rho * K.
         cache_shares: more LRU caches, as a share of a layer's experts.
-        masks: ``batch -> (valid, document_ids)``, each [B, T] or None; reads the usual keys of a mapping when None.
+        masks: ``batch -> (valid, document_ids)``, each [B, T] or None; reads what the model is called with, and the
+            usual keys of the batch, when None (docs/tokens.md).
         adapters: kinds of routers that the capture does not know by itself.
+        layers: regular expression on the routers' names; those of the model that is trained when None.
+        tokens: "labels": only tokens that have a label count (docs/tokens.md); "all": all that are no padding.
         quality: the logged validation metric, lower is better, that the trade-off and ``best/`` are about; the first of
             ``val/ppl``, ``val/perplexity``, ``val/loss``, ``val_loss``, ``eval_loss`` that the module logs when None.
             Where it is logged for each of several dataloaders, their mean counts, weighted by their tokens.
@@ -75,6 +79,8 @@ class RoutingMonitor(Callback):
         *,
         masks: Callable[[Any], Masks] | None = None,
         adapters: Sequence[RouterAdapter] = (),
+        layers: str | None = None,
+        tokens: Which = "all",
         quality: str | None = None,
         training: bool = True,
         samples: int = 2,
@@ -84,12 +90,14 @@ class RoutingMonitor(Callback):
         self.core = MonitorCore(
             segment_lengths, cache_ratios, cache_shares, quality=quality, samples=samples, alarms=alarms
         )
-        self.masks = masks or batch_masks
+        self.masks = masks
         self.adapters = tuple(adapters)
+        self.layers = layers
+        self.counted = check_tokens(tokens)
         self.training = training
         self.tokenizer = tokenizer
         self._tokens: Tensor | int = 0
-        self._capture: RouterCapture | None = None
+        self._listener: Listener | None = None
         self._fitting = False
         self._recording = ExitStack()
         self._records_training = False
@@ -121,7 +129,7 @@ class RoutingMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the routers, before the first forward, so that compiled models are heard too."""
         self._fitting = True
-        self._capture = RouterCapture(pl_module, self.adapters).attach()
+        self._listen(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the hooks off the model."""
@@ -137,8 +145,8 @@ class RoutingMonitor(Callback):
             and (trainer.global_step + 1) % every == 0
             and (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         )
-        if self._records_training and self._capture is not None:
-            self._recording.enter_context(self._capture.recording())
+        if self._records_training and self._listener is not None:
+            self._recording.enter_context(self._listener.recording())
 
     def watch_term(self, weighted: Tensor, trace: RoutingTrace) -> None:
         """Measure, in a step that will be logged, whether the consistency term reaches the routers."""
@@ -154,27 +162,26 @@ class RoutingMonitor(Callback):
     ) -> None:
         """Count the tokens, and log the routing of a step that is logged."""
         self._recording.close()
-        masks = self.masks(batch)
-        self._tokens = self._tokens + count_tokens(batch, masks[0]) * trainer.world_size
+        if self._listener is None:
+            return
+        self._tokens = self._tokens + self._listener.session.count_tokens(batch, self.masks) * trainer.world_size
         if isinstance(self._tokens, Tensor) or self._tokens:
             pl_module.log(TOKENS, torch.as_tensor(self._tokens, dtype=torch.float32))
-        if self._capture is None:
-            return
         if self._records_training and outputs:  # nothing where training_step skipped the batch
-            for name, value in self.core.training_step(self._trace(masks)).items():
+            for name, value in self.core.training_step(self._trace(batch)).items():
                 pl_module.log(f"train/{name}", value.float(), prog_bar=name in self.core.headline_names)
-        self._capture.clear()
+        self._listener.done()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the routers, outside of fit."""
         self._unheard = False
-        if self._capture is None and not trainer.sanity_checking:
-            self._capture = RouterCapture(pl_module, self.adapters).attach()
+        if self._listener is None and not trainer.sanity_checking:
+            self._listen(trainer, pl_module)
 
     def on_validation_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         """Record what runs until the batch ends."""
-        if self._capture is not None and not trainer.sanity_checking:
-            self._recording.enter_context(self._capture.recording())
+        if self._listener is not None and not trainer.sanity_checking:
+            self._recording.enter_context(self._listener.recording())
 
     def on_validation_batch_end(
         self,
@@ -186,29 +193,29 @@ class RoutingMonitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Measure the batch, and keep the first row of the first one for its picture."""
-        if self._capture is None:
+        if self._listener is None:
             return
         self._recording.close()
-        self._unheard |= not self._capture.heard
-        if self._capture.heard and not trainer.sanity_checking:
+        self._unheard |= not self._listener.heard
+        if self._listener.heard and not trainer.sanity_checking:
             self.core.validation_batch(
-                self._capture.trace(*self.masks(batch)),
+                self._listener.trace(batch),
                 dataloader_idx,
                 name=domain_names(trainer)[dataloader_idx],
                 token_ids=token_ids(batch),
                 draw=batch_idx == 0,
                 board=TrainerBoard(trainer),
             )
-        self._capture.clear()
+        self._listener.done()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the measures of the domains, and of all of them as one."""
-        if self._capture is None or trainer.sanity_checking:
+        if self._listener is None or trainer.sanity_checking:
             return
         values = self.core.end_validation(domain_names(trainer), pl_module.device)
         if not values:
             if self._unheard:
-                self._capture.trace()  # says why no batch at all was heard
+                self._listener.trace()  # says why no batch at all was heard
             return
         pl_module.log_dict({f"val/{name}": value.float() for name, value in values.items()})
         if self.tokens:
@@ -239,12 +246,21 @@ class RoutingMonitor(Callback):
         self._tokens = state_dict["tokens"]
         self.core.load_state_dict(state_dict)
 
-    def _trace(self, masks: Masks) -> RoutingTrace:
-        assert self._capture is not None
+    def _listen(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._listener = RoutingSession.of(pl_module).listen(
+            layers=self.layers,
+            adapters=self.adapters,
+            masks=self.masks,
+            tokens=self.counted,
+            optimizers=lambda: trainer.optimizers,
+        )
+
+    def _trace(self, batch: Any) -> RoutingTrace:
+        assert self._listener is not None
         try:
             with warnings.catch_warnings():  # a measure needs no gradient
                 warnings.filterwarnings("ignore", message="a loss on this trace has no gradient")
-                return self._capture.trace(*masks)
+                return self._listener.trace(batch)
         except RuntimeError as error:
             raise RuntimeError(f"{error}. RoutingMonitor(training=False) leaves training batches alone") from error
 
@@ -252,6 +268,6 @@ class RoutingMonitor(Callback):
         self._recording.close()
         self._fitting = False
         self.core.reset()
-        if self._capture is not None:
-            self._capture.detach()
-            self._capture = None
+        if self._listener is not None:
+            self._listener.release()
+            self._listener = None

@@ -9,11 +9,12 @@ from consistency_reg.callbacks.monitor import RoutingMonitor
 from consistency_reg.callbacks.training_step import TrainingStepTerm
 from consistency_reg.capture import RouterAdapter
 from consistency_reg.control import make_goal
-from consistency_reg.losses import RoutingLoss
+from consistency_reg.losses import LocalConsistencyLoss, RouterAnchorLoss, RoutingLoss
 from consistency_reg.masks import Masks
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
-from consistency_reg.term import Term, WeightSchedule, check_loss, warn_of_frozen
+from consistency_reg.session import Listener, Which
+from consistency_reg.term import Term, WeightSchedule, check_loss, check_name, usual_name, warn_of_frozen
 from consistency_reg.tracking.settings import plain_settings
 
 with require("lightning"):
@@ -31,8 +32,15 @@ class ConsistencyRegularizer(TrainingStepTerm):
         weight: weight of the term, >= 0.
         warmup_steps: optimizer steps over which the weight rises linearly from 0.
         start_step: optimizer step at which the term, and its warm-up, begins.
-        masks: ``batch -> (valid, document_ids)``, each [B, T] or None; reads the usual keys of a mapping when None.
+        masks: ``batch -> (valid, document_ids)``, each [B, T] or None; reads what the model is called with, and the
+            usual keys of the batch, when None (docs/tokens.md).
         adapters: kinds of routers that the capture does not know by itself.
+        layers: regular expression on the routers' names; those that ran with gradient and belong to what the optimizer
+            trains when None.
+        tokens: "labels": only tokens that have a label count (docs/tokens.md); "all": all that are no padding.
+        name: of the term in the log, ``train/NAME/...``, and in checkpoints; "consistency", or for other losses
+            "balance", "z" or "anchor", when None. A trainer may have any number of terms: a second of a name is logged
+            as ``NAME_2``, and terms that differ in nothing but their weight need names.
         target: ``{"srp/m16": 0.7}``: the weight is moved so that this measure becomes at least this. ``srp/mN`` is
             measured on training batches, all layers together, as the monitor does on validation; measures of
             validation are ``val/srp/m16``, ``val/cache/lru_25pct`` and their like, and move the weight when they are
@@ -74,14 +82,19 @@ class ConsistencyRegularizer(TrainingStepTerm):
         start_step: int = 0,
         masks: Callable[[Any], Masks] | None = None,
         adapters: Sequence[RouterAdapter] = (),
+        layers: str | None = None,
+        tokens: Which = "all",
+        name: str | None = None,
         target: dict[str, float] | None = None,
         budget: dict[str, float] | None = None,
         reference: str | None = None,
         max_weight: float | None = None,
         response_steps: int | None = None,
     ) -> None:
-        super().__init__(masks, adapters)
         self.loss = check_loss(loss)
+        named = check_name(name) or usual_name(self.loss)
+        super().__init__(masks, adapters, layers=layers, tokens=tokens, name=named)
+        self.keep_inputs = isinstance(self.loss, RouterAnchorLoss)
         self.schedule = WeightSchedule(weight, warmup_steps, start_step)
         self.goal = {"target": target, "budget": budget, "reference": reference, "max_weight": max_weight}
         self.goal_keeper: GoalKeeper | None = None
@@ -97,12 +110,12 @@ class ConsistencyRegularizer(TrainingStepTerm):
             raise ValueError("max_weight and response_steps need a target or a budget, got neither")
 
     def weight_at(self, step: int) -> float:
-        """The weight at an optimizer step, by what has been measured so far where there is a target or a budget."""
+        """Return the weight at an optimizer step; a target or a budget moves it by what has been measured so far."""
         factor = 1.0 if self.goal_keeper is None else self.goal_keeper.factor
         return factor * self.schedule.at(step)
 
     def term(self, step: int, trace: RoutingTrace) -> Term:
-        """The loss of one forward with the weight of the step, which a goal may move before."""
+        """Return the loss of one forward with the weight of the step, which a goal may move before."""
         if self.goal_keeper is not None:
             self.goal_keeper.on_training_trace(step, trace)
         return Term.of(self.loss, trace, self.weight_at(step))
@@ -122,15 +135,26 @@ class ConsistencyRegularizer(TrainingStepTerm):
         return {"loss": plain_settings(self.loss), **schedule, **goal}
 
     def logged_beside(self) -> dict[str, float]:
-        """The goal, and how far it is kept."""
+        """Return the goal, and how far it is kept."""
         return {} if self.goal_keeper is None else self.goal_keeper.logged()
 
+    @property
+    def state_key(self) -> str:
+        """The key of the state in a checkpoint: by the loss and its options, the layers and the name."""
+        options = {"loss": plain_settings(self.loss), "layers": self.layers, "name": self.name}
+        usual = {"loss": plain_settings(LocalConsistencyLoss()), "layers": None, "name": type(self).name}
+        return type(self).__qualname__ if options == usual else self._generate_state_key(**options)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the routers and wrap ``training_step``; put the settings into the config of the loggers' runs."""
-        log_settings(trainer, "consistency", self.settings)
-        warn_of_frozen(self._wrap(trainer, pl_module))
+        """Find the routers; put the settings into the config of the loggers' runs."""
+        log_settings(trainer, self.logged_name, self.settings)
+        super().on_fit_start(trainer, pl_module)
         if self.goal_keeper is not None:
             self.goal_keeper.on_fit_start()
+
+    def on_listen(self, listener: Listener, pl_module: LightningModule) -> None:
+        """Say if no router learns."""
+        warn_of_frozen(listener)
         self.loss.to(pl_module.device)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -145,7 +169,7 @@ class ConsistencyRegularizer(TrainingStepTerm):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move the weight by a measure of validation, if that is its goal."""
-        if self.goal_keeper is not None and self._capture is not None and not trainer.sanity_checking:
+        if self.goal_keeper is not None and self._listener is not None and not trainer.sanity_checking:
             self.goal_keeper.on_logged(trainer, "validation")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -155,7 +179,7 @@ class ConsistencyRegularizer(TrainingStepTerm):
             self.goal_keeper.on_fit_end()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the loss, and of what moves the weight."""
+        """Return the state of the loss, and of what moves the weight."""
         keeper = self.goal_keeper
         return {"loss": self.loss.state_dict()} | ({} if keeper is None else {"goal_keeper": keeper.state_dict()})
 

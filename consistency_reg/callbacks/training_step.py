@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from consistency_reg.capture import RouterAdapter, RouterCapture
-from consistency_reg.masks import Masks, batch_masks
+from consistency_reg.capture import RouterAdapter
+from consistency_reg.masks import Masks
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
+from consistency_reg.session import Listener, RoutingSession, Which, check_tokens
 from consistency_reg.term import Term
 
 with require("lightning"):
@@ -20,29 +21,69 @@ with require("lightning"):
 class TrainingStepTerm(Callback):
     """Adds a term of the routing of ``training_step`` to the loss that it returns; the module stays as it is.
 
-    A subclass says what the term is (:meth:`term`) and wraps the module when ``fit`` starts (:meth:`_wrap`). The term
-    is logged as ``train/NAME/...``.
+    A subclass says what the term is (:meth:`term`). Any number of them may stand in one trainer: the term is logged as
+    ``train/NAME/...``, with a number behind a name that stands before it already.
 
     Args:
-        masks: ``batch -> (valid, document_ids)``, each [B, T] or None; reads the usual keys of a mapping when None.
+        masks: ``batch -> (valid, document_ids)``, each [B, T] or None; reads what the model is called with, and the
+            usual keys of the batch, when None (docs/tokens.md).
         adapters: kinds of routers that the capture does not know by itself.
+        layers: regular expression on the routers' names; those that ran with gradient and belong to what the optimizer
+            trains when None.
+        tokens: "labels": only tokens that have a label count; "all": all that are no padding.
+        name: of the term, in the log and in checkpoints.
     """
 
     name: str  # in the log
     by_hand: str  # what to do in a training_step whose loss is not the returned one
+    keep_inputs = False
 
-    def __init__(self, masks: Callable[[Any], Masks] | None = None, adapters: Sequence[RouterAdapter] = ()) -> None:
-        self.masks = masks or batch_masks
+    def __init__(
+        self,
+        masks: Callable[[Any], Masks] | None = None,
+        adapters: Sequence[RouterAdapter] = (),
+        *,
+        layers: str | None = None,
+        tokens: Which = "all",
+        name: str | None = None,
+    ) -> None:
+        self.masks = masks
         self.adapters = tuple(adapters)
-        self._capture: RouterCapture | None = None
+        self.layers = layers
+        self.tokens = check_tokens(tokens)
+        if name is not None:
+            self.name = name
+        self.logged_name = self.name
+        self._listener: Listener | None = None
+        self._wraps = False
 
     def term(self, step: int, trace: RoutingTrace) -> Term:
-        """The term of one forward at an optimizer step."""
+        """Return the term of one forward at an optimizer step."""
         raise NotImplementedError
 
     def logged_beside(self) -> dict[str, float]:
-        """What is logged beside the term itself."""
+        """Return what is logged next to the term itself."""
         return {}
+
+    def is_on(self) -> bool:
+        """Return whether there is a term at all."""
+        return True
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wrap ``training_step``, so that whoever trains before ``on_fit_start`` has the term too."""
+        if stage != "fit" or not self.is_on():
+            return
+        terms = [callback for callback in _callbacks(trainer) if isinstance(callback, TrainingStepTerm)]
+        earlier = [term.name for term in terms[: terms.index(self)]] if self in terms else []
+        same = earlier.count(self.name)
+        self.logged_name = f"{self.name}_{same + 1}" if same else self.name
+        self._wraps = True
+        pl_module.training_step = _StepWithTerm(self, trainer, pl_module)  # type: ignore[method-assign]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the routers, before the first forward, so that compiled models are heard too."""
+        if self._wraps:
+            self.listener(trainer, pl_module)
 
     def after_term(self, trainer: Trainer, term: Term, trace: RoutingTrace) -> None:
         """Look at the term of one forward before it is added to the loss."""
@@ -51,20 +92,45 @@ class TrainingStepTerm(Callback):
         """Give ``training_step`` back."""
         self._release(pl_module)
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give ``training_step`` back where training did not begin."""
+        if stage == "fit":
+            self._release(pl_module)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give ``training_step`` back."""
         self._release(pl_module)
 
-    def _wrap(self, trainer: Trainer, pl_module: LightningModule, *, keep_inputs: bool = False) -> RouterCapture:
-        """Find the routers and wrap ``training_step``, until ``fit`` ends; the capture that listens."""
-        if not pl_module.automatic_optimization:
-            raise RuntimeError(
-                f"{type(self).__name__} adds its term to the loss that training_step returns, but "
-                f"{type(pl_module).__name__} uses manual optimization: {self.by_hand} in training_step instead"
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take the state of a callback of this kind that no other takes, as options in its key may have changed."""
+        states = checkpoint.get("callbacks") or {}
+        kind = type(self).__qualname__
+        claimed = {callback.state_key for callback in _callbacks(trainer)}
+        free = [key for key in states if key not in claimed and (key == kind or str(key).startswith(kind + "{"))]
+        if self.state_key not in states and len(free) == 1:
+            states[self.state_key] = states.pop(free[0])
+
+    def listener(self, trainer: Trainer, pl_module: LightningModule) -> Listener:
+        """Return what listens to the module until ``fit`` ends."""
+        if self._listener is None:
+            if not pl_module.automatic_optimization:
+                raise RuntimeError(
+                    f"{type(self).__name__} adds its term to the loss that training_step returns, but "
+                    f"{type(pl_module).__name__} uses manual optimization: {self.by_hand} in training_step instead"
+                )
+            self._listener = RoutingSession.of(pl_module).listen(
+                layers=self.layers,
+                adapters=self.adapters,
+                masks=self.masks,
+                tokens=self.tokens,
+                keep_inputs=self.keep_inputs,
+                optimizers=lambda: trainer.optimizers,
             )
-        capture = self._capture = RouterCapture(pl_module, self.adapters, keep_inputs=keep_inputs).attach()
-        pl_module.training_step = _StepWithTerm(self, trainer, pl_module)  # type: ignore[method-assign]
-        return capture
+            self.on_listen(self._listener, pl_module)
+        return self._listener
+
+    def on_listen(self, listener: Listener, pl_module: LightningModule) -> None:
+        """Look at the routers before the first step."""
 
     def _add(self, trainer: Trainer, pl_module: LightningModule, output: Any, trace: RoutingTrace) -> Any:
         if isinstance(output, Mapping):
@@ -76,15 +142,16 @@ class TrainingStepTerm(Callback):
         term = self.term(trainer.global_step, trace)
         self.after_term(trainer, term, trace)
         logged = term.logged() | self.logged_beside()
-        pl_module.log_dict({f"train/{self.name}/{name}": value for name, value in logged.items()})
+        pl_module.log_dict({f"train/{self.logged_name}/{name}": value for name, value in logged.items()})
         return output + term.weighted.to(output.dtype)
 
     def _release(self, pl_module: LightningModule) -> None:
-        if self._capture is None:
-            return
-        self._capture.detach()
-        self._capture = None
-        _unwrap(pl_module)
+        if self._listener is not None:
+            self._listener.release()
+            self._listener = None
+        if self._wraps:
+            self._wraps = False
+            _unwrap(pl_module)
 
 
 class _StepWithTerm:
@@ -96,20 +163,25 @@ class _StepWithTerm:
         functools.update_wrapper(self, inspect.unwrap(self.step), updated=())  # Lightning looks one level down
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        capture = self.owner._capture
-        assert capture is not None
-        with capture.recording():
-            output = self.step(*args, **kwargs)
-        if output is None:
-            return None
-        trace = capture.trace(*self.owner.masks(args[0] if args else None))
-        capture.clear()
-        return self.owner._add(self.trainer, self.module, output, trace)
+        listener = self.owner.listener(self.trainer, self.module)
+        try:
+            with listener.recording():
+                output = self.step(*args, **kwargs)
+            if output is None:
+                return None
+            batch = args[0] if args else next(iter(kwargs.values()), None)
+            return self.owner._add(self.trainer, self.module, output, listener.trace(batch))
+        finally:
+            listener.done()
 
     def __reduce__(self) -> Any:
         if self.shadowed is not None:
             return _same, (self.shadowed,)
         return getattr, (self.module, "training_step")  # of its class: the copy has nothing of its own yet
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined]
 
 
 def _same(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,7 +191,7 @@ def _same(step: Callable[..., Any]) -> Callable[..., Any]:
 def _unwrap(pl_module: LightningModule) -> None:
     """Take off the terms whose callbacks have let go, from the outermost on; what they lay over comes back."""
     own = vars(pl_module)
-    while isinstance(outermost := own.get("training_step"), _StepWithTerm) and outermost.owner._capture is None:
+    while isinstance(outermost := own.get("training_step"), _StepWithTerm) and not outermost.owner._wraps:
         del own["training_step"]
         if outermost.shadowed is not None:
             own["training_step"] = outermost.shadowed

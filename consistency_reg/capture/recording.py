@@ -1,9 +1,7 @@
 """Listening to routers during a forward pass."""
 
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,27 +9,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from consistency_reg.capture.adapters import RouterAdapter, check, describe, tensors_of
-from consistency_reg.capture.finding import ByShape, find_routers, how_to_register, is_ids
+from consistency_reg.capture.calls import Call, Caller, find_callers
+from consistency_reg.capture.finding import ByShape, Router, find_routers, how_to_register, is_ids
 from consistency_reg.capture.frozen import FrozenRouter
 from consistency_reg.capture.known import DEFAULT_ADAPTERS
+from consistency_reg.capture.readings import Forward, Reading, shape_of, warn_of_lost_graphs
 from consistency_reg.hooks import OwnedHook
+from consistency_reg.masks import Shape
 from consistency_reg.routing import RoutingTrace
 
 CACHES = ("past_key_values", "cache_params")
-
-
-@dataclass
-class _Reading:
-    logits: Tensor
-    expert_ids: Tensor | None  # None until the experts are given them
-    given: tuple[Any, ...]  # what the router was given after the hidden states
-    inputs: Tensor | None
-    lost_graph: bool
-
-    @property
-    def ids(self) -> Tensor:
-        assert self.expert_ids is not None
-        return self.expert_ids
 
 
 class RouterCapture:
@@ -85,15 +72,18 @@ class RouterCapture:
         self.model = model
         self.keep_inputs = keep_inputs
         self.generation = generation
+        self.layers = layers
+        self.adapters = tuple(adapters)
         self._routers = find_routers(model, (*adapters, *DEFAULT_ADAPTERS), layers)
         self._unchecked = {name for name, router in self._routers.items() if isinstance(router.adapter, ByShape)}
         self._handles: list[RemovableHandle] = []
-        self._readings: dict[str, list[_Reading]] = {}
+        self._readings: dict[str, list[Reading]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._recordings = 0  # open blocks of recording()
         self._generating = 0  # open forwards of a generation
         self._in_forward = False
-        self._grad_mode = False  # of the forward as a whole
+        self._grad_mode = False  # when the recording or the forward began
+        self._calls: list[Call | None] = []  # open now, the innermost last; None is one that does not count
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -106,18 +96,28 @@ class RouterCapture:
         return {name: router.module for name, router in self._routers.items()}
 
     @property
+    def found(self) -> tuple[Router, ...]:
+        """The routers with their names and adapters, in the model's order."""
+        return tuple(self._routers.values())
+
+    @property
     def heard(self) -> bool:
         """Whether a router ran in the last forward."""
         return any(self._readings.values())
 
-    def any_router_learns(self) -> bool:
-        """Whether a parameter of a router, or of what PEFT has put around it, is trained."""
-        modules = (self.model.get_submodule(router.outer_name) for router in self._routers.values())
+    def any_router_learns(self, names: Collection[str] | None = None) -> bool:
+        """Return whether a parameter of a router, or of what PEFT has put around it, is trained; all when None."""
+        chosen = (router for name, router in self._routers.items() if names is None or name in names)
+        modules = (self.model.get_submodule(router.outer_name) for router in chosen)
         return any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
-    def frozen_routers(self) -> dict[str, FrozenRouter]:
-        """Copies of the routers as they are now, by name, for :class:`~consistency_reg.losses.RouterAnchorLoss`."""
-        return {name: FrozenRouter(router.module, router.adapter) for name, router in self._routers.items()}
+    def frozen_routers(self, names: Collection[str] | None = None) -> dict[str, FrozenRouter]:
+        """Return copies of the routers as they are now, for :class:`~consistency_reg.losses.RouterAnchorLoss`."""
+        return {
+            name: FrozenRouter(router.module, router.adapter)
+            for name, router in self._routers.items()
+            if names is None or name in names
+        }
 
     def attach(self) -> "RouterCapture":
         """Start to listen; without effect when attached already."""
@@ -131,6 +131,9 @@ class RouterCapture:
                 listen(module.register_forward_hook(OwnedHook(self, "_leave_generation"), always_call=True))
         listen(self.model.register_forward_pre_hook(OwnedHook(self, "_begin_forward")))
         listen(self.model.register_forward_hook(OwnedHook(self, "_end_forward"), always_call=True))
+        for caller in find_callers(self.model, self._routers.values()):
+            listen(caller.module.register_forward_pre_hook(OwnedHook(self, "_open_call", caller), with_kwargs=True))
+            listen(caller.module.register_forward_hook(OwnedHook(self, "_close_call"), always_call=True))
         for name, router in self._routers.items():
             block = self.model.get_submodule(router.block_name)
             listen(block.register_forward_pre_hook(OwnedHook(self, "_see_block", name), with_kwargs=True))
@@ -178,34 +181,56 @@ class RouterCapture:
             UserWarning: routers ran without autograd in a forward with it, as reentrant checkpointing does: a loss on
                 this trace has no gradient there.
         """
-        counts = {name: len(self._readings.get(name, ())) for name in self._routers}
-        if any(count != 1 for count in counts.values()):
+        (forward,) = self.forwards(most=1)
+        shape = shape_of(forward, (valid.shape[0], valid.shape[1]) if valid is not None and valid.dim() == 2 else None)
+        return self.make_trace(forward, shape, valid, document_ids)
+
+    def readings(self, name: str) -> tuple[Reading, ...]:
+        """Return what a router decided since the last forward began, in order."""
+        return tuple(self._readings.get(name, ()))
+
+    def forwards(self, names: Sequence[str] | None = None, most: int | None = None) -> list[Forward]:
+        """Return the readings of the routers by forward, where their model was called several times in a recording.
+
+        Args:
+            names: of the routers; all when None.
+            most: how many forwards there may be.
+
+        Raises:
+            RuntimeError: a router did not run, or not once in each forward.
+        """
+        names = self.layer_names if names is None else names
+        counts = {name: len(self._readings.get(name, ())) for name in names}
+        number = max(counts.values())
+        calls = {name: [reading.call for reading in self._readings.get(name, ())] for name in names}
+        apart = number <= 1 or all(None not in one and len(set(one)) == len(one) for one in calls.values())
+        if not number or any(count != number for count in counts.values()) or not apart or number > (most or number):
             raise RuntimeError(_explain(counts, attached=bool(self._handles)))
-        readings = {name: self._readings[name][0] for name in self._routers}
-        if unread := [str(self._routers[name]) for name, reading in readings.items() if reading.expert_ids is None]:
-            kind = type(self._routers[next(iter(readings))].module).__name__
+        return [{name: self._readings[name][index] for name in names} for index in range(number)]
+
+    def make_trace(
+        self, forward: Forward, shape: Shape, valid: Tensor | None = None, document_ids: Tensor | None = None
+    ) -> RoutingTrace:
+        """Return the routing of a forward of [B, T] tokens; see :meth:`trace`."""
+        B, T = shape
+        if unread := [str(self._routers[name]) for name, reading in forward.items() if reading.expert_ids is None]:
+            kind = type(self._routers[next(iter(forward))].module).__name__
             raise RuntimeError(
                 f"the expert ids are not known of {unread}, which return none: the experts beside them were given "
                 f"none either.{how_to_register(kind)}"
             )
-        B, T = self._batch_shape(readings, valid)
-        if lost := [name for name, reading in readings.items() if reading.lost_graph]:
-            warnings.warn(
-                f"a loss on this trace has no gradient for {len(lost)} of {len(readings)} routers: they ran without "
-                "autograd in a forward with it. Reentrant activation checkpointing does this; "
-                "use_reentrant=False does not",
-                stacklevel=2,
-            )
+        warn_of_lost_graphs(forward, stacklevel=4)
+        routers = [self._routers[name] for name in forward]
         trace = RoutingTrace(
-            expert_ids=[reading.ids.reshape(B, T, -1) for reading in readings.values()],
-            num_experts=[reading.logits.shape[-1] for reading in readings.values()],
-            scores=[self._scores(name, reading).reshape(B, T, -1) for name, reading in readings.items()],
-            logits=[reading.logits.reshape(B, T, -1) for reading in readings.values()],
+            expert_ids=[reading.ids.reshape(B, T, -1) for reading in forward.values()],
+            num_experts=[reading.logits.shape[-1] for reading in forward.values()],
+            scores=[self._scores(name, reading).reshape(B, T, -1) for name, reading in forward.items()],
+            logits=[reading.logits.reshape(B, T, -1) for reading in forward.values()],
             valid=valid,
             document_ids=document_ids,
-            layer_names=tuple(readings),
-            score_functions=[router.adapter.read_score_function(router.module) for router in self._routers.values()],
-            inputs=self._inputs(readings, (B, T)) if self.keep_inputs else None,
+            layer_names=tuple(forward),
+            score_functions=[router.adapter.read_score_function(router.module) for router in routers],
+            inputs=self._inputs(forward, shape) if self.keep_inputs else None,
         )
         if self._unchecked:
             self._check_selection(trace)
@@ -220,36 +245,13 @@ class RouterCapture:
             handle.remove()
         self._handles.clear()
 
-    def _batch_shape(self, readings: dict[str, _Reading], valid: Tensor | None) -> tuple[int, int]:
-        shapes = {name: shape[:2] for name, shape in self._shapes.items() if len(shape) >= 3}
-        if len(set(shapes.values())) > 1:
-            found = {shape: [name for name in shapes if shapes[name] == shape] for shape in shapes.values()}
-            raise ValueError(
-                f"the routers ran on batches of different shapes, {found}: a trace has one [B, T], so capture each "
-                "stack by itself, with RouterCapture(model, layers=...)"
-            )
-        if shapes:
-            B, T = next(iter(shapes.values()))
-        elif valid is not None and valid.dim() == 2:
-            B, T = valid.shape
-        else:
-            raise RuntimeError(
-                "the rows of the batch cannot be told from the routers' flat input: give `valid` to trace()"
-            )
-        for name, reading in readings.items():
-            if (tokens := reading.ids.numel() // reading.ids.shape[-1]) != B * T:
-                raise ValueError(
-                    f"valid must cover the tokens of the forward, got {B} x {T} for {tokens} routed tokens of {name!r}"
-                )
-        return B, T
-
-    def _scores(self, name: str, reading: _Reading) -> Tensor:
+    def _scores(self, name: str, reading: Reading) -> Tensor:
         """What the router selected by. Not for the hook: within a checkpointed layer it would change what is saved."""
         router = self._routers[name]
         return router.adapter.read_scores(router.module, reading.logits, reading.ids, reading.given)
 
-    def _inputs(self, readings: dict[str, _Reading], shape: tuple[int, int]) -> list[Tensor]:
-        inputs = {name: reading.inputs for name, reading in readings.items()}
+    def _inputs(self, forward: Forward, shape: Shape) -> list[Tensor]:
+        inputs = {name: reading.inputs for name, reading in forward.items()}
         missing = [name for name, value in inputs.items() if value is None]
         if missing:
             raise RuntimeError(
@@ -276,6 +278,7 @@ class RouterCapture:
     def _begin(self) -> None:
         self._readings.clear()
         self._shapes.clear()
+        self._calls.clear()
         self._grad_mode = torch.is_grad_enabled()
 
     def _begin_forward(self, *_: Any) -> None:
@@ -294,6 +297,25 @@ class RouterCapture:
 
     def _leave_generation(self, *_: Any) -> None:
         self._generating = max(0, self._generating - 1)
+
+    def _open_call(self, caller: Caller, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = None
+        if self._listening:
+            outer = next((one for one in reversed(self._calls) if one is not None), None)
+            begun = {name: len(self._readings.get(name, ())) for name in self._routers}
+            given = caller.read(args, kwargs)
+            call = Call(caller.name, given, torch.is_grad_enabled(), outer, caller.encoder_decoder, begun)
+            if outer is not None and call.shape is not None:
+                outer.has_inner = True
+        self._calls.append(call)
+
+    def _close_call(self, *_: Any) -> None:
+        call = self._calls.pop() if self._calls else None
+        if call is not None:
+            for name, begun in call.begun.items():
+                for reading in self._readings.get(name, [])[begun:]:
+                    if reading.call is None:
+                        reading.call = call
 
     @property
     def _listening(self) -> bool:
@@ -314,12 +336,14 @@ class RouterCapture:
             logits, expert_ids = self._routers[name].adapter.read(module, output)
         except TypeError as error:
             raise TypeError(f"{self._routers[name]} {error}{how_to_register(type(module).__name__)}") from None
-        reading = _Reading(
+        reading = Reading(
             logits,
             None if expert_ids is None else expert_ids.long(),
             given=(*args[1:], *kwargs.values()) if args else tuple(kwargs.values())[1:],
             inputs=hidden.detach() if self.keep_inputs and args and hidden is not None else None,
-            lost_graph=self._grad_mode and not torch.is_grad_enabled(),
+            shape=self._shapes.get(name, ()),
+            grad=torch.is_grad_enabled(),
+            began_with_grad=self._grad_mode,
         )
         self._readings.setdefault(name, []).append(reading)
 

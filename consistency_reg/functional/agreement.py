@@ -1,4 +1,4 @@
-"""How far two models agree on the experts of the same tokens."""
+"""The agreement of two models on the experts of the same tokens."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from consistency_reg.routing import check_masks
 
 
 def expert_agreement(expert_ids: Tensor, other_ids: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Share of a token's experts that another model, or the same one before fine-tuning, chooses for it too.
+    """Return the share of a token's experts that another model, or the same before fine-tuning, chooses for it too.
 
     ``sum_t |S_t & S'_t| / (K * tokens)`` over the valid tokens; the order within a set does not count.
 
@@ -31,7 +31,7 @@ def expert_agreement(expert_ids: Tensor, other_ids: Tensor, valid: Tensor | None
 
 
 def agreement_mean(expert_ids: Tensor, other_ids: Tensor, valid: Tensor | None = None) -> Mean:
-    """:func:`expert_agreement` as integers that add up over batches. The host waits for no device."""
+    """Return :func:`expert_agreement` as integers that add up over batches. The host waits for no device."""
     if expert_ids.dim() != 3 or other_ids.shape != expert_ids.shape:
         raise ValueError(
             "expert_ids and other_ids must have the same shape [B, T, K], "

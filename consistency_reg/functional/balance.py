@@ -1,4 +1,4 @@
-"""How evenly the experts are used: over the whole data, within a segment or a document, and from token to token.
+"""Balance of the experts' usage: over the whole data, within a segment or a document, and from token to token.
 
 Global balance can coexist with consistency, local balance cannot (arXiv 2505.16056): look at both. B rows, T tokens,
 K active of E routed experts of one layer.
@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from consistency_reg.devices import is_on_host
+from consistency_reg.documents import document_positions, row_chunks, rows_of
 from consistency_reg.functional.segments import (
     active_experts,
-    document_positions,
-    row_chunks,
-    rows_of,
     running_sums,
     window_ends,
 )
@@ -60,7 +59,7 @@ class Mean:
 
 
 def usage_counts(expert_ids: Tensor, num_experts: int, valid: Tensor | None = None) -> Tensor:
-    """Valid tokens on which each expert is active: [B, T, K] ids -> [E] int64. The host waits for no device.
+    """Count the valid tokens on which each expert is active: [B, T, K] ids -> [E] int64. The host waits for no device.
 
     Example:
         >>> usage_counts(torch.tensor([[[0, 1], [1, 2]]]), num_experts=4)
@@ -77,7 +76,7 @@ def usage_counts(expert_ids: Tensor, num_experts: int, valid: Tensor | None = No
 
 
 def usage_balance(usage: Tensor, tokens: Tensor) -> UsageBalance:
-    """Balance over the whole data, from the counts of :func:`usage_counts`.
+    """Return the balance over the whole data from the counts of :func:`usage_counts`.
 
     Args:
         usage: [..., E] integers, tokens on which each expert is active.
@@ -105,7 +104,7 @@ def local_cv(
     valid: Tensor | None = None,
     document_ids: Tensor | None = None,
 ) -> Tensor:
-    """Mean CV of the experts' usage within a segment (or a document): what balance is, locally. A float64 scalar.
+    """Return the local balance: the mean CV of the experts' usage within a segment or a document, a float64 scalar.
 
     ``CV = sqrt(E sum_e f[e]^2 / (sum_e f[e])^2 - 1)`` with f the usage within the segment, averaged over all segments.
 
@@ -137,7 +136,7 @@ def local_cv_means(
     *,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> dict[int | None, Mean]:
-    """:func:`local_cv` for several m in one pass, as sums and counts that add up over batches.
+    """Return :func:`local_cv` for several m in one pass, as sums and counts that add up over batches.
 
     On CUDA the host does not wait, so ids are not checked.
     """
@@ -166,7 +165,7 @@ def local_cv_means(
 def overlap_rate(
     expert_ids: Tensor, num_experts: int, valid: Tensor | None = None, document_ids: Tensor | None = None
 ) -> Tensor:
-    """Share of a token's experts that its predecessor in the document used too. A float64 scalar.
+    """Return the share of a token's experts that its predecessor in the document used too, a float64 scalar.
 
     Example:
         >>> float(overlap_rate(torch.tensor([[[0, 1], [1, 2], [1, 2]]]), num_experts=4))
@@ -184,7 +183,7 @@ def overlap_mean(
     *,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Mean:
-    """:func:`overlap_rate` as integers that add up over batches. The host waits for no device."""
+    """Return :func:`overlap_rate` as integers that add up over batches. The host waits for no device."""
     check_id_shape(expert_ids, num_experts)
     B, T, K = expert_ids.shape
     check_masks((B, T), valid, document_ids)
@@ -201,7 +200,7 @@ def overlap_mean(
 
 
 def document_ends(position: Tensor) -> Tensor:
-    """The last token of every document: [B, T] positions -> [B, T] bool.
+    """Return where the last token of a document stands: [B, T] positions -> [B, T] bool.
 
     Example:
         >>> document_ends(torch.tensor([[0, 1, 0, -1, 0, 1]]))
@@ -211,29 +210,25 @@ def document_ends(position: Tensor) -> Tensor:
 
 
 def _segments(position_BT: Tensor, segment_length: int | None) -> tuple[Tensor, Tensor]:
-    """Where segments end, [B, T] bool, and how many tokens a segment that ends there has, [B, T]."""
+    """Return where segments end, [B, T] bool, and how many tokens a segment that ends there has, [B, T]."""
     if segment_length is None:
         return document_ends(position_BT), position_BT + 1
     return window_ends(position_BT, segment_length), torch.full_like(position_BT, segment_length)
 
 
 def _segment_usage(before_BTE: Tensor, ends_BT: Tensor, length_BT: Tensor) -> Tensor:
-    """Usage within each segment, [S, E], from that of the tokens before each place of a row, [B, T+1, E]."""
+    """Return the usage within each segment, [S, E], from that of the tokens before each place of a row, [B, T+1, E]."""
     before_SE = before_BTE.flatten(0, 1)
     after_BT = torch.arange(len(before_SE), device=before_SE.device).view(before_BTE.shape[:2])[:, 1:]
-    if _may_wait(before_SE):
+    if is_on_host(before_SE):
         after_S, length_S = after_BT[ends_BT], length_BT[ends_BT]
     else:  # to select the ends would make the host wait: take every token, with an empty segment where none ends
         after_S, length_S = after_BT.flatten(), length_BT.where(ends_BT, 0).flatten()
     return before_SE[after_S] - before_SE[after_S - length_S]
 
 
-def _may_wait(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
-
-
 def _cv(usage: Tensor) -> Tensor:
-    """CV over the last dimension, from exact sums; 0 where nothing is used."""
+    """Return the CV over the last dimension, from exact sums; 0 where nothing is used."""
     usage = usage.double()
     squares, total = usage.square().sum(dim=-1), usage.sum(dim=-1)
     return (usage.shape[-1] * squares / total.square().clamp_min(1)).sub(1).clamp_min(0).sqrt()

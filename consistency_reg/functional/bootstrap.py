@@ -16,7 +16,7 @@ GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: steps of it spread ov
 
 
 def poisson_weights(sequence_index: Tensor, replicates: int, seed: int = 0) -> Tensor:
-    """How often each replicate draws each sequence, Poisson(1): [N] int64 numbers of the sequences -> [R, N] uint8.
+    """Return how often each replicate draws each sequence, Poisson(1): [N] int64 sequence numbers -> [R, N] uint8.
 
     Example:
         >>> poisson_weights(torch.arange(8), replicates=2)
@@ -33,7 +33,7 @@ def poisson_weights(sequence_index: Tensor, replicates: int, seed: int = 0) -> T
 
 
 def resampled_sums(statistic: Tensor, sequence_index: Tensor, replicates: int, seed: int = 0) -> Tensor:
-    """The sum over sequences of a statistic in every replicate.
+    """Return the sum over sequences of a statistic in every replicate.
 
     Args:
         statistic: [N, ...], one entry for each sequence; integers or float64.
@@ -53,7 +53,7 @@ def resampled_sums(statistic: Tensor, sequence_index: Tensor, replicates: int, s
 
 
 def percentile_interval(replicates: Tensor, level: float = 0.95) -> Tensor:
-    """The central interval of a bootstrap: [..., R] values of the replicates, NaN for an empty one -> [..., 2].
+    """Return the central interval of a bootstrap: [..., R] values of the replicates, NaN for an empty one -> [..., 2].
 
     Example:
         >>> percentile_interval(torch.arange(101.0).double())
@@ -65,7 +65,7 @@ def percentile_interval(replicates: Tensor, level: float = 0.95) -> Tensor:
 
 
 def _poisson_bounds() -> list[int]:
-    """``2^53 P(X <= k)`` for k = 0, 1, ...: a uniform of 53 bits that reaches the first n of them is a Poisson n."""
+    """Return ``2^53 P(X <= k)`` for k = 0, 1, ...: a uniform of 53 bits that reaches the first n is a Poisson n."""
     bounds, below = [], 0.0
     for k in range(19):
         below += math.exp(-1) / math.factorial(k)
@@ -74,17 +74,17 @@ def _poisson_bounds() -> list[int]:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finalizer of SplitMix64 (public domain, S. Vigna): a bijection of 64 bits in which every bit counts."""
+    """Mix 64 bits by the finalizer of SplitMix64 (public domain, S. Vigna), a bijection in which every bit counts."""
     x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
     return x ^ _shift(x, 31)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right; torch's own keeps the sign."""
+    """Return the bits shifted to the right with zeros coming in; torch's own shift keeps the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _signed(x: int) -> int:
-    """The int64 with the bits of a uint64."""
+    """Return the int64 with the bits of a uint64."""
     return x - (1 << 64) if x >= 1 << 63 else x

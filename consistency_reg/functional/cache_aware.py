@@ -23,8 +23,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from consistency_reg.devices import is_on_host
+from consistency_reg.documents import document_positions
 from consistency_reg.functional.cache_aware_scan import scan
-from consistency_reg.functional.segments import document_positions
 from consistency_reg.routing import check_masks
 
 METHODS = ("prior", "max_rank", "cumulative")
@@ -280,12 +281,12 @@ def _check_scores(scores: Tensor, valid: Tensor | None, document_ids: Tensor | N
 
 def _is_all_real(valid: Tensor | None) -> bool:
     """Return whether there is surely no padding; a GPU is not asked, as the host would wait for its answer."""
-    return valid is None or (valid.device.type == "cpu" and bool(valid.all()))
+    return valid is None or (is_on_host(valid) and bool(valid.all()))
 
 
 @dataclass(frozen=True)
 class _Clocks:
-    """Where the tokens stand: all [..., B, T] int64.
+    """The clocks and positions of tokens: all [..., B, T] int64.
 
     Attributes:
         clock: counts the tokens of a row, those of a document that it goes on with included.

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from consistency_reg import kernels
+from consistency_reg import devices
 
 
 class Scanned(NamedTuple):
-    """What a scan found, see :func:`scan`."""
+    """The choice and the caches of a scan, see :func:`scan`."""
 
     expert_ids: Tensor  # [..., B, T, K] int64, in any order
     residents: Tensor  # [..., B, T, E] bool, the experts in the cache before each token
@@ -49,10 +49,15 @@ def scan(
         >>> found.expert_ids.tolist(), found.residents.tolist()
         ([[[0], [0]]], [[[False, False], [True, False]]])
     """
-    if kernels.takes(base):
+    if devices.has_kernels(base):
         from consistency_reg.kernels import cache_aware
 
         return Scanned(*cache_aware.scan(base, preferred, key, start, last_use, top_k, slots, own_ids))
+    if not devices.is_on_host(base):
+        base_, preferred, key, start, last_use = (x.cpu() for x in (base, preferred, key, start, last_use))
+        own_ids = None if own_ids is None else own_ids.cpu()
+        scanned = scan(base_, preferred, key, start, last_use, top_k, slots, own_ids)
+        return Scanned(*(values.to(base.device) for values in scanned))
     T, E = base.shape[-2:]
     R, K = last_use[..., 0].numel(), top_k
     by_token = [values.reshape(R, T, -1).transpose(0, 1).contiguous() for values in (base, preferred, key, start + 1)]

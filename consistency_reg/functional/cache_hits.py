@@ -21,19 +21,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from consistency_reg import kernels
+from consistency_reg import devices
 from consistency_reg.cache_policies import CACHE_POLICIES, EVICTING, check_policy
+from consistency_reg.documents import document_lengths, document_positions, row_chunks
 from consistency_reg.functional.segments import (
     check_segment_lengths,
-    document_positions,
-    row_chunks,
     side_by_side,
 )
 from consistency_reg.functional.stack import Columns, Priorities, column_groups, stack_hits
 from consistency_reg.functional.stack_priorities import PolicyPriorities, WindowUses
 from consistency_reg.routing import RoutingTrace
 
-SIMULATED = (*EVICTING, "sch", "uses")  # "uses" counts the uses of each expert instead of hits
+SIMULATED = (*EVICTING, "sch")
 REPLAYS = ("token", "access")
 COLD = ("free", "miss")
 CHUNK_ACCESSES = 2**22  # that are looked at together: bounds memory, and leaves enough documents to work on at once
@@ -41,11 +40,10 @@ CHUNK_ACCESSES = 2**22  # that are looked at together: bounds memory, and leaves
 
 @dataclass(frozen=True)
 class Simulation:
-    """What is simulated, and how its hits are counted.
+    """A policy to simulate, and how its hits are counted.
 
     Args:
-        policy: "lru", "lfu", "belady", or "sch" with windows of ``segment_length`` tokens; "uses" counts the uses of
-            each expert instead of hits.
+        policy: "lru", "lfu", "belady", or "sch" with windows of ``segment_length`` tokens.
         segment_length: m of "sch".
         replay: "token" looks all experts of a token up before they become resident, "access" one by one.
         cold: "free" counts the first use of an expert as a hit where a slot is free, "miss" never.
@@ -84,7 +82,7 @@ class HitCounts:
     """The hits and accesses of some documents: integers, to be concatenated over batches.
 
     Attributes:
-        hits: [D, E] int64, with a cache of 1, 2, ..., E slots; for "uses" the uses of each expert.
+        hits: [D, E] int64, with a cache of 1, 2, ..., E slots.
         accesses: [D] int64, tokens x K of each document.
         rows: [D] int64, the row of the batch that each document stands in; documents are in reading order.
     """
@@ -95,20 +93,40 @@ class HitCounts:
 
     @property
     def hit_rate(self) -> Tensor:
-        """Return the hit rate of each document: [D, E] float64."""
+        """The hit rate of each document: [D, E] float64."""
         return self.hits / self.accesses[:, None].double()
 
 
 @dataclass(frozen=True)
-class RowHitRates:
-    """The hit rates of the documents of each row, summed, which needs no count of the documents.
+class UseCounts:
+    """The uses of each expert by some documents: integers, to be concatenated over batches.
 
     Attributes:
-        hit_rate: [N, E] float64, the sum over a row's documents of their hit rates with 1, 2, ..., E slots.
+        uses: [D, E] int64.
+        accesses, rows: see :class:`HitCounts`.
+    """
+
+    uses: Tensor
+    accesses: Tensor
+    rows: Tensor
+
+    @property
+    def share(self) -> Tensor:
+        """The share of each document's accesses that each expert has: [D, E] float64."""
+        return self.uses / self.accesses[:, None].double()
+
+
+@dataclass(frozen=True)
+class RowSums:
+    """Values of the documents of each row, summed, which needs no count of the documents.
+
+    Attributes:
+        total: [N, E] float64, the sum over a row's documents of their hit rates with 1, 2, ..., E slots, or of the
+            shares of their accesses that each of E experts has.
         documents: [N] int64, how many documents each row has.
     """
 
-    hit_rate: Tensor
+    total: Tensor
     documents: Tensor
 
 
@@ -158,12 +176,18 @@ def cache_hit_rate(
         tensor([0.0000, 0.3750, 0.6250], dtype=torch.float64)
     """
     check_policy(policy)
+    simulation = Simulation("lru" if policy == "fixed" else policy, replay=replay, cold=cold)
     trace = checked_trace(expert_ids, num_experts, valid, document_ids)
     if policy != "fixed":
-        return mean_hit_rate(simulate(trace, Simulation(policy, replay=replay, cold=cold)))
-    uses = Simulation("uses", replay=replay, cold=cold)
-    usage_E = torch.stack([part.hits.sum(dim=0) for part in simulate(trace, uses)]).sum(dim=0)
-    return mean_hit_rate(simulate(trace, uses))[most_used(usage_E)].cumsum(dim=0)
+        return mean_over_documents((part.hit_rate, len(part.rows)) for part in simulate(trace, simulation))
+    usage_E = torch.zeros(
+        sum(layer.num_experts for layer in trace), dtype=torch.int64, device=trace.expert_ids[0].device
+    )
+    parts = []
+    for part in document_uses(trace):
+        usage_E += part.uses.sum(dim=0)
+        parts.append((part.share.sum(dim=0, keepdim=True), len(part.rows)))
+    return mean_over_documents(parts)[most_used(usage_E)].cumsum(dim=0)
 
 
 def cache_hit_counts(
@@ -183,8 +207,7 @@ def cache_hit_counts(
 
     Args:
         expert_ids, num_experts, valid, document_ids, replay, cold: see :func:`cache_hit_rate`.
-        policy: "lru", "lfu", "belady", "fixed", or "sch" with windows of ``segment_length`` tokens; "uses" counts the
-            uses of each expert instead of hits.
+        policy: "lru", "lfu", "belady", "fixed", or "sch" with windows of ``segment_length`` tokens.
         segment_length: m of "sch".
 
     Example:
@@ -194,33 +217,34 @@ def cache_hit_counts(
     """
     check_policy(policy, (*SIMULATED, "fixed"))
     trace = RoutingTrace(_layers(expert_ids), num_experts, valid=valid, document_ids=document_ids)
-    simulated = Simulation("uses" if policy == "fixed" else policy, segment_length, replay, cold)
-    parts = list(simulate(trace, simulated))
-    hits_DE, accesses_D, rows_D = (
-        torch.cat([getattr(part, name) for part in parts]) for name in ("hits", "accesses", "rows")
-    )
+    simulation = Simulation("lru" if policy == "fixed" else policy, segment_length, replay, cold)
     if policy == "fixed":
-        hits_DE = hits_DE[:, most_used(hits_DE.sum(dim=0))].cumsum(dim=1)
-    return HitCounts(hits_DE, accesses_D, rows_D)
+        used = list(document_uses(trace))
+        uses_DE, accesses_D, rows_D = (
+            torch.cat([getattr(part, name) for part in used]) for name in ("uses", "accesses", "rows")
+        )
+        return HitCounts(uses_DE[:, most_used(uses_DE.sum(dim=0))].cumsum(dim=1), accesses_D, rows_D)
+    parts = list(simulate(trace, simulation))
+    return HitCounts(*(torch.cat([getattr(part, name) for part in parts]) for name in ("hits", "accesses", "rows")))
 
 
-def row_hit_rates(trace: RoutingTrace, simulation: Simulation) -> RowHitRates:
+def row_hit_rates(trace: RoutingTrace, simulation: Simulation) -> RowSums:
     """Return the hit rates of each row's documents, summed: on a GPU the host never waits for it.
 
     Args:
         trace: N rows; several layers are one cache that they share. Only shapes are checked.
-        simulation: instead of "fixed" there is "uses", the share of a document's accesses that each expert has, from
-            which the hit rates of the fixed set follow once all data is seen.
+        simulation: the policy and how its hits are counted.
 
     Example:
         >>> trace = RoutingTrace([torch.tensor([[[0], [1], [0]], [[1], [1], [1]]])], num_experts=2)
         >>> rates = row_hit_rates(trace, Simulation("lru"))
-        >>> rates.hit_rate.sum(dim=0) / rates.documents.sum()
+        >>> rates.total.sum(dim=0) / rates.documents.sum()
         tensor([0.6667, 1.0000], dtype=torch.float64)
     """
+    device, trace = trace.expert_ids[0].device, _where_simulated(trace)
     rates, documents = [], []
-    for _, ids, E, position_BT in _chunks(trace, simulation):
-        if kernels.takes(ids):
+    for _, ids, E, position_BT in _chunks(trace, by_access=simulation.replay == "access"):
+        if devices.has_kernels(ids):
             from consistency_reg.kernels import cache_hits
 
             rates_BE = cache_hits.row_hit_rates(ids, E, position_BT, simulation)
@@ -230,22 +254,67 @@ def row_hit_rates(trace: RoutingTrace, simulation: Simulation) -> RowHitRates:
             rates_BE.index_add_(0, part.rows, part.hit_rate)
         rates.append(rates_BE)
         documents.append((position_BT == 0).sum(dim=1))
-    return RowHitRates(torch.cat(rates), torch.cat(documents))
+    return RowSums(torch.cat(rates).to(device), torch.cat(documents).to(device))
+
+
+def row_use_shares(trace: RoutingTrace) -> RowSums:
+    """Return the shares of their accesses that each expert has in each row's documents, summed.
+
+    The hit rates of a fixed set follow from them once all data is seen. On a GPU the host never waits for it.
+
+    Args:
+        trace: N rows; several layers are one cache that they share. Only shapes are checked.
+
+    Example:
+        >>> trace = RoutingTrace([torch.tensor([[[0], [1], [0], [0]]])], num_experts=2)
+        >>> row_use_shares(trace).total
+        tensor([[0.7500, 0.2500]], dtype=torch.float64)
+    """
+    shares, documents = [], []
+    for _, ids_BTK, E, position_BT in _chunks(trace):
+        B, _, K = ids_BTK.shape
+        access_share_BT = 1 / (document_lengths(position_BT) * K).clamp_min(1).double()
+        bin_BTK = ids_BTK.where(position_BT[:, :, None] >= 0, E)  # the last bin takes padding
+        share_BE = torch.zeros(B, E + 1, dtype=torch.float64, device=ids_BTK.device)
+        share_BE.scatter_add_(1, bin_BTK.flatten(1), access_share_BT.repeat_interleave(K, dim=1))
+        shares.append(share_BE[:, :E])
+        documents.append((position_BT == 0).sum(dim=1))
+    return RowSums(torch.cat(shares), torch.cat(documents))
 
 
 def simulate(trace: RoutingTrace, simulation: Simulation) -> Iterator[HitCounts]:
     """Yield the hits of the documents, some rows at a time; several layers are one cache that they share."""
-    for rows, ids, E, position_BT in _chunks(trace, simulation):
+    device, trace = trace.expert_ids[0].device, _where_simulated(trace)
+    for rows, ids, E, position_BT in _chunks(trace, by_access=simulation.replay == "access"):
         part = _count_hits(ids, E, position_BT, simulation, whole_rows=_whole_rows(trace))
-        yield HitCounts(part.hits, part.accesses, part.rows + rows.start)
+        yield HitCounts(part.hits.to(device), part.accesses.to(device), (part.rows + rows.start).to(device))
 
 
-def mean_hit_rate(parts: Iterable[HitCounts]) -> Tensor:
-    """Return the mean over documents [E] float64; raise ValueError where there are none."""
-    rates_PE, documents_P = zip(*((part.hit_rate.sum(dim=0), len(part.rows)) for part in parts), strict=True)
+def document_uses(trace: RoutingTrace) -> Iterator[UseCounts]:
+    """Yield how often the documents used each expert, some rows at a time, the layers' experts side by side."""
+    for rows, ids_BTK, E, position_BT in _chunks(trace):
+        rows_D, _, length_D = _documents(position_BT, whole_rows=_whole_rows(trace))
+        D, K = len(rows_D), ids_BTK.shape[-1]
+        document_BT = (position_BT == 0).flatten().cumsum(dim=0).view_as(position_BT) - 1
+        bin_BTK = (document_BT[:, :, None] * E + ids_BTK).masked_fill(position_BT[:, :, None] < 0, D * E)
+        uses = torch.zeros(D * E + 1, dtype=torch.int64, device=ids_BTK.device)
+        uses.scatter_add_(0, bin_BTK.flatten(), uses.new_ones(()).expand(bin_BTK.numel()))
+        yield UseCounts(uses[: D * E].view(D, E), length_D * K, rows_D + rows.start)
+
+
+def mean_over_documents(parts: Iterable[tuple[Tensor, int]]) -> Tensor:
+    """Return the mean over documents [E] float64 of values [..., E] that some of them have, which sum to theirs.
+
+    Args:
+        parts: values and the number of documents that they are of.
+
+    Raises:
+        ValueError: there is no document.
+    """
+    sums_PE, documents_P = zip(*((values.sum(dim=0), documents) for values, documents in parts), strict=True)
     if sum(documents_P) == 0:
         raise ValueError("expert_ids must hold at least one valid token, got none")
-    return torch.stack(rates_PE).sum(dim=0) / sum(documents_P)
+    return torch.stack(sums_PE).sum(dim=0) / sum(documents_P)
 
 
 def most_used(usage: Tensor) -> Tensor:
@@ -274,7 +343,7 @@ def _layers(expert_ids: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
     return [expert_ids] if isinstance(expert_ids, Tensor) else expert_ids
 
 
-def _chunks(trace: RoutingTrace, simulation: Simulation) -> Iterator[tuple[slice, Tensor, int, Tensor]]:
+def _chunks(trace: RoutingTrace, *, by_access: bool = False) -> Iterator[tuple[slice, Tensor, int, Tensor]]:
     """Yield some rows at a time, their ids [B, T, K] and E with the layers side by side, and positions [B, T].
 
     By access, each access is a token of its own: T*K tokens of one expert.
@@ -284,7 +353,7 @@ def _chunks(trace: RoutingTrace, simulation: Simulation) -> Iterator[tuple[slice
         ids_BTK = side_by_side([layer[rows] for layer in trace.expert_ids], experts)
         masks = [None if mask is None else mask[rows] for mask in (trace.valid, trace.document_ids)]
         position_BT = document_positions((len(ids_BTK), T), *masks, device=ids_BTK.device)
-        if simulation.replay == "access":
+        if by_access:
             ids_BTK, position_BT = one_by_one(ids_BTK, position_BT)
         yield rows, ids_BTK, sum(experts), position_BT
 
@@ -305,6 +374,15 @@ def one_by_one(expert_ids: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
     return expert_ids.reshape(B, T * K, 1), position_BTK.view(B, T * K)
 
 
+def _where_simulated(trace: RoutingTrace) -> RoutingTrace:
+    """Return the trace on the device that simulates its caches: its own, or the CPU where that has no kernels."""
+    if devices.is_on_host(trace.expert_ids[0]) or devices.has_kernels(trace.expert_ids[0]):
+        return trace
+    ids = [layer.cpu() for layer in trace.expert_ids]
+    valid, document_ids = (None if mask is None else mask.cpu() for mask in (trace.valid, trace.document_ids))
+    return RoutingTrace(ids, trace.num_experts, valid=valid, document_ids=document_ids)
+
+
 def _whole_rows(trace: RoutingTrace) -> bool:
     return trace.valid is None and trace.document_ids is None
 
@@ -312,14 +390,10 @@ def _whole_rows(trace: RoutingTrace) -> bool:
 def _count_hits(ids_BTK: Tensor, E: int, position_BT: Tensor, simulation: Simulation, *, whole_rows: bool) -> HitCounts:
     rows_D, first_D, length_D = _documents(position_BT, whole_rows=whole_rows)
     K = ids_BTK.shape[-1]
-    if kernels.takes(ids_BTK):
+    if devices.has_kernels(ids_BTK):
         from consistency_reg.kernels.cache_hits import document_hits
 
         hits_DE = document_hits(ids_BTK, E, position_BT, len(rows_D), simulation)
-    elif simulation.policy == "uses":
-        document_S = torch.arange(len(rows_D), device=ids_BTK.device).repeat_interleave(length_D)
-        bin_SK = document_S[:, None] * E + ids_BTK[position_BT >= 0]
-        hits_DE = torch.bincount(bin_SK.flatten(), minlength=len(rows_D) * E).view(-1, E)
     else:
         hits_DE = torch.zeros(len(rows_D), E, dtype=torch.int64, device=ids_BTK.device)
         with torch.inference_mode():  # half the cost of a small operation

@@ -55,7 +55,7 @@ def cache_access_hits(
         [[[True, True], [False, True], [False, True]]]
     """
     check_policy(policy)
-    simulation = Simulation("uses" if policy == "fixed" else policy, replay=replay, cold=cold)
+    simulation = Simulation("lru" if policy == "fixed" else policy, replay=replay, cold=cold)
     if slots < 1:
         raise ValueError(f"slots must be at least 1, got {slots}")
     trace = checked_trace(expert_ids, num_experts, valid, document_ids)
@@ -112,7 +112,7 @@ def _serve(
 
 @dataclass(frozen=True)
 class EngineReplay:
-    """What an engine's cache held, access by access.
+    """The contents of an engine's cache, access by access.
 
     Attributes:
         held: for each layer [T, K] bool, whether the cache held the expert before the layer's call.

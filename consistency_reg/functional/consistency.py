@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from consistency_reg.devices import is_on_host
 from consistency_reg.functional.segments import along_tokens, covering_sums, window_ends
 from consistency_reg.functional.srp import best_f1
 
@@ -25,7 +26,7 @@ class Marginals(NamedTuple):
 
 
 def count_histogram(counts: Tensor, ends: Tensor, segment_length: int, *, by_row: bool) -> Tensor:
-    """Histogram of window counts, all experts pooled: H[g, j] = number of (expert, window) pairs with f = j.
+    """Return the histogram of window counts, all experts pooled: H[g, j] counts the (expert, window) pairs with f = j.
 
     Args:
         counts: [..., B, T, E] integer, the window that ends at t (:func:`~.segments.window_sums`).
@@ -36,7 +37,7 @@ def count_histogram(counts: Tensor, ends: Tensor, segment_length: int, *, by_row
         [..., G, m+1] int64. No host synchronisation.
     """
     *layers, B, T, E = counts.shape
-    if counts.device.type == "cpu" and not by_row:  # counts stay int16 here, scatter_add_ needs int64
+    if is_on_host(counts) and not by_row:  # counts stay int16 here, scatter_add_ needs int64
         batches = counts.reshape(-1, B, T, E)
         bins = [torch.bincount(batch[ends].flatten(), minlength=segment_length + 1) for batch in batches]
         return torch.stack(bins).view(*layers, 1, segment_length + 1)
@@ -48,7 +49,7 @@ def count_histogram(counts: Tensor, ends: Tensor, segment_length: int, *, by_row
 
 
 def srp_marginals(counts: Tensor, position: Tensor, histogram: Tensor, segment_length: int) -> Marginals:
-    """SRP of each group and its derivative by every activation a[e, t].
+    """Return SRP of each group and its derivative by every activation a[e, t].
 
     ``dSRP/df[e, w] = (2*R[e, w] - F1) / D`` with the resident set ``R = [f >= threshold]`` and
     ``D = m*sum(R) + sum(f)``, summed over the windows that cover a token.
@@ -70,7 +71,7 @@ def srp_marginals(counts: Tensor, position: Tensor, histogram: Tensor, segment_l
 
 
 def lru_residents(expert_ids: Tensor, num_experts: int, position: Tensor, slots: int) -> Tensor:
-    """Which experts an LRU cache of ``slots`` holds before each token: [..., B, T, K] ids -> [..., B, T, E] bool.
+    """Return the experts that an LRU cache holds before each token: [..., B, T, K] ids -> [..., B, T, E] bool.
 
     The cache starts empty in every document. Within a token the experts are used in the router's order.
 
@@ -96,7 +97,7 @@ def lru_residents(expert_ids: Tensor, num_experts: int, position: Tensor, slots:
 
 
 def hit_rate_marginals(residents: Tensor, active: Tensor, hits: Tensor, accesses: Tensor) -> Marginals:
-    """Hit rate of a cache of known size and its derivative by every activation, the residents held fixed.
+    """Return the hit rate of a cache of known size and its derivative by every activation, the residents held fixed.
 
     The same construction as :func:`srp_marginals`, with the cache in the place of the segment's set:
     ``g[e, t] = (2*R[e, t] - hit rate) / (2 * accesses)``.
@@ -113,7 +114,7 @@ def hit_rate_marginals(residents: Tensor, active: Tensor, hits: Tensor, accesses
 
 
 def _mean_over_groups(value: Tensor, size: Tensor, counted: Tensor, residencies: Tensor, windows: Tensor) -> Marginals:
-    """Mean value of the counted groups, and ``(2 * residencies - value * windows) / size`` as its derivative."""
+    """Return the mean value of the counted groups and its derivative ``(2 * residencies - value * windows) / size``."""
     share_G = counted / counted.sum(dim=-1, keepdim=True).clamp_min(1)
     worth_G, cost_G = (2 * share_G / size).float(), (value * share_G / size).float()
     marginal_BTE = residencies.to(torch.float32, memory_format=torch.contiguous_format)
@@ -122,7 +123,7 @@ def _mean_over_groups(value: Tensor, size: Tensor, counted: Tensor, residencies:
 
 
 def selection_margin(scores: Tensor, expert_ids: Tensor) -> Tensor:
-    """theta[t], halfway between the K-th and the (K+1)-th score of each token, no gradient: -> [..., B, T, 1].
+    """Return theta[t], halfway between the K-th and the (K+1)-th score of each token, no gradient: [..., B, T, 1].
 
     The K-th is the lowest score among the chosen experts and the (K+1)-th the highest among the others, so it also says
     where the edge is for a router whose choice is not purely by score. With K = E there is no edge: minus infinity.
@@ -138,7 +139,7 @@ def selection_margin(scores: Tensor, expert_ids: Tensor) -> Tensor:
 
 
 def margin_membership(scores: Tensor, expert_ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """Soft membership in the top-k, ``s = sigmoid((score - theta) / temperature)``: [..., B, T, E], in fp32
+    """Return the soft membership in the top-k, ``s = sigmoid((score - theta) / temperature)``: [..., B, T, E], in fp32
     or better.
 
     Only experts near the edge of the top-k have a slope. Experts that the router rules out (score of minus infinity,

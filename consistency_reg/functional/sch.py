@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from consistency_reg.functional.cache_hits import Simulation, checked_trace, mean_hit_rate, simulate
+from consistency_reg.functional.cache_hits import Simulation, checked_trace, mean_over_documents, simulate
 
 
 def sch(
@@ -39,4 +39,5 @@ def sch(
         tensor([0.1250, 0.6250, 1.0000], dtype=torch.float64)
     """
     trace = checked_trace(expert_ids, num_experts, valid, document_ids)
-    return mean_hit_rate(simulate(trace, Simulation("sch", segment_length)))
+    parts = simulate(trace, Simulation("sch", segment_length))
+    return mean_over_documents((part.hit_rate, len(part.rows)) for part in parts)

@@ -1,21 +1,20 @@
-"""Documents and the windows of tokens inside them: the ground that every measure and loss stands on.
-
-A *document* is a maximal run of valid tokens of one row with the same document id. No window, adjacent pair or
-simulated cache crosses a row, a pad or a document boundary.
+"""Windows of tokens inside documents, which :mod:`consistency_reg.documents` defines.
 
 B rows, T tokens a row, E routed experts of the layer, K active experts per token, m segment length.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from consistency_reg.devices import is_on_host
 
 
 def check_segment_lengths(
     segment_lengths: int | Iterable[int], *, lowest: int = 1, name: str = "segment_lengths"
 ) -> tuple[int, ...]:
-    """One or several segment lengths as a tuple.
+    """Return one or several segment lengths as a tuple.
 
     Args:
         segment_lengths: m in tokens, or several of them.
@@ -41,36 +40,8 @@ def check_segment_lengths(
     return lengths
 
 
-def row_chunks(rows: int, row_size: int, most: int) -> Iterator[slice]:
-    """Rows to work on together so that memory does not grow with their number; one empty chunk where there are none.
-
-    Args:
-        rows: how many there are.
-        row_size: of one row, in the unit of ``most``.
-        most: of a chunk, unless a single row is larger.
-
-    Example:
-        >>> list(row_chunks(5, row_size=10, most=25))
-        [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
-    """
-    step = max(1, most // max(row_size, 1))
-    for first in range(0, max(rows, 1), step):
-        yield slice(first, min(first + step, rows))
-
-
-def rows_of(
-    rows: slice, expert_ids: Tensor, valid: Tensor | None, document_ids: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Some rows of the ids and of the masks that there are."""
-    return (
-        expert_ids[rows],
-        None if valid is None else valid[rows],
-        None if document_ids is None else document_ids[rows],
-    )
-
-
 def side_by_side(expert_ids: Sequence[Tensor], num_experts: Sequence[int]) -> Tensor:
-    """The experts of several layers as those of one layer, each layer's ids behind those of the layer before.
+    """Return the experts of several layers as those of one, each layer's ids behind those of the layer before.
 
     Args:
         expert_ids: [B, T, K] for each layer.
@@ -88,47 +59,8 @@ def side_by_side(expert_ids: Sequence[Tensor], num_experts: Sequence[int]) -> Te
     return torch.cat(shifted, dim=-1) if len(shifted) > 1 else shifted[0]
 
 
-def document_positions(
-    shape: tuple[int, int],
-    valid: Tensor | None = None,
-    document_ids: Tensor | None = None,
-    *,
-    device: torch.device | None = None,
-) -> Tensor:
-    """Index of every token within its document, and -1 on padding.
-
-    Args:
-        shape: (B, T).
-        valid: [B, T] bool, True for real tokens; all of them when None.
-        document_ids: [B, T] integers; one document a row when None.
-        device: where the result lives when neither mask is given.
-
-    Returns:
-        [B, T] int64.
-
-    Example:
-        >>> valid = torch.tensor([[True, True, True, False, True]])
-        >>> document_ids = torch.tensor([[0, 0, 7, 7, 7]])
-        >>> document_positions((1, 5), valid, document_ids)
-        tensor([[ 0,  1,  0, -1,  0]])
-    """
-    B, T = shape
-    if device is None:
-        device = next((mask.device for mask in (valid, document_ids) if mask is not None), None)
-    index_T = torch.arange(T, device=device)
-    first_BT = torch.zeros(B, T, dtype=torch.bool, device=device)
-    first_BT[:, :1] = True
-    if document_ids is not None:
-        first_BT[:, 1:] |= document_ids[:, 1:] != document_ids[:, :-1]
-    if valid is not None:
-        first_BT[:, 1:] |= ~valid[:, :-1]
-    start_BT = torch.where(first_BT, index_T, 0).cummax(dim=1).values
-    position_BT = index_T - start_BT
-    return position_BT if valid is None else position_BT.masked_fill(~valid, -1)
-
-
 def active_experts(expert_ids: Tensor, num_experts: int, valid: Tensor | None = None) -> Tensor:
-    """The 0/1 activations a[e, t]: [..., B, T, K] ids -> [..., B, T, E] int16, 0 on padding.
+    """Return the 0/1 activations a[e, t]: [..., B, T, K] ids -> [..., B, T, E] int16, 0 on padding.
 
     Example:
         >>> active_experts(torch.tensor([[[2, 0]]]), num_experts=3)
@@ -142,7 +74,7 @@ def active_experts(expert_ids: Tensor, num_experts: int, valid: Tensor | None = 
 
 
 def window_ends(position: Tensor, segment_length: int) -> Tensor:
-    """Where a whole window of ``segment_length`` tokens of one document ends: [B, T] positions -> [B, T] bool.
+    """Return where a whole window of ``segment_length`` tokens of a document ends: [B, T] positions -> [B, T] bool.
 
     Example:
         >>> window_ends(torch.tensor([[0, 1, 2, 0, 1]]), 2)
@@ -161,8 +93,8 @@ def running_sums(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def along_tokens(scan: Callable[[Tensor, int], Tensor], values: Tensor) -> Tensor:
-    """``scan(values, dim)`` over T of [..., T, E]. A GPU scans quickly along the innermost axis in memory alone."""
-    if not values.is_cuda:
+    """Return ``scan(values, dim)`` over T of [..., T, E]; a GPU scans quickly along the innermost axis alone."""
+    if is_on_host(values):
         return scan(values, values.dim() - 2)
     by_expert = values.transpose(-1, -2).contiguous()
     return scan(by_expert, values.dim() - 1).transpose(-1, -2)

@@ -1,4 +1,4 @@
-"""What an expert is for: how unevenly domains use it, how few token ids fill it, and whether that goes with its SRP.
+"""Specialization of experts: how unevenly domains use one, how few token ids fill it, and whether SRP goes with it.
 
 Source: arXiv 2505.16056. B rows, T tokens, K active of E routed experts of one layer, D domains, V token ids.
 """
@@ -6,7 +6,8 @@ Source: arXiv 2505.16056. B rows, T tokens, K active of E routed experts of one 
 import torch
 from torch import Tensor
 
-from consistency_reg.functional.segments import row_chunks
+from consistency_reg.devices import is_on_host
+from consistency_reg.documents import row_chunks
 from consistency_reg.routing import check_id_shape
 
 CHUNK_TOKENS = 2**13  # bounds the memory whatever B is
@@ -21,7 +22,7 @@ def grouped_usage(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Usage of each expert by group, a group being a domain or a token id. The host waits for no device.
+    """Count the usage of each expert by group, a group being a domain or a token id. The host waits for no device.
 
     Args:
         expert_ids: [B, T, K] int64.
@@ -58,7 +59,7 @@ def grouped_usage(
 
 
 def domain_specialization(usage: Tensor, tokens: Tensor) -> Tensor:
-    """CV over domains of each expert's usage share: 0 for an expert that all domains use alike.
+    """Return the CV over domains of each expert's usage share: 0 for an expert that all domains use alike.
 
     ``q[d, e] = usage[d, e] / tokens[d]``, ``CV[e] = SD_d q[d, e] / mean_d q[d, e]`` (population SD), over the domains
     that have tokens.
@@ -83,7 +84,7 @@ def domain_specialization(usage: Tensor, tokens: Tensor) -> Tensor:
 
 
 def vocabulary_specialization(usage: Tensor, favourites: int = 10) -> Tensor:
-    """Share of each expert's activations that its favourite token ids hold: 1 for an expert of a few words.
+    """Return the share of each expert's activations that its favourite token ids hold: 1 for an expert of a few words.
 
     Args:
         usage: [V, E] integers, see :func:`grouped_usage`.
@@ -103,7 +104,7 @@ def vocabulary_specialization(usage: Tensor, favourites: int = 10) -> Tensor:
 
 
 def pearson(x: Tensor, y: Tensor) -> Tensor:
-    """Correlation of two vectors over the entries where both are numbers; NaN where one does not vary.
+    """Return the correlation of two vectors over the entries where both are numbers; NaN where one does not vary.
 
     Example:
         >>> round(float(pearson(torch.tensor([1.0, 2.0, 3.0, torch.nan]), torch.tensor([2.0, 4.0, 6.0, 0.0]))), 6)
@@ -118,7 +119,7 @@ def pearson(x: Tensor, y: Tensor) -> Tensor:
 
 
 def spearman(x: Tensor, y: Tensor) -> Tensor:
-    """Correlation of the ranks of two vectors, equal values sharing their mean rank; otherwise as :func:`pearson`.
+    """Return the correlation of the ranks of two vectors, equal values sharing their mean rank; see :func:`pearson`.
 
     Example:
         >>> round(float(spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 8.0, 128.0]))), 6)
@@ -129,13 +130,13 @@ def spearman(x: Tensor, y: Tensor) -> Tensor:
 
 
 def check_group_ids(group_ids: Tensor, num_groups: int, shape: tuple[int, int], valid: Tensor | None = None) -> Tensor:
-    """Group ids as [B, T] int64; raise if they are not integers of that shape, and on the CPU if out of range."""
+    """Return group ids as [B, T] int64; raise if they are no integers of that shape, and on a CPU if out of range."""
     if group_ids.is_floating_point() or group_ids.dtype == torch.bool:
         raise TypeError(f"group ids must be an integer tensor, got {group_ids.dtype}")
     if group_ids.shape not in (shape, shape[:1]):
         raise ValueError(f"group ids must have shape [B, T] = {list(shape)} or [B], got {list(group_ids.shape)}")
     group_BT = (group_ids[:, None] if group_ids.dim() == 1 else group_ids).long().expand(shape)
-    if group_BT.device.type == "cpu":
+    if is_on_host(group_BT):
         real = group_BT if valid is None else group_BT[valid]
         low, high = (int(real.min()), int(real.max())) if real.numel() else (0, 0)
         if low < 0 or high >= num_groups:

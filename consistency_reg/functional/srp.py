@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from consistency_reg import kernels
+from consistency_reg import devices
+from consistency_reg.documents import document_positions, row_chunks, rows_of
 from consistency_reg.functional.segments import (
     active_experts,
     check_segment_lengths,
-    document_positions,
-    row_chunks,
-    rows_of,
     running_sums,
     window_ends,
 )
@@ -154,7 +152,7 @@ def srp(
     valid: Tensor | None = None,
     document_ids: Tensor | None = None,
 ) -> SRPResult | ModelSRP | dict[int, SRPResult] | dict[int, ModelSRP]:
-    """SRP of one layer, or of a model when a list of layers is given.
+    """Return the SRP of one layer, or of a model when a list of layers is given.
 
     Args:
         expert_ids: [N, T, K] int64, or a list of them with one for each layer.
@@ -223,7 +221,7 @@ def srp_counts(
     windows = {m: torch.zeros(E, m + 1, dtype=torch.int64, device=device) for m in segment_lengths}
     sequences = {m: torch.zeros(N, m + 1, dtype=torch.int64, device=device) for m in segment_lengths if per_sequence}
     usage_E = torch.zeros(E, dtype=torch.int64, device=device)
-    by_kernel = kernels.takes(expert_ids)
+    by_kernel = devices.has_kernels(expert_ids)
     count, most = (_count_by_kernel, KERNEL_CHUNK_TOKENS) if by_kernel else (_count, CHUNK_TOKENS)
     for rows in row_chunks(N, T, chunk_tokens or most):
         ids_BTK, valid_BT, document_BT = rows_of(rows, expert_ids, valid, document_ids)
@@ -269,8 +267,8 @@ def _count_by_kernel(
 
 
 def _count_rows(f_BWE: Tensor, row: Tensor, whole_BW: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Histogram of f over whole windows, one for each value of ``row``, which broadcasts against f. -> [rows, m+1]."""
-    count = _bincount if f_BWE.device.type == "cpu" else _scatter_count
+    """Return the histogram of f over whole windows for each ``row``, which broadcasts against f: [rows, m+1]."""
+    count = _bincount if devices.is_on_host(f_BWE) else _scatter_count
     return count(f_BWE + (row * shape[1]).to(torch.int32), whole_BW, shape[0] * shape[1]).view(shape)
 
 
@@ -280,13 +278,13 @@ def _bincount(bin_BWE: Tensor, keep_BW: Tensor, bins: int) -> Tensor:
 
 
 def _scatter_count(bin_BWE: Tensor, keep_BW: Tensor, bins: int) -> Tensor:
-    """As :func:`_bincount`, without a wait of the host for the device."""
+    """Count as :func:`_bincount` does, without a wait of the host for the device."""
     counts = torch.zeros(bins, dtype=torch.int64, device=bin_BWE.device)
     return counts.scatter_add_(0, bin_BWE.flatten().long(), keep_BW[..., None].expand_as(bin_BWE).flatten().long())
 
 
 def best_f1(histogram: Tensor, segment_length: int) -> BestF1:
-    """The threshold on f that predicts activations best, for each group, from how often each f occurs.
+    """Return the threshold on f that predicts activations best, for each group, from how often each f occurs.
 
     ``TP(a) = sum_{j>=a} j H[j]``, ``P(a) = m sum_{j>=a} H[j]``, ``A = sum_j j H[j]``,
     ``F1(a) = 2 TP(a) / (P(a) + A)`` for a = 0..m. Reads no value on the host and carries no gradient.
@@ -325,7 +323,7 @@ def best_f1(histogram: Tensor, segment_length: int) -> BestF1:
 
 
 def static_srp(usage: Tensor, tokens: Tensor) -> Tensor:
-    """F1 of the best set of experts that is never changed: ``max_S 2 sum_S q / (|S| + K)``, ``q = usage / tokens``.
+    """Return F1 of the best set that is never changed: ``max_S 2 sum_S q / (|S| + K)``, ``q = usage / tokens``.
 
     Args:
         usage: [..., E] integers, tokens on which each expert is active. For a model: of all layers side by side.
@@ -344,7 +342,7 @@ def static_srp(usage: Tensor, tokens: Tensor) -> Tensor:
 
 
 def layer_srp(windows: Tensor, usage: Tensor, tokens: Tensor) -> SRPResult:
-    """The result of one layer from its counts: windows [E, m+1], usage [E], tokens a scalar."""
+    """Return the result of one layer from its counts: windows [E, m+1], usage [E], tokens a scalar."""
     m = windows.shape[-1] - 1
     layer = best_f1(windows.sum(dim=0), m)
     static = static_srp(usage, tokens)
@@ -360,7 +358,7 @@ def layer_srp(windows: Tensor, usage: Tensor, tokens: Tensor) -> SRPResult:
 
 
 def model_srp(windows: Sequence[Tensor], usage: Sequence[Tensor], tokens: Tensor) -> ModelSRP:
-    """The result of a model from the counts of its layers: windows [E, m+1] and usage [E] of each, tokens a scalar."""
+    """Return the result of a model from its layers' counts: windows [E, m+1] and usage [E] of each, tokens a scalar."""
     pooled = torch.stack([layer.sum(dim=0) for layer in windows]).sum(dim=0)
     model = best_f1(pooled, len(pooled) - 1)
     static = static_srp(torch.cat(list(usage)), tokens)
@@ -376,10 +374,10 @@ def model_srp(windows: Sequence[Tensor], usage: Sequence[Tensor], tokens: Tensor
 
 
 def _sum_from(values: Tensor) -> Tensor:
-    """``out[..., a] = sum_{j>=a} values[..., j]`` in int64."""
+    """Return ``out[..., a] = sum_{j>=a} values[..., j]`` in int64."""
     return values.flip(-1).cumsum(-1, dtype=torch.int64).flip(-1)
 
 
 def _f1(hits: Tensor, predicted_and_active: Tensor) -> Tensor:
-    """``2 hits / (predicted + active)`` in float64, correctly rounded; 0 where both are 0."""
+    """Return ``2 hits / (predicted + active)`` in float64, correctly rounded; 0 where both are 0."""
     return 2 * hits / predicted_and_active.clamp_min(1).double()

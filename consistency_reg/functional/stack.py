@@ -37,7 +37,7 @@ class Columns:
     """
 
     def __init__(self, token_ids: Tensor, num_experts: int, first: Tensor, length: Tensor) -> None:
-        """``token_ids`` is [tokens, K]; document d is the ``length[d]`` tokens of it from ``first[d]`` on."""
+        """Lay out ``token_ids`` [tokens, K]; document d is the ``length[d]`` tokens of it from ``first[d]`` on."""
         self.T, self.K, self.D, self.E = int(length.max()), token_ids.shape[-1], len(first), num_experts
         self.device = token_ids.device
         self.padded_T = self.T + 2 * block_tokens(self.E, self.K)

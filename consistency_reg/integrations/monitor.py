@@ -14,7 +14,13 @@ from consistency_reg.integrations.attach import attachments
 from consistency_reg.integrations.listening import ForwardListener, Given
 from consistency_reg.integrations.optimizer_step import StepTerm
 from consistency_reg.integrations.reporters import ReporterBoard
-from consistency_reg.integrations.trainer_state import checkpoint_of, steps_of_epoch
+from consistency_reg.integrations.trainer_state import (
+    check_boundaries,
+    checkpoint_of,
+    join_before_reporters,
+    steps_of_epoch,
+    told_boundaries,
+)
 from consistency_reg.masks import Masks
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
@@ -103,7 +109,7 @@ class RoutingMonitorCallback(TrainerCallback):
 
     def add_to(self, trainer: Trainer) -> "RoutingMonitorCallback":
         """Join the trainer's callbacks before its reporters, so that they log the measures too."""
-        trainer.callback_handler.callbacks.insert(0, self)
+        join_before_reporters(trainer, self)
         self._trainer = trainer
         return self
 
@@ -234,11 +240,15 @@ class RoutingMonitorCallback(TrainerCallback):
     def _listen(self, model: nn.Module) -> None:
         self._release()
         self._model = model
+        self._told: dict[str, tuple[str, ...]] = {}
         self._listener = ForwardListener(model, self._hear, **self._options)
 
     def _hear(self, given: Given) -> None:
         assert self._listener is not None
         learns = torch.is_grad_enabled()
+        if self._options["masks"] is None and self._trainer is not None:
+            which = "train_dataset" if self._model.training else "eval_dataset"
+            check_boundaries(self._boundaries(which), given)
         if self._model.training and learns:
             self._tokens = self._tokens + self._listener.count_tokens(given) * self._processes
             if self._records:
@@ -246,6 +256,14 @@ class RoutingMonitorCallback(TrainerCallback):
         elif not self._model.training and not learns and self._of_batch is None:
             ids = given.get("input_ids")  # a second forward of the same batch is not counted
             self._of_batch = self._listener.trace(given), ids if isinstance(ids, Tensor) else None
+
+    def _boundaries(self, which: str) -> tuple[str, ...]:
+        """Return the columns of the trainer's datasets that tell where documents begin, looked at once."""
+        if which not in self._told:
+            dataset = getattr(self._trainer, which, None)
+            datasets = list(dataset.values()) if isinstance(dataset, dict) else [dataset]
+            self._told[which] = tuple(dict.fromkeys(name for one in datasets for name in told_boundaries(one)))
+        return self._told[which]
 
     def _release(self) -> None:
         if self._listener is not None:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from consistency_reg.integrations.attach import Attachment
+from consistency_reg.integrations.trainer_state import check_boundaries
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.term import Term
 
@@ -21,12 +22,14 @@ class StepTerm(Attachment):
         name: of the term, in the log and in checkpoints.
         base_name: the name without the number that tells it from others.
         watch: is given the weighted term and its trace in each forward, if any.
+        told_boundaries: columns of the dataset that tell where documents begin.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, scale=self._scale_of_backward, **options)
         self.name = self.base_name = ""
         self.watch: Callable[[Tensor, RoutingTrace], None] | None = None
+        self.told_boundaries: tuple[str, ...] = ()
         self._micro_batches, self._seen = 1, 0
         self._scaler: Any = None
         self._forget()
@@ -84,6 +87,8 @@ class StepTerm(Attachment):
             )
 
     def _join(self, output: Any, term: Term, trace: RoutingTrace, given: Mapping[str, Any]) -> Any:
+        if self.told_boundaries:
+            check_boundaries(self.told_boundaries, given)
         self._terms.append(term.detach())
         if self.watch is not None and term.weight:
             self.watch(term.weighted, trace)

@@ -13,7 +13,12 @@ from consistency_reg.capture import RouterAdapter
 from consistency_reg.in_the_loop import RoutingSchedule
 from consistency_reg.integrations.attach import attachments
 from consistency_reg.integrations.optimizer_step import StepTerm
-from consistency_reg.integrations.trainer_state import checkpoint_of, micro_batches
+from consistency_reg.integrations.trainer_state import (
+    checkpoint_of,
+    join_before_reporters,
+    micro_batches,
+    told_boundaries,
+)
 from consistency_reg.losses import RouterAnchorLoss, RoutingLoss
 from consistency_reg.masks import Masks
 from consistency_reg.optional import require
@@ -57,7 +62,8 @@ class ConsistencyCallback(TrainerCallback):
     Raises:
         ValueError: a negative or non-finite weight; when training begins, a model without routers, ``DataParallel``,
             fp16 under DeepSpeed.
-        RuntimeError: in training, a term without gradient; at the end of a micro-batch, one in which the trainer did
+        RuntimeError: in training, a term without gradient, or boundaries of documents that the dataset has and the
+            model is not given; at the end of a micro-batch, one in which the trainer did
             not train everything once that the model returned with a gradient.
 
     Example:
@@ -92,16 +98,22 @@ class ConsistencyCallback(TrainerCallback):
         }
         self._attachment: StepTerm | None = None
         self._seen: dict[str, list[Tensor | float]] = {}  # since the last log
-        self._heard_first = False
+        self._trainer: Trainer | None = None  # None where it was not told by add_to
 
     def add_to(self, trainer: Trainer) -> "ConsistencyCallback":
         """Join the trainer's callbacks before its reporters, so that they log the term too."""
-        trainer.callback_handler.callbacks.insert(0, self)
-        self._heard_first = True
+        join_before_reporters(trainer, self)
+        self._trainer = trainer
         return self
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
     ) -> None:
         """Attach to the model; go on from a checkpoint's state of the loss."""
         if args.n_gpu > 1:
@@ -114,7 +126,7 @@ class ConsistencyCallback(TrainerCallback):
                 "ConsistencyCallback cannot read the loss scale of DeepSpeed's fp16, got fp16=True with deepspeed: "
                 "use bf16=True"
             )
-        if args.report_to and not self._heard_first:
+        if args.report_to and self._trainer is None:
             warnings.warn(
                 f"{args.report_to} will not see consistency/*: reporters come before a trainer's callbacks. Instead of "
                 "callbacks=[ConsistencyCallback(...)] write ConsistencyCallback(...).add_to(trainer)",
@@ -137,6 +149,10 @@ class ConsistencyCallback(TrainerCallback):
         self._attachment = StepTerm(model, self.loss, self.schedule.at(state.global_step), **self._options)
         self._attachment.base_name, self._attachment.name = name, f"{name}_{same + 1}" if same else name
         self._attachment.during = state
+        if self._options["masks"] is None:
+            told = self._trainer or train_dataloader
+            dataset = getattr(told, "train_dataset", None) or getattr(told, "dataset", None)
+            self._attachment.told_boundaries = told_boundaries(dataset)
         self._attachment.attach()
         if state.global_step and self.loss.state_dict():
             self._load(checkpoint_of(args, state) / STATE_FILE, self._attachment.name)

@@ -15,13 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from consistency_reg.cache_policies import CACHE_POLICIES
+from consistency_reg.documents import document_lengths
 from consistency_reg.functional.cache_hits import Simulation
 from consistency_reg.functional.row_accesses import RowAccesses
 
 SEGMENT_TOKENS = 512  # a program simulates the documents that start in so many tokens of a row
 INT32_BITS = 30  # of a key; one more is its sign, and one key is lower than all
-
-POLICY, SCH, USES = (tl.constexpr(i) for i in range(3))  # what a program does
 
 
 def document_hits(
@@ -64,7 +63,6 @@ def _launch(
     N, T, K = expert_ids.shape
     if N * T == 0:
         return
-    starts_NT, length_NT = _document_starts(position)
     lanes = max(triton.next_power_of_2(num_experts), 2)
     priority_NTK, largest = _priorities(expert_ids, num_experts, position, simulation)
     expert_bits, clock_bits = lanes.bit_length() - 1, (T * K).bit_length()
@@ -75,8 +73,8 @@ def _launch(
     with torch.cuda.device_of(expert_ids):  # Triton launches on the current one
         _simulate[(N, triton.cdiv(T, SEGMENT_TOKENS))](
             expert_ids.contiguous(),
-            starts_NT,
-            length_NT,
+            _document_starts(position),
+            document_lengths(position).int(),
             priority_NTK,
             document,
             out,
@@ -84,7 +82,7 @@ def _launch(
             K,
             num_experts,
             simulation.segment_length,
-            KIND={"sch": SCH, "uses": USES}.get(simulation.policy, POLICY),
+            SCH=simulation.policy == "sch",
             COLD_HITS=simulation.cold == "free",
             EXPERT_BITS=expert_bits,
             CLOCK_BITS=clock_bits,
@@ -102,25 +100,17 @@ def _priorities(
     """Return the priority of each access, [N, T, K] or None where there is none, and an upper bound of priorities."""
     if simulation.policy == "sch":
         return None, min(simulation.segment_length, expert_ids.shape[1])
-    if simulation.policy == "uses":
-        return None, 0
     of_access = CACHE_POLICIES[simulation.policy].priority
     assert of_access is not None
     priority = of_access(RowAccesses(expert_ids, num_experts, position))
     return priority.values, priority.largest
 
 
-def _document_starts(position: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for each token the next one, from it on, at which a document starts (T if none), and that one's length.
-
-    [N, T] int32 each; a length is only right where a document starts.
-    """
-    N, T = position.shape
+def _document_starts(position: Tensor) -> Tensor:
+    """Return for each token the next one, from it on, at which a document starts, T if none: [N, T] int32."""
+    T = position.shape[1]
     index_T = torch.arange(T, dtype=torch.int32, device=position.device)
-    starts_NT = torch.where(position == 0, index_T, T).flip(1).cummin(dim=1).values.flip(1)
-    no_continuation_NT = torch.where(position <= 0, index_T, T).flip(1).cummin(dim=1).values.flip(1)
-    ends_NT = torch.cat([no_continuation_NT[:, 1:], no_continuation_NT.new_full((N, 1), T)], dim=1)
-    return starts_NT.int(), (ends_NT - index_T).int()
+    return torch.where(position == 0, index_T, T).flip(1).cummin(dim=1).values.flip(1).int()
 
 
 @triton.jit
@@ -143,7 +133,7 @@ def _simulate(
     K,
     E,
     m,
-    KIND: tl.constexpr,
+    SCH: tl.constexpr,
     COLD_HITS: tl.constexpr,
     EXPERT_BITS: tl.constexpr,
     CLOCK_BITS: tl.constexpr,
@@ -167,44 +157,38 @@ def _simulate(
         first = (row + t) * K
         keys = lanes.to(KEY) - USED
         reused = tl.zeros((X,), tl.int32)
-        if KIND == SCH:
+        if SCH:
             for access in range(0, tl.minimum(m - 1, length) * K):
                 expert = tl.load(ids + first + access).to(KEY)
                 keys += tl.where((keys & (X - 1)) == expert, USE, 0).to(KEY)
         for i in range(0, length):
             token = first + i * K
-            if KIND == SCH:  # known when it is compiled, what follows is not  # noqa: SIM102
+            if SCH:  # known when it is compiled, what follows is not  # noqa: SIM102
                 if i + m - 1 < length:
                     for k in range(0, K):
                         expert = tl.load(ids + token + (m - 1) * K + k).to(KEY)
                         keys += tl.where((keys & (X - 1)) == expert, USE, 0).to(KEY)
             for k in range(0, K):
                 expert = tl.load(ids + token + k).to(KEY)
-                if KIND == USES:
-                    reused += tl.where(lanes == expert, 1, 0)
-                else:
-                    reused += tl.where(((keys & (X - 1)) == expert) & (keys >= 0), 1, 0)
-            if KIND != USES:
-                for k in range(0, K):
-                    expert = tl.load(ids + token + k).to(KEY)
-                    own = (keys & (X - 1)) == expert
-                    old = tl.sum(tl.where(own, keys, 0), 0).to(KEY)
-                    old = tl.where(old < 0, old + USED, old)
-                    new = ((i * K + k + 1).to(KEY) << EXPERT_BITS) + expert
-                    if KIND == SCH:
-                        new += (old & -USE) - USE
-                    if priorities is not None:
-                        new += tl.load(priorities + token + k).to(KEY) * USE
-                    others = tl.where(own, LOWEST, keys)
-                    none = tl.full((X,), USED, KEY)
-                    so_far, before = tl.associative_scan((others, none), 0, _lowest_and_the_one_before)
-                    # Where an entry is the lowest so far, the lowest above it takes its place.
-                    keys = tl.where(lanes == 0, new, tl.where(others == so_far, before, keys))
-        hits = reused
-        if KIND != USES:
-            hits = tl.cumsum(reused, 0)
-            if COLD_HITS:
-                hits += tl.minimum(lanes + 1, tl.sum(tl.where(keys >= 0, 1, 0), 0))
+                reused += tl.where(((keys & (X - 1)) == expert) & (keys >= 0), 1, 0)
+            for k in range(0, K):
+                expert = tl.load(ids + token + k).to(KEY)
+                own = (keys & (X - 1)) == expert
+                old = tl.sum(tl.where(own, keys, 0), 0).to(KEY)
+                old = tl.where(old < 0, old + USED, old)
+                new = ((i * K + k + 1).to(KEY) << EXPERT_BITS) + expert
+                if SCH:
+                    new += (old & -USE) - USE
+                if priorities is not None:
+                    new += tl.load(priorities + token + k).to(KEY) * USE
+                others = tl.where(own, LOWEST, keys)
+                none = tl.full((X,), USED, KEY)
+                so_far, before = tl.associative_scan((others, none), 0, _lowest_and_the_one_before)
+                # Where an entry is the lowest so far, the lowest above it takes its place.
+                keys = tl.where(lanes == 0, new, tl.where(others == so_far, before, keys))
+        hits = tl.cumsum(reused, 0)
+        if COLD_HITS:
+            hits += tl.minimum(lanes + 1, tl.sum(tl.where(keys >= 0, 1, 0), 0))
         if document is None:
             rates += hits.to(tl.float64) / (length * K).to(tl.float64)
         else:

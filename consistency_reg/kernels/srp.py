@@ -20,7 +20,7 @@ REPLICAS = 16  # copies of the histogram, so that programs seldom wait for each 
 def window_counts(
     expert_ids: Tensor, num_experts: int, position: Tensor, segment_length: int, *, per_sequence: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """How often each f occurs: by expert [E, m+1], and over all experts by row [N, m+1] if asked. Never waits.
+    """Count how often each f occurs: by expert [E, m+1], and over all experts by row [N, m+1] if asked. Never waits.
 
     Args:
         expert_ids: [N, T, K] int64.

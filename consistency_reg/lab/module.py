@@ -8,10 +8,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from consistency_reg.callbacks import batch_masks, domain_names
-from consistency_reg.capture import RouterCapture
+from consistency_reg.callbacks import domain_names
 from consistency_reg.lab.corpus.data import check_attention, model_inputs
 from consistency_reg.losses import LoadBalanceLoss, RouterZLoss
+from consistency_reg.session import RoutingSession
 
 
 class CausalMoE(LightningModule):
@@ -55,7 +55,6 @@ class CausalMoE(LightningModule):
         self.warmup_steps = warmup_steps
         self.final_learning_rate = final_learning_rate
         self.nats: Any = nn.ModuleList()  # mean cross-entropy of each validation domain, then of all together
-        self._capture: RouterCapture | None = None
 
     def setup(self, stage: str) -> None:
         """Refuse an attention that would let documents of a row see each other."""
@@ -71,17 +70,27 @@ class CausalMoE(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of the next token plus the balance terms."""
-        if self._capture is None:
-            self._capture = RouterCapture(self.model)
-        with self._capture as capture:
-            cross_entropy = next_token_losses(self(batch), batch["labels"]).mean()
-        trace = capture.trace(*batch_masks(batch))
+        listener = RoutingSession.of(self).listen()
+        try:
+            with listener.recording():
+                cross_entropy = next_token_losses(self(batch), batch["labels"]).mean()
+            trace = listener.trace(batch)
+        finally:
+            listener.release()
         balance, z_loss = self.balance(trace), self.z_loss(trace)
         self.log_dict(
             {"train/ce": cross_entropy.detach(), "train/balance": balance.detach(), "train/z": z_loss.detach()}
         )
         self.log("ce", cross_entropy.detach(), prog_bar=True, logger=False)
         return cross_entropy + self.balance_weight * balance + self.z_weight * z_loss
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Read a balance that knew the routers by their names within ``model``, as earlier versions did."""
+        kept = checkpoint["state_dict"].get("balance._extra_state", {})
+        known = {name for name, _ in self.named_modules()}
+        for state in (kept.get("average", {}), kept.get("pending", {})):
+            for layer in [layer for layer in state if layer not in known]:
+                state[f"model.{layer}"] = state.pop(layer)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """End the balance's step too: the last of an epoch may have fewer micro-batches than the others."""

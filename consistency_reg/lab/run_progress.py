@@ -12,13 +12,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from consistency_reg.callbacks.batches import count_tokens
 from consistency_reg.callbacks.progress import current_routing, total_steps
 from consistency_reg.lab.checkpoint_files import WholeCheckpoints
 from consistency_reg.lab.cli import TERMINATED
 from consistency_reg.lab.files import write_atomically
 from consistency_reg.lab.run_folder import RunFolder
-from consistency_reg.masks import batch_masks
+from consistency_reg.session import RoutingSession
 
 SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 SAME_SECONDS = 2.0  # a scheduler's SIGTERM to all processes comes once more through torchrun
@@ -108,7 +107,7 @@ class RunProgress(Callback):
         complete then, and a run that is made longer could not go on in it.
         """
         self.seconds += time.perf_counter() - self._batch_began
-        self._tokens = self._tokens + count_tokens(batch, batch_masks(batch)[0]) * trainer.world_size
+        self._tokens = self._tokens + RoutingSession.of(pl_module).count_tokens(batch) * trainer.world_size
         self._write(trainer, "train")
         is_last = 0 <= trainer.max_steps <= trainer.global_step
         if trainer.global_step > self._steps_before and (self._stops(trainer) or is_last):

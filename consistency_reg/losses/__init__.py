@@ -5,16 +5,25 @@ from inspect import Parameter, signature
 from types import MappingProxyType
 from typing import Any
 
+from consistency_reg.losses.adjacent import AdjacentLoss
 from consistency_reg.losses.anchor import RouterAnchorLoss
-from consistency_reg.losses.balance import LoadBalanceLoss, RouterZLoss
+from consistency_reg.losses.balance import LoadBalanceLoss
 from consistency_reg.losses.base import RoutingLoss
-from consistency_reg.losses.consistency import CacheConsistencyLoss, LocalConsistencyLoss
-from consistency_reg.losses.published import AdjacentLoss, MelinoeLoss, ReMoELoss, StickyLoss
+from consistency_reg.losses.bles import BlockwiseLoss
+from consistency_reg.losses.cache import CacheConsistencyLoss
+from consistency_reg.losses.envelope import EnvelopeLoss
+from consistency_reg.losses.melinoe import MelinoeLoss
+from consistency_reg.losses.remoe import ReMoELoss
+from consistency_reg.losses.srp import LocalConsistencyLoss
+from consistency_reg.losses.sticky import StickyLoss
+from consistency_reg.losses.z import RouterZLoss
 
 __all__ = [
     "LOCALITY_LOSSES",
     "AdjacentLoss",
+    "BlockwiseLoss",
     "CacheConsistencyLoss",
+    "EnvelopeLoss",
     "LoadBalanceLoss",
     "LocalConsistencyLoss",
     "MelinoeLoss",
@@ -34,12 +43,13 @@ LOCALITY_LOSSES: Mapping[str, type[RoutingLoss]] = MappingProxyType(
         "sticky": StickyLoss,
         "adjacent": AdjacentLoss,
         "melinoe": MelinoeLoss,
+        "bles": BlockwiseLoss,
     }
 )
 
 
 def make_loss(name: str, **options: Any) -> RoutingLoss:
-    """The locality loss of that name, as a recipe writes it.
+    """Return the locality loss of that name, as a recipe writes it.
 
     Args:
         name: one of :data:`LOCALITY_LOSSES`.

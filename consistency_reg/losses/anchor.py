@@ -6,9 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from consistency_reg.functional.published import mean_kl
-from consistency_reg.losses.base import RoutingLoss
-from consistency_reg.losses.published import without_padding
+from consistency_reg.functional.anchor import mean_kl
+from consistency_reg.losses.base import RoutingLoss, without_padding
 from consistency_reg.routing import LayerRouting, RoutingTrace
 
 
@@ -45,7 +44,7 @@ class RouterAnchorLoss(RoutingLoss):
         self.references = nn.ModuleList(references.values())  # a ModuleDict takes no names with dots
 
     def layer_loss(self, layer: LayerRouting, trace: RoutingTrace) -> Tensor:
-        """The mean divergence of one layer from its reference."""
+        """Return the mean divergence of one layer from its reference."""
         if layer.name not in self.layer_names:
             raise ValueError(
                 f"references must hold a router for layer {layer.name!r}, got those of {list(self.layer_names)}"

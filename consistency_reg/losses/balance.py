@@ -1,4 +1,4 @@
-"""The load-balance loss and the router z-loss, per layer, never pooled over layers."""
+"""The load-balance loss of each layer, never pooled over layers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from consistency_reg.functional.segments import active_experts
 from consistency_reg.losses.base import RoutingLoss, without_padding
-from consistency_reg.losses.consistency import SCOPES
 from consistency_reg.losses.distributed import all_sum, world_size
+from consistency_reg.losses.envelope import SCOPES
 from consistency_reg.routing import LayerRouting, RoutingTrace
 
 
@@ -63,7 +63,7 @@ class LoadBalanceLoss(RoutingLoss):
         self._calls = 0
 
     def per_layer(self, trace: RoutingTrace) -> Tensor:
-        """[L] the loss of every layer; a training-mode call counts as one micro-batch."""
+        """Return the loss of every layer [L]; a training-mode call counts as one micro-batch."""
         counts = [_Counts.of(layer, trace) for layer in trace]
         alike = groupby(counts, key=lambda one: (one.num_experts, one.top_k, one.probabilities.dtype, one.uses.device))
         tokens_B = trace.valid_mask.sum(dim=1)
@@ -75,7 +75,7 @@ class LoadBalanceLoss(RoutingLoss):
         return losses_L
 
     def _losses(self, layers: Sequence["_Counts"], tokens_B: Tensor) -> Tensor:
-        """[S] the losses of layers of one shape; in training mode their usage joins the present step."""
+        """Return the losses of layers of one shape [S]; in training mode their usage joins the present step."""
         uses_SBE = torch.stack([layer.uses for layer in layers])
         share_SGE = self._share([layer.name for layer in layers], uses_SBE, tokens_B)
         rows_G = tokens_B if self.scope == "sequence" else tokens_B.sum(dim=0, keepdim=True)
@@ -92,7 +92,7 @@ class LoadBalanceLoss(RoutingLoss):
 
     @torch.no_grad()
     def _share(self, names: Sequence[str], uses: Tensor, tokens: Tensor) -> Tensor:
-        """[S, G, E] the usage that the loss multiplies with: G = B rows for "sequence", else 1."""
+        """Return the usage that the loss multiplies with [S, G, E]: G = B rows for "sequence", else 1."""
         counts_SGE1 = torch.cat([uses, tokens[:, None].expand(*uses.shape[:2], 1)], dim=-1)
         total_SE1 = counts_SGE1.sum(dim=1)
         if self.scope == "global":
@@ -110,11 +110,11 @@ class LoadBalanceLoss(RoutingLoss):
         return share_SGE1[..., :-1] / share_SGE1[..., -1:].clamp_min(torch.finfo(share_SGE1.dtype).tiny)
 
     def _step(self, counts: Tensor) -> Tensor:
-        """[S, G, E + 1] the usage of one step and its weight: 1, or 0 for a step without tokens."""
+        """Return the usage of one step and its weight [S, G, E + 1]: 1, or 0 for a step without tokens."""
         return counts / counts[..., -1:].clamp_min(1)
 
     def _moved(self, names: Sequence[str], step: Tensor) -> Tensor:
-        """[S, G, E + 1] the running average and its weight after a step; one without tokens leaves it where it is."""
+        """Return the running average and its weight after a step [S, G, E + 1]; no tokens leave it as it is."""
         past = _kept(self._average, names, step)[:, None]
         return torch.where(step[..., -1:] > 0, self.running * past + (1 - self.running) * step, past)
 
@@ -133,22 +133,22 @@ class LoadBalanceLoss(RoutingLoss):
         self._calls = 0
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What the state dict keeps: the running average and the counts of an unfinished accumulation."""
+        """Return what the state dict keeps: the running average and the counts of an unfinished accumulation."""
         return {"average": dict(self._average), "pending": dict(self._pending), "calls": self._calls}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`get_extra_state`."""
+        """Take up what :meth:`get_extra_state` returned."""
         self._average, self._pending = dict(state["average"]), dict(state["pending"])
         self._calls = state["calls"]
 
     def extra_repr(self) -> str:
-        """The options, for printing."""
+        """Return the options, for printing."""
         return f"scope={self.scope!r}, running={self.running}"
 
 
 @dataclass(frozen=True)
 class _Counts:
-    """What the loss needs to know of a layer's batch: E numbers for each row, not for each token."""
+    """The counts that the loss needs of a layer's batch: E numbers for each row, not for each token."""
 
     name: str
     num_experts: int
@@ -166,13 +166,13 @@ class _Counts:
 
 
 def _kept(state: Mapping[str, Tensor], names: Sequence[str], like: Tensor) -> Tensor:
-    """[S, E + 1] what is kept of each layer, 0 where nothing is."""
+    """Return what is kept of each layer [S, E + 1], 0 where nothing is."""
     nothing = like.new_zeros(like.shape[-1])
     return torch.stack([state[name].to(like) if name in state else nothing for name in names])
 
 
 def _mean_over_processes(sums: Tensor, counts: Tensor) -> Tensor:
-    """[S, 1, E] sums and [1] counts of this process -> the mean over all processes, each with its part of the gradient.
+    """Return the mean over all processes of sums [S, 1, E] by counts [1], each process with its part of the gradient.
 
     The part is multiplied by the number of processes, over which data-parallel training averages gradients: so
     processes with more valid tokens count for more.
@@ -180,26 +180,3 @@ def _mean_over_processes(sums: Tensor, counts: Tensor) -> Tensor:
     all_sums, all_counts = all_sum(sums.detach(), counts.to(sums.dtype))
     own_part = world_size() * (sums - sums.detach())  # 0, with the gradient
     return (all_sums + own_part) / all_counts.clamp_min(1)[:, None]
-
-
-class RouterZLoss(RoutingLoss):
-    """``mean over valid tokens of logsumexp(logits)^2``, which keeps the router's logits small.
-
-    Source: arXiv 2202.08906.
-
-    Example:
-        >>> logits = torch.zeros(1, 2, 4)
-        >>> trace = RoutingTrace([logits.topk(1).indices], num_experts=4, logits=[logits])
-        >>> round(RouterZLoss()(trace).item(), 3)  # log(4)^2
-        1.922
-    """
-
-    def layer_loss(self, layer: LayerRouting, trace: RoutingTrace) -> Tensor:
-        """The z-loss of one layer."""
-        logits_BTE = without_padding(layer, trace).logits
-        if logits_BTE is None:
-            raise ValueError(f"layer {layer.name!r}: the loss needs the router's logits, but the trace has none")
-        dtype = torch.promote_types(logits_BTE.dtype, torch.float32)
-        squared_BT = logits_BTE.to(dtype).logsumexp(dim=-1) ** 2
-        valid_BT = trace.valid_mask
-        return (squared_BT * valid_BT).sum() / valid_BT.sum().clamp_min(1)

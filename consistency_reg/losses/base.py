@@ -1,4 +1,4 @@
-"""What every routing loss has in common: a value for each layer, averaged over the layers."""
+"""The base of every routing loss: a value for each layer, averaged over the layers."""
 
 from dataclasses import replace
 
@@ -16,20 +16,20 @@ class RoutingLoss(nn.Module):
     """
 
     def layer_loss(self, layer: LayerRouting, trace: RoutingTrace) -> Tensor:
-        """The loss of one layer, a scalar."""
+        """Return the loss of one layer, a scalar."""
         raise NotImplementedError
 
     def per_layer(self, trace: RoutingTrace) -> Tensor:
-        """[L] the loss of every layer, graph kept."""
+        """Return the loss of every layer [L], graph kept."""
         return torch.stack([self.layer_loss(layer, trace) for layer in trace])
 
     def forward(self, trace: RoutingTrace) -> Tensor:
-        """The mean over the layers."""
+        """Return the mean over the layers."""
         return self.per_layer(trace).mean()
 
 
 def without_padding(layer: LayerRouting, trace: RoutingTrace) -> LayerRouting:
-    """The layer with the logits of padding blanked: whatever stands there, NaN included, has no effect."""
+    """Return the layer with the logits of padding blanked: whatever stands there, NaN included, has no effect."""
     if trace.valid is None or layer.logits is None:
         return layer
     return replace(layer, logits=layer.logits.masked_fill(~trace.valid[:, :, None], 0))

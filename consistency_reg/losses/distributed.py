@@ -6,12 +6,12 @@ from torch import Tensor
 
 
 def world_size() -> int:
-    """Number of data-parallel processes, 1 outside of a process group."""
+    """Return the number of data-parallel processes, 1 outside of a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def largest(number: int, device: torch.device) -> int:
-    """The largest of the processes' numbers, for which the host waits; with one process that is its own."""
+    """Return the largest of the processes' numbers, for which the host waits; with one process that is its own."""
     if world_size() == 1:
         return number
     message = torch.tensor(number, device=device)
@@ -20,7 +20,7 @@ def largest(number: int, device: torch.device) -> int:
 
 
 def all_sum(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The sums over all processes of tensors of one dtype without a graph, in one message.
+    """Return the sums over all processes of tensors of one dtype without a graph, in one message.
 
     With one process these are the tensors themselves.
     """

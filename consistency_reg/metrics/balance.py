@@ -112,7 +112,7 @@ class RoutingBalance(RoutingMetric):
             self._add_means(*_cv_states(m), [layer[m] for layer in local])
 
     def plot(self, val: ModelBalance | None = None, ax: Any = None) -> Any:
-        """CV of usage by layer, global against local: what consistency needs is the gap. -> (figure, axes)."""
+        """Draw the CV of usage by layer, global and local, and return (figure, axes): consistency needs the gap."""
         results = self.results() if val is None else val
         ax = axes_of(ax)
         depth = range(len(results.layers))

@@ -1,4 +1,4 @@
-"""What all routing metrics share: the layers that they expect, and results in full and as scalars to log."""
+"""The base of all routing metrics: the layers that they expect, and results in full and as scalars to log."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from consistency_reg.devices import is_on_host
 from consistency_reg.reading import LAYER, Reading
 from consistency_reg.routing import RoutingTrace
 
@@ -69,7 +70,7 @@ class RoutingMetric(Metric):
 
     @classmethod
     def from_trace(cls, trace: RoutingTrace, *args: Any, **kwargs: Any) -> Self:
-        """The metric for the model that this trace is of, on its device; the trace itself is not counted yet."""
+        """Make the metric for the model that this trace is of, on its device; the trace itself is not counted yet."""
         return cls([layer.num_experts for layer in trace], *args, **kwargs).to(trace.expert_ids[0].device)
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
@@ -78,12 +79,12 @@ class RoutingMetric(Metric):
         self._computed = None
 
     def results(self) -> Any:
-        """The value in full, synchronized over processes as ``compute()`` is."""
+        """Return the value in full, synchronized over processes as ``compute()`` is."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync):
             return self._results()
 
     def compute(self) -> dict[str, Tensor]:
-        """The value as a flat dict of scalars."""
+        """Return the value as a flat dict of scalars."""
         return self._scalars(self._results())
 
     def _results(self) -> Any:
@@ -103,7 +104,7 @@ class RoutingMetric(Metric):
         return scalars
 
     def _by_layer(self, name: str, values: Sequence[Tensor] | Tensor) -> dict[str, Tensor]:
-        """One scalar for each layer, under its name."""
+        """Return one scalar for each layer, under its name."""
         return {f"{name}_{layer}": value for layer, value in zip(self.layer_names, values, strict=True)}
 
     @property
@@ -131,5 +132,5 @@ class RoutingMetric(Metric):
         found = tuple(layer.num_experts for layer in trace)
         if found != self.num_experts:
             raise ValueError(f"the metric is for layers of {self.num_experts} experts, got a trace of {found}")
-        if self.check_values and trace.expert_ids[0].device.type == "cpu":
+        if self.check_values and is_on_host(trace.expert_ids[0]):
             trace.check_values()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from consistency_reg.cache_policies import check_policy
 from consistency_reg.functional.balance import usage_counts
-from consistency_reg.functional.cache_hits import RowHitRates, Simulation, most_used, row_hit_rates
+from consistency_reg.functional.cache_hits import RowSums, Simulation, most_used, row_hit_rates, row_use_shares
 from consistency_reg.functional.segments import check_segment_lengths
 from consistency_reg.metrics.simulated_caches import HitRateMetric, ModelHitRates
 from consistency_reg.routing import RoutingTrace
@@ -41,7 +41,7 @@ class SegmentCacheHitRate(HitRateMetric):
         super().__init__(num_experts, [f"sch_m{m}" for m in lengths], **options)
         self.segment_lengths = dict(zip(self.names, lengths, strict=True))
 
-    def _row_rates(self, name: str, cache: RoutingTrace) -> RowHitRates:
+    def _row_rates(self, name: str, cache: RoutingTrace) -> RowSums:
         return row_hit_rates(cache, Simulation("sch", self.segment_lengths[name]))
 
     def _results(self) -> dict[int, ModelHitRates]:
@@ -83,8 +83,7 @@ class CacheHitRate(HitRateMetric):
         **options: Any,
     ) -> None:
         check_policy(policy)
-        # The fixed set is not known before all data is seen: count each expert by itself, and choose at the end.
-        self.simulation = Simulation("uses" if policy == "fixed" else policy, replay=replay, cold=cold)
+        self.simulation = Simulation("lru" if policy == "fixed" else policy, replay=replay, cold=cold)
         super().__init__(num_experts, [policy], **options)
         self.policy = policy
         if policy == "fixed":
@@ -97,8 +96,9 @@ class CacheHitRate(HitRateMetric):
             usage = [usage_counts(layer.expert_ids, layer.num_experts, trace.valid) for layer in trace]
             self._add("usage", torch.cat(usage))
 
-    def _row_rates(self, name: str, cache: RoutingTrace) -> RowHitRates:
-        return row_hit_rates(cache, self.simulation)
+    def _row_rates(self, name: str, cache: RoutingTrace) -> RowSums:
+        # The fixed set is not known before all data is seen: count each expert by itself, and choose at the end.
+        return row_use_shares(cache) if self.policy == "fixed" else row_hit_rates(cache, self.simulation)
 
     def _hit_rates(self, rates: Tensor) -> Tensor:
         if self.policy != "fixed":

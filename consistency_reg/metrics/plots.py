@@ -1,4 +1,4 @@
-"""What the pictures of the routing metrics share."""
+"""Helpers of the routing metrics' pictures."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from consistency_reg.optional import require
 
 
 def axes_of(ax: Any = None) -> Any:
-    """The given matplotlib axes, or new ones."""
+    """Return the given matplotlib axes, or new ones."""
     with require("plots"):
         from matplotlib import pyplot
     return pyplot.subplots(layout="constrained")[1] if ax is None else ax
@@ -21,7 +21,7 @@ def interval_plot(
     labels: tuple[str, str],
     ax: Any = None,
 ) -> Any:
-    """The model's value over x with its 95% interval, and each layer's behind it.
+    """Draw the model's value over x with its 95% interval, and each layer's behind it.
 
     Args:
         x: [X].

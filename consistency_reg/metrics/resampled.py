@@ -55,7 +55,7 @@ class ResampledMetric(RoutingMetric):
         return self.replicates > 0 and not self._batch_alone
 
     def _numbered(self, trace: RoutingTrace, sequence_index: Tensor | None) -> Iterator[tuple[RoutingTrace, Tensor]]:
-        """The sequences of a batch, some at a time, and their numbers; the batch is checked and counted."""
+        """Yield the sequences of a batch, some at a time, and their numbers; the batch is checked and counted."""
         self._check(trace)
         B = trace.shape[0]
         if sequence_index is None:
@@ -71,7 +71,7 @@ class ResampledMetric(RoutingMetric):
             yield _rows(trace, rows), sequence_index[rows]
 
     def _resampled(self, statistic: Tensor, sequence_index: Tensor) -> Tensor:
-        """Sums of a statistic [N, ...] over these sequences in every replicate: [R, ...]."""
+        """Return the sums of a statistic [N, ...] over these sequences in every replicate: [R, ...]."""
         return resampled_sums(statistic, sequence_index, self.replicates, self.seed)
 
     def _rank_and_processes(self) -> tuple[int, int]:

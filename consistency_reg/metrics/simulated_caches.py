@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from consistency_reg.functional.bootstrap import percentile_interval
-from consistency_reg.functional.cache_hits import RowHitRates
+from consistency_reg.functional.cache_hits import RowSums
 from consistency_reg.metrics.base import Value
 from consistency_reg.metrics.plots import axes_of
 from consistency_reg.metrics.resampled import ResampledMetric
@@ -34,19 +34,19 @@ class CacheHitRates:
     interval: Tensor | None = None
 
     def slots(self, ratio: float) -> int:
-        """The number of slots nearest to ``ratio * top_k``, at least 1 and at most E."""
+        """Return the number of slots nearest to ``ratio * top_k``, at least 1 and at most E."""
         return min(max(round(ratio * self.top_k), 1), len(self.hit_rate))
 
     def at(self, ratio: float) -> Tensor:
-        """The hit rate with ``ratio * top_k`` slots."""
+        """Return the hit rate with ``ratio * top_k`` slots."""
         return self.hit_rate[self.slots(ratio) - 1]
 
     def interval_at(self, ratio: float) -> Tensor | None:
-        """The [2] 95% interval of :meth:`at`; None where there was no bootstrap."""
+        """Return the [2] 95% interval of :meth:`at`; None where there was no bootstrap."""
         return None if self.interval is None else self.interval[self.slots(ratio) - 1]
 
     def at_share(self, share: float) -> Tensor:
-        """The hit rate with ``share`` of all experts in the cache, rounded to whole slots, at least one."""
+        """Return the hit rate with ``share`` of all experts in the cache, rounded to whole slots, at least one."""
         return self.hit_rate[max(round(share * len(self.hit_rate)), 1) - 1]
 
 
@@ -65,7 +65,7 @@ class ModelHitRates:
     intervals: dict[float, Tensor]
 
     def at(self, ratio: float) -> Tensor:
-        """The mean over layers of the hit rate of a cache of ``ratio`` times K slots for each layer."""
+        """Return the mean over layers of the hit rate of a cache of ``ratio`` times K slots for each layer."""
         return torch.stack([layer.at(ratio) for layer in self.layers]).mean()
 
     def at_share(self, share: float) -> Tensor:
@@ -139,7 +139,7 @@ class HitRateMetric(ResampledMetric):
             self._add("tokens", tokens)
             self._add("accesses", torch.stack([tokens * layer.top_k for layer in part]))
             simulated = [self._simulate(name, part) for name in self.names]
-            rates_NSC = torch.stack([torch.cat([cache.hit_rate for cache in caches], 1) for caches in simulated], 1)
+            rates_NSC = torch.stack([torch.cat([cache.total for cache in caches], 1) for caches in simulated], 1)
             documents_N = simulated[0][0].documents
             self._add("rates", rates_NSC.sum(dim=0))
             self._add("documents", documents_N.sum())
@@ -148,7 +148,7 @@ class HitRateMetric(ResampledMetric):
                 self._add("resampled_documents", self._resampled(documents_N[:, None], index)[:, 0])
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Hit rate by cache ratio: the mean of the layers, with intervals, and the shared cache. -> (figure, axes)."""
+        """Draw the hit rate by cache ratio, of the layers' mean and the shared cache; return (figure, axes)."""
         results = self._by_name(self.results() if val is None else val)
         ax = axes_of(ax)
         for name, model in results.items():
@@ -165,24 +165,24 @@ class HitRateMetric(ResampledMetric):
         ax.legend()
         return ax.figure, ax
 
-    def _row_rates(self, name: str, cache: RoutingTrace) -> RowHitRates:
-        """The documents' hit rates in one simulation of one cache, which all layers share, summed by row."""
+    def _row_rates(self, name: str, cache: RoutingTrace) -> RowSums:
+        """Return the documents' hit rates in one simulation of one cache that all layers share, summed by row."""
         raise NotImplementedError
 
     def _by_name(self, results: Any) -> dict[str, ModelHitRates]:
-        """The results of the subclass under the names of the simulations."""
+        """Return the results of the subclass under the names of the simulations."""
         raise NotImplementedError
 
     def _hit_rates(self, rates: Tensor) -> Tensor:
-        """The hit rates of every size [..., C] from the documents' mean of :meth:`_row_rates`."""
+        """Return the hit rates of every size [..., C] from the documents' mean of :meth:`_row_rates`."""
         return rates
 
-    def _simulate(self, name: str, trace: RoutingTrace) -> list[RowHitRates]:
-        """Each layer's cache, then the shared one."""
+    def _simulate(self, name: str, trace: RoutingTrace) -> list[RowSums]:
+        """Simulate each layer's cache, then the shared one."""
         alike: dict[tuple[int, int], list[int]] = {}
         for i, layer in enumerate(trace):
             alike.setdefault((layer.num_experts, layer.top_k), []).append(i)
-        rates: dict[int, RowHitRates] = {}
+        rates: dict[int, RowSums] = {}
         N = trace.shape[0]
         for (E, _), layers in alike.items():
             below_each_other = RoutingTrace(
@@ -194,13 +194,13 @@ class HitRateMetric(ResampledMetric):
             together = self._row_rates(name, below_each_other)
             for place, i in enumerate(layers):
                 rows = slice(place * N, (place + 1) * N)
-                rates[i] = RowHitRates(together.hit_rate[rows], together.documents[rows])
+                rates[i] = RowSums(together.total[rows], together.documents[rows])
         if self.shared:
             rates[len(trace)] = self._row_rates(name, trace)
         return [rates[i] for i in range(len(self.caches))]
 
     def _models(self) -> list[ModelHitRates]:
-        """The hit rates of each simulation."""
+        """Return the hit rates of each simulation."""
         rates_SC = self._hit_rates(self.rates / self.documents.clamp_min(1))
         replicates: Sequence[Tensor | None] = [None] * len(self.names)
         if self._with_intervals:

@@ -41,7 +41,7 @@ class Specialization:
 
 @dataclass(frozen=True)
 class ModelSpecialization:
-    """What the experts of a model specialize in.
+    """The specialization of a model's experts.
 
     Attributes:
         srp: for each layer [E] float64, the SRP of each expert.
@@ -67,7 +67,7 @@ class ModelSpecialization:
 
 
 class ExpertSpecialization(RoutingMetric):
-    """How much experts specialize in domains and in token ids, and the correlation with their own SRP.
+    """Specialization of experts in domains and in token ids, and its correlation with their own SRP.
 
     ``compute()`` gives ``domain_specialization``, ``domain_srp_pearson``, ``domain_srp_spearman`` and the same for
     ``vocabulary``; ``results()`` gives a :class:`ModelSpecialization` down to the expert.
@@ -153,7 +153,7 @@ class ExpertSpecialization(RoutingMetric):
             grouped_usage(ids, experts, token_ids, self.vocab_size, trace.valid, out=self.token_usage)
 
     def plot(self, val: ModelSpecialization | None = None, ax: Any = None) -> Any:
-        """Each expert's specialization against its SRP. -> (figure, axes)."""
+        """Draw each expert's specialization against its SRP; return (figure, axes)."""
         results = self.results() if val is None else val
         ax = axes_of(ax)
         for name, kind in results.kinds.items():

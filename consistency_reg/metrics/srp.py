@@ -88,7 +88,7 @@ class SegmentRoutingPerformance(ResampledMetric):
                 self._add("resampled", self._resampled(torch.stack(by_sequence, dim=1), index))
 
     def plot(self, val: dict[int, ModelSRP] | None = None, ax: Any = None) -> Any:
-        """SRP by segment length: the model with its interval, the layers behind it. -> (figure, axes)."""
+        """Draw SRP by segment length, the model with its interval and the layers behind it; return (figure, axes)."""
         results = self.results() if val is None else val
         return interval_plot(
             x=list(results),
@@ -139,6 +139,6 @@ def srp_values(results: dict[int, ModelSRP]) -> Iterator[Value]:
 
 
 def _interval(windows: Tensor, m: int) -> Tensor:
-    """95% interval of SRP from histograms [..., R, m+1]; replicates that drew no sequence are left out."""
+    """Return the 95% interval of SRP from histograms [..., R, m+1]; replicates that drew no sequence are left out."""
     replicates = best_f1(windows, m)
     return percentile_interval(replicates.f1.where(replicates.active > 0, torch.nan))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from consistency_reg.functional.cache_aware import check_cache_aware
 from consistency_reg.functional.segments import check_segment_lengths
 from consistency_reg.lab.arguments.evaluate import SEQUENCE_LENGTH, parser
 from consistency_reg.lab.corpus.text import DOMAINS
@@ -149,10 +150,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError(f"--replicates must be 0 or more, got {options.replicates}")
     if not options.cache_ratios or not all(0 < ratio < math.inf for ratio in options.cache_ratios):
         raise ValueError(f"--cache-ratios must be positive numbers, got {options.cache_ratios}")
-    if options.cache_aware is not None and not options.models:
-        raise ValueError("--cache-aware needs a MODEL to run, got saved routing alone")
-    if options.cache_aware is not None and not all(0 <= strength < math.inf for strength in options.cache_aware):
-        raise ValueError(f"--cache-aware must be strengths of 0 or more, got {options.cache_aware}")
+    if options.cache_aware is not None:
+        _check_cache_aware(options)
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out must be a folder, got the file {options.out}")
     check_writable("--out", options.out)
@@ -161,6 +160,18 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.save_trace is not None and options.save_trace.is_dir():
         raise ValueError(f"--save-trace must be a file, got the folder {options.save_trace}")
     return options
+
+
+def _check_cache_aware(options: argparse.Namespace) -> None:
+    """Raise ValueError where cache-aware routing could only be refused after the models have run."""
+    if not options.models:
+        raise ValueError("--cache-aware needs a MODEL to run, got saved routing alone")
+    if not all(0 <= strength < math.inf for strength in options.cache_aware):
+        raise ValueError(f"--cache-aware must be strengths of 0 or more, got {options.cache_aware}")
+    if min(options.cache_ratios) < 1:
+        raise ValueError(f"--cache-ratios must be at least 1 for --cache-aware, got {options.cache_ratios}")
+    for strength in options.cache_aware:
+        check_cache_aware(1, 1, 1, strength, 1, options.method)
 
 
 def _documents(options: argparse.Namespace) -> dict[str, datasets.Dataset]:

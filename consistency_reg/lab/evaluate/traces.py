@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistency_reg.functional.segments import document_positions
+from consistency_reg.documents import document_positions
 from consistency_reg.lab.evaluate.foreign_traces import is_foreign, read_foreign
 from consistency_reg.lab.files import write_atomically
 from consistency_reg.optional import require

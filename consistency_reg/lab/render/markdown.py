@@ -26,10 +26,11 @@ def markdown(table: Table) -> str:
     return _line(table.header) + rule + "".join(map(_line, table.rows))
 
 
-def document(title: str, tables: Sequence[Table]) -> str:
-    """Return a Markdown document of all tables with their titles and notes."""
+def document(title: str, tables: Sequence[Table], opening: str = "") -> str:
+    """Return a Markdown document: the title, an opening paragraph, and all tables with their titles and notes."""
     parts = [f"## {literal(table.title)}\n\n{markdown(table)}\n{literal(table.note)}\n" for table in tables]
-    return f"# {literal(title)}\n\n" + "\n".join(parts)
+    first = [f"{literal(opening)}\n"] if opening else []
+    return f"# {literal(title)}\n\n" + "\n".join([*first, *parts])
 
 
 def literal(text: str) -> str:

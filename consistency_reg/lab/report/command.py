@@ -9,16 +9,15 @@ from consistency_reg.lab.arguments.report import parser
 from consistency_reg.lab.files import write_atomically
 from consistency_reg.lab.render.markdown import document, update
 from consistency_reg.lab.render.outputs import check_writable, write_pictures
-from consistency_reg.lab.render.page import page
 from consistency_reg.lab.render.png import Picture
 from consistency_reg.lab.render.table import Table
 from consistency_reg.lab.render.terminal import print_tables, print_verdict
+from consistency_reg.lab.report.explore import page, title
 from consistency_reg.lab.report.figures import DRAWN, pictures
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.pairs import pair_runs
 from consistency_reg.lab.report.records import append_csv, fingerprint, read_csv, write_csv, write_json
 from consistency_reg.lab.report.runs import Run, distinct_names, read_folder, refuse_different_data
-from consistency_reg.lab.report.tables import origin_tables
 from consistency_reg.lab.report.verdict import verdict
 from consistency_reg.lab.report.wandb_runs import PREFIX, read_wandb
 from consistency_reg.lab.wandb_login import open_run
@@ -42,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{options.append_csv}: {added} rows added, {len(runs) - added} were there")
     tables = findings.tables()
     print_tables(reversed(tables))  # the last lines of a terminal are what is read first
-    drawn = write_report(folder, ", ".join(Path(source).name for source in options.runs), findings, tables)
+    drawn = write_report(folder, ", ".join(Path(source).stem for source in options.runs), findings, tables)
     print(f"{folder}: {', '.join([*REPORT_FILES, *(f'{one.name}.png' for one in drawn)])}")
     if options.pictures is not None:
         write_pictures(options.pictures, {one.name: one.png for one in drawn}, DRAWN)
@@ -101,16 +100,16 @@ def default_folder(sources: Sequence[str]) -> Path:
     return Path(sources[0], "report") if len(sources) == 1 and Path(sources[0]).is_dir() else Path("report")
 
 
-def write_report(folder: Path, title: str, findings: Findings, tables: Sequence[Table]) -> list[Picture]:
+def write_report(folder: Path, source: str, findings: Findings, tables: Sequence[Table]) -> list[Picture]:
     """Write ``report.html``, ``tables.md``, ``table.csv``, ``table.json`` and the PNGs; return the PNGs."""
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(findings.runs, folder / "table.csv")
     write_json(findings.runs, folder / "table.json")
     drawn = list(pictures(findings, source=fingerprint(findings.runs)))
     write_pictures(folder, {one.name: one.png for one in drawn}, DRAWN)
-    write_atomically(folder / "tables.md", document(f"Report: {title}", tables))
-    origin = origin_tables(findings.runs)
-    write_atomically(folder / "report.html", page(f"Report: {title}", tables, drawn, origin))
+    said = verdict(findings)
+    write_atomically(folder / "tables.md", document(title(source, findings.runs), tables, str(said)))
+    write_atomically(folder / "report.html", page(source, findings, tables, said))
     return drawn
 
 

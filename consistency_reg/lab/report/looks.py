@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from consistency_reg.lab.render.palette import COLOURS, NO_TERM, SHAPES
+from consistency_reg.lab.render.charts import Mark
+from consistency_reg.lab.render.page import RUN, Entry
+from consistency_reg.lab.render.palette import COLOURS, NO_TERM, SHAPES, css_name
 from consistency_reg.lab.render.png import entry
 from consistency_reg.lab.report.pairs import Pair
 from consistency_reg.lab.report.runs import Run, loss_labels
@@ -30,7 +32,7 @@ class Looks:
 
     @classmethod
     def of(cls, runs: Sequence[Run], pairs: Sequence[Pair]) -> "Looks":
-        """Looks of the runs' losses and settings, in the runs' order."""
+        """Return the looks of the runs' losses and settings, in the runs' order."""
         loss_of = loss_labels(runs)
         losses = list(dict.fromkeys(loss_of[run.name] for run in runs if run.loss != "none"))
         colours = {loss: COLOURS[i % len(COLOURS)] for i, loss in enumerate(losses)}
@@ -41,15 +43,15 @@ class Looks:
         return cls({"none": NO_TERM, **colours}, {"none": "o", **shapes} if by_loss else shapes, loss_of, setting_of)
 
     def colour(self, run: Run) -> str:
-        """Of the run's term."""
+        """Return the colour of the run's term."""
         return self.colours[self.loss_of[run.name]]
 
     def shape(self, run: Run) -> str:
-        """Of what it shares with other terms; of the term where all share it."""
+        """Return the shape of what it shares with other terms, or of the term where all share it."""
         return self.shapes.get(self.setting_of[run.cell]) or self.shapes[self.loss_of[run.name]]
 
     def point(self, axes: Axes, run: Run, x: float, y: float) -> None:
-        """The run; hollow without a term, crossed out when collapsed."""
+        """Draw the run: hollow without a term, over a cross when it collapsed."""
         face = "white" if run.loss == "none" else self.colour(run)
         style: dict[str, Any] = {
             "color": self.colour(run),
@@ -57,12 +59,41 @@ class Looks:
             "markersize": 8,
             "markeredgewidth": 1.6,
         }
-        axes.plot(x, y, self.shape(run), zorder=3, **style)
         if run.collapsed:
-            axes.plot(x, y, "x", color="black", markersize=14, markeredgewidth=1.5, zorder=4)
+            cross(axes, x, y)
+        axes.plot(x, y, self.shape(run), zorder=3, **style)
+
+    def mark(self, run: Run, x: float, y: float, **more: Any) -> Mark:
+        """Return the run as a mark of a chart, which a click opens."""
+        look = {"id": f"{RUN}{run.name}", "cell": run.cell, "crossed": run.collapsed, **more}
+        return Mark(
+            x,
+            y,
+            group=self.loss_of[run.name],
+            colour=css_name(self.colour(run)),
+            shape=self.shape(run),
+            hollow=run.loss == "none",
+            **look,
+        )
+
+    def entries(self, runs: Sequence[Run]) -> list[Entry]:
+        """Return the legend of a page: each term can be switched off."""
+        shaped_by_loss = set(self.shapes) == set(self.colours)
+        entries = [
+            Entry(loss, css_name(colour), self.shapes[loss] if shaped_by_loss else "_", group=loss)
+            for loss, colour in self.colours.items()
+            if loss != "none"
+        ]
+        if any(run.loss == "none" for run in runs):
+            entries.append(Entry("no term", css_name(NO_TERM), "o", group="none", hollow=True))
+        if not shaped_by_loss:
+            entries += [Entry(name, css_name(NO_TERM), shape) for name, shape in self.shapes.items()]
+        if any(run.collapsed for run in runs):
+            entries.append(Entry(f"crossed: an expert below {COLLAPSED_BELOW} of its fair share", "var(--ink)", "x"))
+        return entries
 
     def legend(self, runs: Sequence[Run], *, collapsed: bool = True) -> list[Line2D]:
-        """What colours and shapes mean."""
+        """Return what colours and shapes mean."""
         handles = []
         shaped_by_loss = set(self.shapes) == set(self.colours)
         for loss, colour in self.colours.items():
@@ -78,8 +109,13 @@ class Looks:
         return handles
 
 
+def cross(axes: Axes, x: float, y: float) -> None:
+    """Draw a cross whose arms stick out from under the shape that is drawn over it."""
+    axes.plot(x, y, "x", color="black", markersize=17, markeredgewidth=1.4, zorder=2.5)
+
+
 def _settings(runs: Sequence[Run], pairs: Sequence[Pair]) -> dict[str, str]:
-    """By cell what runs share besides the term: the architecture where that says it, else the baseline's cell."""
+    """Return by cell what runs share besides the term: the architecture if that says it, else the baseline's cell."""
     against = {pair.run.cell: pair.baseline.cell for pair in pairs}
     architectures = {run.cell: run.architecture for run in runs}
     settings = {cell: against.get(cell, cell if cell in against.values() else "") for cell in architectures}

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from reference import cv_oracle, local_cv_oracle, overlap_oracle, usage_oracle
 from strategies import on_cases, routings
 
+from consistency_reg.documents import document_positions
 from consistency_reg.functional.balance import (
     _segment_usage,
     _segments,
@@ -19,7 +20,7 @@ from consistency_reg.functional.balance import (
     usage_balance,
     usage_counts,
 )
-from consistency_reg.functional.segments import active_experts, document_positions
+from consistency_reg.functional.segments import active_experts
 
 
 def assert_equals_oracle(routing, m, chunk_tokens):
@@ -94,7 +95,7 @@ def test_the_device_path_counts_as_the_cpu_path(routing, m):
         segments = _segments(positions, length)
         selected = _segment_usage(before, *segments)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("consistency_reg.functional.balance._may_wait", lambda tensor: False)
+            patch.setattr("consistency_reg.functional.balance.is_on_host", lambda tensor: False)
             everywhere = _segment_usage(before, *segments)
         assert torch.equal(everywhere[segments[0].flatten()], selected)
         assert int(everywhere.sum()) == int(selected.sum())

@@ -13,7 +13,9 @@ from consistency_reg.functional.cache_hits import (
     Simulation,
     cache_hit_counts,
     cache_hit_rate,
+    document_uses,
     row_hit_rates,
+    row_use_shares,
 )
 from consistency_reg.routing import RoutingTrace
 
@@ -176,11 +178,15 @@ def test_the_fixed_set_over_batches_follows_from_usage(routing):
     ids, E = routing.expert_ids, routing.num_experts
     if routing.tokens == 0:
         return
-    parts = [
-        cache_hit_counts(ids[[n]], E, "uses", routing.valid[[n]], routing.document_ids[[n]]) for n in range(len(ids))
-    ]
-    uses_DE = torch.cat([part.hits for part in parts])
+    trace = RoutingTrace([ids], E, **routing.masks)
+    uses_DE = torch.cat([part.uses for part in document_uses(trace)])
     most_used = uses_DE.sum(dim=0).argsort(descending=True, stable=True)
+    by_row = row_use_shares(trace)
+    for n, rows in enumerate(by_row.total):
+        of_row = torch.tensor([row == n for row, _, _ in documents(*routing.arrays)])
+        shares = (uses_DE / uses_DE.sum(dim=1, keepdim=True)).double()[of_row]
+        assert rows.tolist() == pytest.approx(shares.sum(dim=0).tolist(), abs=1e-6)
+        assert by_row.documents[n] == of_row.sum()
     share_E = (uses_DE / uses_DE.sum(dim=1, keepdim=True)).double().mean(dim=0)
     expected = cache_hit_rate(ids, E, "fixed", **routing.masks)
     assert share_E[most_used].cumsum(0).tolist() == pytest.approx(expected.tolist(), abs=1e-6)
@@ -258,7 +264,7 @@ def test_belady_is_not_an_upper_bound_where_a_token_uses_several_experts():
 
 
 @settings(max_examples=60, deadline=None)
-@given(routings(max_rows=4, max_tokens=20), st.sampled_from(("lru", "sch", "uses")))
+@given(routings(max_rows=4, max_tokens=20), st.sampled_from(("lru", "sch")))
 def test_hit_rates_by_row_are_the_sums_over_its_documents(routing, policy):
     ids, E, masks = routing.expert_ids, routing.num_experts, routing.masks
     counts = cache_hit_counts(ids, E, policy, **masks, segment_length=5)
@@ -267,7 +273,7 @@ def test_hit_rates_by_row_are_the_sums_over_its_documents(routing, policy):
         of_row = counts.rows == n
         assert by_row.documents[n] == of_row.sum()
         expected = counts.hit_rate[of_row].sum(dim=0)
-        assert by_row.hit_rate[n].tolist() == pytest.approx(expected.tolist(), abs=1e-12)
+        assert by_row.total[n].tolist() == pytest.approx(expected.tolist(), abs=1e-12)
 
 
 def test_an_unknown_policy_by_row_is_named():

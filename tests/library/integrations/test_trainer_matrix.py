@@ -18,7 +18,12 @@ def representatives():
     return list(most.values())
 
 
-@pytest.mark.parametrize("cell", representatives(), ids=str)
+def marked(cell):
+    marks = [pytest.mark.slow] if "torch.compile" in cell.trainer else []
+    return pytest.param(cell, marks=marks, id=str(cell))
+
+
+@pytest.mark.parametrize("cell", map(marked, representatives()))
 def test_each_trainer_head_and_loss_is_as_the_page_says(cell):
     assert examine(cell)[0] == TOLD[cell.key]
 

@@ -352,6 +352,36 @@ def test_a_model_that_is_not_in_training_mode_is_refused(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("remove", [True, False])
+@pytest.mark.parametrize("joined", [True, False])
+def test_boundaries_of_documents_that_the_trainer_drops_are_missed(tmp_path, remove, joined):
+    documents = torch.arange(T) // 6
+    data = [row | {"document_ids": documents} for row in rows(4)]
+    model, term = tiny_model("olmoe"), callback()
+    trainer = trainer_of(model, tmp_path, data, 4, [] if joined else [term], remove_unused_columns=remove)
+    if joined:
+        term.add_to(trainer)
+    if remove:
+        with pytest.raises(RuntimeError, match=r"tells by \['document_ids'\].*remove_unused_columns=False.*masks="):
+            trainer.train()
+        return
+    with RouterCapture(tiny_model("olmoe")) as capture, torch.no_grad():
+        capture.model(torch.stack([row["input_ids"] for row in data]))
+    trainer.train()
+    expected = float(LOSS(capture.trace(None, documents.expand(4, -1))))
+    assert trainer.state.log_history[0]["consistency/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_terms_are_numbered_in_the_order_in_which_they_were_added(tmp_path):
+    trainer = trainer_of(tiny_model("olmoe"), tmp_path, rows(4), 4)
+    for weight in (1.0, 2.0):
+        callback(weight=weight).add_to(trainer)
+    with pytest.warns(UserWarning, match="2 terms of a LocalConsistencyLoss"):
+        trainer.train()
+    log = trainer.state.log_history[0]
+    assert (log["consistency/weight"], log["consistency_2/weight"]) == (1.0, 2.0)
+
+
 def test_an_optimizer_step_of_another_length_is_refused(tmp_path):
     trainer = trainer_of(tiny_model("olmoe"), tmp_path, rows(4), 2, [callback()], gradient_accumulation_steps=2)
     trainer.add_callback(type("Wrong", (transformers.TrainerCallback,), {"on_substep_end": _end_twice})())

@@ -15,7 +15,7 @@ from consistency_reg import (
     SegmentCacheHitRate,
     SegmentRoutingPerformance,
 )
-from consistency_reg.losses import AdjacentLoss, MelinoeLoss, ReMoELoss, StickyLoss
+from consistency_reg.losses import AdjacentLoss, BlockwiseLoss, MelinoeLoss, ReMoELoss, StickyLoss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -32,6 +32,7 @@ LOSSES = {
     "sticky": StickyLoss,
     "adjacent": AdjacentLoss,
     "melinoe": MelinoeLoss,
+    "bles": BlockwiseLoss,
 }
 
 

@@ -14,17 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import routings
 
-from consistency_reg import kernels
+from consistency_reg import devices
+from consistency_reg.documents import document_positions
 from consistency_reg.functional.cache_aware import cache_aware_choice
-from consistency_reg.functional.cache_hits import Simulation, cache_hit_counts, row_hit_rates
-from consistency_reg.functional.segments import document_positions
+from consistency_reg.functional.cache_hits import Simulation, cache_hit_counts, row_hit_rates, row_use_shares
 from consistency_reg.functional.srp import srp_counts
 from consistency_reg.routing import RoutingTrace
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if ON_GPU else "cpu"
-POLICIES = ("lru", "lfu", "belady", "sch", "uses")
+POLICIES = ("lru", "lfu", "belady", "sch")
 
 in_kernels = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="needs a GPU, or Triton's interpreter")
 small = routings(max_rows=2, max_tokens=9).filter(lambda routing: routing.num_experts < 256)
@@ -52,7 +52,7 @@ def test_kernels_in_the_interpreter():
 
 
 def test_a_cpu_tensor_goes_to_no_kernel():
-    assert not kernels.takes(torch.zeros(1))
+    assert not devices.has_kernels(torch.zeros(1))
 
 
 def test_importing_the_package_does_not_import_triton():
@@ -74,7 +74,7 @@ def assert_caches_equal(ids, E, m, masks, cold="free"):
         assert torch.equal(found.cpu(), expected)
         by_row = row_hit_rates(RoutingTrace([ids], E, **masks), simulation)
         rates = cache_hits.row_hit_rates(on_device, E, position_on_device, simulation).cpu()
-        assert torch.allclose(rates, by_row.hit_rate, rtol=0, atol=1e-13)
+        assert torch.allclose(rates, by_row.total, rtol=0, atol=1e-13)
         assert torch.equal(by_row.documents, (position == 0).sum(dim=1))
 
 
@@ -133,7 +133,7 @@ def test_cache_aware_kernel_equals_the_functional_version(routing, K, extra, str
     with pytest.MonkeyPatch.context() as patch:
         scanned = []
         patch.setattr(cache_aware, "scan", lambda *args, scan=cache_aware.scan: scanned.append(1) or scan(*args))
-        patch.setattr(kernels, "takes", lambda tensor: True)
+        patch.setattr(devices, "has_kernels", lambda tensor: True)
         found = cache_aware_choice(scores.to(DEVICE), **on_device)
         state = type(before.state)(*(value.to(DEVICE) for value in vars(before.state).values()))
         rest = parts_of(on_device, slice(T, None))
@@ -157,7 +157,7 @@ def test_cache_aware_kernel_leaves_out_experts_that_were_ruled_out(monkeypatch):
     scores = torch.randn(1, 12, 6, generator=torch.Generator().manual_seed(3))
     scores[..., 3:] = -torch.inf
     expected = cache_aware_choice(scores, 3, 4, 0.4)
-    monkeypatch.setattr(kernels, "takes", lambda tensor: True)
+    monkeypatch.setattr(devices, "has_kernels", lambda tensor: True)
     found = cache_aware_choice(scores.to(DEVICE), 3, 4, 0.4)
     assert torch.equal(found.expert_ids.cpu(), expected.expert_ids)
     short = cache_aware_choice(scores.to(DEVICE), 4, 4, 0.4).expert_ids.cpu()
@@ -179,7 +179,7 @@ def compile_for_h100(kernel, pointers, integers, constants):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
-@pytest.mark.parametrize("kind", ["POLICY", "SCH", "USES"])
+@pytest.mark.parametrize("kind", ["policy", "sch"])
 @pytest.mark.parametrize(("by_document", "K", "m", "bits"), [(True, 8, 16, 28), (False, 1, 1, 40)])
 def test_cache_kernel_compiles_for_a_gpu(kind, by_document, K, m, bits):
     pytest.importorskip("triton")
@@ -187,7 +187,7 @@ def test_cache_kernel_compiles_for_a_gpu(kind, by_document, K, m, bits):
 
     from consistency_reg.kernels import cache_hits
 
-    priorities = "*i32" if kind == "POLICY" and by_document else None
+    priorities = "*i32" if kind == "policy" and by_document else None
     document, out = ("*i64", "*i64") if by_document else (None, "*fp64")
     ids = {"ids": "*i64", "starts": "*i32", "lengths": "*i32"}
     keys = {"EXPERT_BITS": 6, "CLOCK_BITS": 13, "BITS": bits, "KEY": tl.int32 if bits <= 30 else tl.int64}
@@ -195,7 +195,7 @@ def test_cache_kernel_compiles_for_a_gpu(kind, by_document, K, m, bits):
         cache_hits._simulate,
         ids | {"priorities": priorities, "document": document, "out": out},
         {"T": 512, "K": K, "E": 64, "m": m},
-        keys | {"KIND": getattr(cache_hits, kind), "COLD_HITS": by_document, "SEGMENT": 512, "X": 64},
+        keys | {"SCH": kind == "sch", "COLD_HITS": by_document, "SEGMENT": 512, "X": 64},
     )
 
 
@@ -233,14 +233,15 @@ def test_functions_hand_over_to_the_kernels(monkeypatch):
         yield from (cache_hit_counts(ids, 5, policy, valid).hits for policy in ("lru", "fixed"))
         yield cache_hit_counts(ids, 5, "sch", segment_length=3).hits
         trace = RoutingTrace([ids], 5, valid=valid)
-        yield from (row_hit_rates(trace, Simulation(policy, 3)).hit_rate for policy in POLICIES)
-        yield row_hit_rates(trace, Simulation("lru", replay="access")).hit_rate
+        yield from (row_hit_rates(trace, Simulation(policy, 3)).total for policy in POLICIES)
+        yield row_hit_rates(trace, Simulation("lru", replay="access")).total
+        yield row_use_shares(trace).total
         counts = srp_counts(ids, 5, [2, 99], valid, per_sequence=True)
         yield from (*counts.windows.values(), *counts.sequence_windows.values(), counts.usage)
         assert srp_counts(ids, 5, [2], valid).sequence_windows == {}
 
     expected = list(everything(ids, valid))
-    monkeypatch.setattr(kernels, "takes", lambda tensor: True)
+    monkeypatch.setattr(devices, "has_kernels", lambda tensor: True)
     for found, right in zip(everything(ids.to(DEVICE), valid.to(DEVICE)), expected, strict=True):
         assert torch.allclose(found.cpu(), right, rtol=0, atol=1e-13)
 
@@ -298,6 +299,6 @@ def test_tensors_on_a_gpu_go_to_the_kernels_and_the_host_does_not_wait():
         whole_rows = cache_hit_counts(ids, 16, "lru")
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.allclose(rates.hit_rate.cpu(), expected[0].hit_rate, rtol=0, atol=1e-13)
+    assert torch.allclose(rates.total.cpu(), expected[0].total, rtol=0, atol=1e-13)
     assert torch.equal(windows.windows[4].cpu(), expected[1].windows[4])
     assert torch.equal(whole_rows.hits.cpu(), cache_hit_counts(ids.cpu(), 16, "lru").hits)

@@ -131,7 +131,7 @@ def test_layers_worked_on_together_are_as_each_by_itself(kind, options, monkeypa
     weights = torch.arange(1.0, 8.0)
     found = []
     for most in (1, 2 * 3 * 70 * 8, 2**16):  # one layer at a time, two, all
-        monkeypatch.setattr("consistency_reg.losses.consistency.STACKED", most)
+        monkeypatch.setattr("consistency_reg.losses.envelope.STACKED", most)
         values = kind(**options).per_layer(trace)
         found.append((values.detach(), *torch.autograd.grad((values * weights).sum(), logits)))
     for several in found[1:]:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import adjacent_oracle, documents, melinoe_oracle, remoe_oracle, sticky_oracle
+from reference import adjacent_oracle, bles_oracle, documents, melinoe_oracle, remoe_oracle, sticky_oracle
 from strategies import routings
 
-from consistency_reg.functional.published import discounted_sums, soft_cache
+from consistency_reg.functional.melinoe import discounted_sums, soft_cache
 from consistency_reg.losses import (
     LOCALITY_LOSSES,
     AdjacentLoss,
@@ -23,12 +23,13 @@ from consistency_reg.losses import (
 )
 from consistency_reg.routing import RoutingTrace
 
-PUBLISHED = ("remoe", "sticky", "adjacent", "melinoe")
+PUBLISHED = ("remoe", "sticky", "adjacent", "melinoe", "bles")
 # short distances and windows, so that the small cases of hypothesis have some of each
 OPTIONS = {
     "remoe": {"smooth": 0.3, "lag": 0.7, "working_set": 0.2, "distances": (1, 2, 5), "window": 3},
     "sticky": {"smooth": 0.6, "anchor": 1.7, "window": 3},
     "adjacent": {},
+    "bles": {"temperature": 0.7},
     "melinoe": {"decay": 0.8, "cache_share": 0.5},
 }
 
@@ -60,6 +61,8 @@ def oracle_of(name, routing, logits, options):
         return lambda z: sticky_oracle(softmax(z), *masks, **options)
     if name == "adjacent":
         return lambda z: adjacent_oracle(softmax(z), *masks)
+    if name == "bles":
+        return lambda z: bles_oracle(softmax(z / options["temperature"]), ids, *masks)
     E, K = routing.num_experts, ids.shape[-1]
     hard, start = hard_requests(ids, E, masks[0]), softmax(logits)
     through = options.get("through_cache", True)

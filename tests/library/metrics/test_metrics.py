@@ -182,7 +182,7 @@ def test_update_never_waits_for_the_device(make, monkeypatch):
     pytest.importorskip("triton")
     from consistency_reg.kernels import cache_hits, srp
 
-    monkeypatch.setattr("consistency_reg.kernels.takes", lambda tensor: True)
+    monkeypatch.setattr("consistency_reg.devices.has_kernels", lambda tensor: True)
     for module, kernel in ((cache_hits, "_simulate"), (srp, "_count_windows")):
         monkeypatch.setattr(module, kernel, NoKernel())
     update_without_values(make)

@@ -1,7 +1,8 @@
-"""The figures of a report, a module each."""
+"""The figures of a report, a module each: ``draw`` makes a PNG, ``explore`` charts for the page."""
 
 from collections.abc import Iterator
 
+from consistency_reg.lab.render.charts import Figure
 from consistency_reg.lab.render.png import Picture, png
 from consistency_reg.lab.report.figures import balance, cost, effects, frontier, hit_rates, layers, published, tradeoff
 from consistency_reg.lab.report.findings import Findings
@@ -20,7 +21,7 @@ DRAWN = {
 
 
 def pictures(findings: Findings, source: str = "") -> Iterator[Picture]:
-    """Every figure that the runs have something for.
+    """Draw every figure that the runs have something for.
 
     Args:
         findings: of the report.
@@ -31,3 +32,10 @@ def pictures(findings: Findings, source: str = "") -> Iterator[Picture]:
         figure = module.draw(findings, looks)
         if figure is not None:
             yield Picture(name, module.CAPTION, png(figure, source))
+
+
+def explored(findings: Findings) -> list[Figure]:
+    """Return the charts of every figure that the runs have something for."""
+    looks = Looks.of(findings.runs, findings.pairs)
+    found = (module.explore(findings, looks) for module in DRAWN.values())
+    return [figure for figure in found if figure is not None]

@@ -1,7 +1,10 @@
 """Perplexity against LRU misses and against SRP, run by run."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+from consistency_reg.lab.render.charts import Figure as Explored
+from consistency_reg.lab.render.charts import plane, points, spans
 from consistency_reg.lab.render.png import legend_below, panels
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.looks import Looks
@@ -16,38 +19,78 @@ with require("plots"):
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
+TITLE = "Trade-off, run by run"
 CAPTION = (
-    "Every run: perplexity against LRU misses and against SRP. An arrow leads from each baseline to the run of the "
-    "same seed with the term."
+    "Every run: perplexity against LRU misses and against SRP. A line leads from each baseline to the run of the same "
+    "seed with the term."
 )
-
+QUALITY = "validation perplexity, all domains\n← better"
 MANY = 12  # pairs, beyond which arrows stand back
 
 
+@dataclass(frozen=True)
+class Side:
+    """One of the two panels: the measure that it needs, how it is read, and the title of its axis."""
+
+    needed: Reading
+    read: Callable[[Run], float]
+    label: str
+
+
+SIDES = (
+    Side(
+        HITS,
+        lambda run: 100 * run.misses,
+        "LRU misses at cache = 25% of the experts (% of expert accesses)\n← better",
+    ),
+    Side(SRP, lambda run: 100 * run.get(SRP), "SRP, segments of 16 tokens (%)\nbetter →"),
+)
+
+
 def draw(findings: Findings, looks: Looks) -> Figure:
-    """A point for each run, an arrow for each pair; runs that lack a panel's metric are not in it."""
-    figure, (left, right) = panels(1, 2, 11, 5.4, sharey=True)
-    sides: tuple[tuple[Axes, Reading, Callable[[Run], float]], ...] = (
-        (left, HITS, lambda run: 100 * run.misses),
-        (right, SRP, lambda run: 100 * run.get(SRP)),
-    )
-    for axes, needed, read in sides:
-        for pair in findings.pairs:
-            if pair.run.measured(needed) and pair.baseline.measured(needed):
-                _arrow(axes, pair, read, looks.colour(pair.run), alpha=0.7 if len(findings.pairs) <= MANY else 0.3)
+    """Draw a point for each run, an arrow for each pair; runs that lack a panel's metric are not in it."""
+    figure, both = panels(1, 2, 11, 5.4, sharey=True)
+    for axes, side in zip(both, SIDES, strict=True):
+        for pair in _pairs(findings, side):
+            _arrow(axes, pair, side.read, looks.colour(pair.run), alpha=0.7 if len(findings.pairs) <= MANY else 0.3)
         for run in findings.runs:
-            if run.measured(needed):
-                looks.point(axes, run, read(run), run.get(PERPLEXITY))
+            if run.measured(side.needed):
+                looks.point(axes, run, side.read(run), run.get(PERPLEXITY))
         axes.margins(0.1, 0.1)
-    left.set_xlabel("LRU misses at cache = 25% of the experts (% of expert accesses)\n← better")
-    right.set_xlabel("SRP, segments of 16 tokens (%)\nbetter →")
-    left.set_ylabel("validation perplexity, all domains\n← better")
+        axes.set_xlabel(side.label)
+    both[0].set_ylabel(QUALITY)
     handles = looks.legend(findings.runs)
     if findings.pairs:
         arrow = Line2D([0, 1], [0, 0], color="0.35", marker=">", markevery=[1], label="baseline to its pair")
         handles.append(arrow)
     legend_below(figure, handles)
     return figure
+
+
+def explore(findings: Findings, looks: Looks) -> Explored:
+    """Return the same with every run to be pointed at and opened."""
+    charts = []
+    for side in SIDES:
+        measured = [run for run in findings.runs if run.measured(side.needed)]
+        marks = [looks.mark(run, side.read(run), run.get(PERPLEXITY)) for run in measured]
+        arrows = [
+            looks.mark(
+                pair.run,
+                side.read(pair.baseline),
+                pair.baseline.get(PERPLEXITY),
+                x2=side.read(pair.run),
+                y2=pair.run.get(PERPLEXITY),
+                alpha=0.4,
+            )
+            for pair in _pairs(findings, side)
+        ]
+        charts.append(plane([*spans(arrows), *points(marks)], side.label, QUALITY))
+    return Explored("tradeoff", TITLE, CAPTION, charts)
+
+
+def _pairs(findings: Findings, side: Side) -> list[Pair]:
+    """Return the pairs of which both runs have what a panel shows."""
+    return [pair for pair in findings.pairs if pair.run.measured(side.needed) and pair.baseline.measured(side.needed)]
 
 
 def _arrow(axes: Axes, pair: Pair, read: Callable[[Run], float], colour: str, alpha: float) -> None:

@@ -1,4 +1,4 @@
-"""The local-consistency losses: SRP, or the hit rate of a cache of known size, by the envelope theorem."""
+"""The base of the losses whose value is optimal in what it holds fixed: the gradient of the envelope theorem."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,25 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from consistency_reg.functional.consistency import (
-    Marginals,
-    count_histogram,
-    hit_rate_marginals,
-    lru_residents,
-    margin_membership,
-    srp_marginals,
-)
-from consistency_reg.functional.segments import (
-    active_experts,
-    check_segment_lengths,
-    row_chunks,
-    running_sums,
-    window_ends,
-    window_sums,
-)
+from consistency_reg.devices import is_on_host
+from consistency_reg.documents import row_chunks
+from consistency_reg.functional.consistency import Marginals, margin_membership
 from consistency_reg.losses.base import RoutingLoss
 from consistency_reg.losses.distributed import all_sum, largest, world_size
-from consistency_reg.routing import LayerRouting, RoutingTrace
+from consistency_reg.routing import LayerRouting, LayerStack, RoutingTrace, probabilities
 
 SCOPES = ("global", "batch", "sequence")
 MEMBERSHIPS = ("margin", "probability")
@@ -81,17 +68,17 @@ class EnvelopeLoss(RoutingLoss):
         self.balance_neutral = balance_neutral
         self.scope = scope
 
-    def marginals(self, layers: LayerRouting, position: Tensor) -> Iterator[Marginals]:
-        """The values to average, one at a time, each with its derivative by the activations; no graph.
+    def marginals(self, layers: LayerStack, position: Tensor) -> Iterator[Marginals]:
+        """Yield the values to average, one at a time, each with its derivative by the activations; no graph.
 
         Args:
-            layers: S layers of one shape, their tensors stacked: [S, B, T, ...].
+            layers: S layers of one shape.
             position: [B, T] index of each token in its document, -1 on padding.
         """
         raise NotImplementedError
 
     def per_layer(self, trace: RoutingTrace) -> Tensor:
-        """[L] 1 - value of every layer, with the surrogate's gradient."""
+        """Return 1 - value of every layer [L], with the surrogate's gradient."""
         sources = [self._source(layer) for layer in trace]
         alike = groupby(zip(trace, sources, strict=True), key=lambda pair: _shape(*pair))
         tokens = math.prod(trace.shape)
@@ -100,7 +87,7 @@ class EnvelopeLoss(RoutingLoss):
         return torch.cat([self._losses(stack, trace) for _, pairs in alike for stack in _stacks(list(pairs), tokens)])
 
     def _source(self, layer: LayerRouting) -> Tensor:
-        """What the soft activations are made of."""
+        """Return what the soft activations are made of."""
         if layer.scores is None:
             raise ValueError(
                 f"layer {layer.name!r}: the loss needs the router's scores, but the trace holds expert ids only"
@@ -113,10 +100,9 @@ class EnvelopeLoss(RoutingLoss):
             )
         return layer.logits
 
-    def _losses(self, layers: LayerRouting, trace: RoutingTrace) -> Tensor:
-        """[S] the losses of stacked layers."""
-        source = layers.logits
-        assert source is not None
+    def _losses(self, layers: LayerStack, trace: RoutingTrace) -> Tensor:
+        """Return the losses of stacked layers [S]."""
+        source = layers.source
         with torch.no_grad():
             miss_S = torch.zeros(len(source), dtype=torch.float64, device=source.device)
             terms_S = torch.zeros_like(miss_S)
@@ -134,8 +120,8 @@ class EnvelopeLoss(RoutingLoss):
             return value_S
         return self._attach(value_S, marginal_SBTE, layers, source, trace.valid_mask)
 
-    def _attach(self, value: Tensor, marginal: Tensor, layers: LayerRouting, source: Tensor, valid: Tensor) -> Tensor:
-        """``value`` [S], with the gradient of ``-sum(marginal * membership)``; overwrites ``marginal``."""
+    def _attach(self, value: Tensor, marginal: Tensor, layers: LayerStack, source: Tensor, valid: Tensor) -> Tensor:
+        """Return ``value`` [S] with the gradient of ``-sum(marginal * membership)``; overwrites ``marginal``."""
         padding_BT1 = ~valid[:, :, None]
         layers = replace(layers, expert_ids=layers.expert_ids.masked_fill(padding_BT1, 0))  # there it may be any number
         with torch.enable_grad():
@@ -152,14 +138,14 @@ class EnvelopeLoss(RoutingLoss):
             scale = scale * world_size()  # data-parallel training averages the processes' gradients
         return _Attach.apply(source, gradient.masked_fill_(padding_BT1, 0), unit * scale, value)
 
-    def _soft_activations(self, source: Tensor, layers: LayerRouting) -> tuple[Tensor, int]:
-        """[S, B, T, E] and a number; the soft memberships are their product."""
+    def _soft_activations(self, source: Tensor, layers: LayerStack) -> tuple[Tensor, int]:
+        """Return [S, B, T, E] and a number; the soft memberships are their product."""
         if self.membership == "margin":
             return margin_membership(source, layers.expert_ids, self.temperature), 1
-        return replace(layers, logits=source).probabilities, layers.top_k
+        return probabilities(source, layers.score_function), layers.top_k
 
     def _usual(self, marginal: Tensor, valid: Tensor, soft: Tensor, leaf: Tensor) -> Tensor:
-        """Each expert's (weighted) mean marginal over the valid tokens of its group: [S, 1 or B, 1, E]."""
+        """Return each expert's (weighted) mean marginal over the valid tokens of its group: [S, 1 or B, 1, E]."""
         weight = valid[:, :, None].to(marginal.dtype)
         if self.balance_neutral == "slope":
             (slope,) = torch.autograd.grad(soft.sum(), leaf, retain_graph=True)
@@ -173,114 +159,17 @@ class EnvelopeLoss(RoutingLoss):
 
 
 def _shape(layer: LayerRouting, source: Tensor) -> tuple[Any, ...]:
-    """Neighbouring layers that agree in this can be stacked."""
+    """Return in what neighbouring layers have to agree to be stacked."""
     return layer.num_experts, layer.top_k, layer.score_function, source.dtype, source.device
 
 
-def _stacks(pairs: Sequence[tuple[LayerRouting, Tensor]], tokens: int) -> Iterator[LayerRouting]:
-    """Layers of one shape, stacked as far as so many tokens allow: their ids, and as ``logits`` their sources."""
+def _stacks(pairs: Sequence[tuple[LayerRouting, Tensor]], tokens: int) -> Iterator[LayerStack]:
+    """Yield layers of one shape with their sources, stacked as far as so many tokens allow."""
     layer, source = pairs[0]
-    for part in row_chunks(len(pairs), tokens * layer.num_experts, STACKED_ON_GPU if source.is_cuda else STACKED):
+    most = STACKED if is_on_host(source) else STACKED_ON_GPU
+    for part in row_chunks(len(pairs), tokens * layer.num_experts, most):
         layers, sources = zip(*pairs[part], strict=True)
-        ids = _stack([layer.expert_ids for layer in layers])
-        yield replace(layers[0], expert_ids=ids, scores=None, logits=_stack(sources))
-
-
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack(tuple(tensors)) if len(tensors) > 1 else tensors[0][None]  # which copies nothing
-
-
-class LocalConsistencyLoss(EnvelopeLoss):
-    r"""1 - SRP of the batch, averaged over segment lengths and layers, with the gradient of the envelope theorem.
-
-    With the activations ``a[e, t]``, the window counts ``f[e, w]``, the best threshold and its resident sets
-    ``R[e, w] = [f[e, w] >= threshold]``: ``dSRP/df[e, w] = (2*R[e, w] - SRP) / D``, ``D = m*sum(R) + sum(f)``.
-    Summed over the windows that cover t this is ``g[e, t]``, what activating e on t is worth, and the surrogate is
-    ``-sum(g * s)`` with soft memberships s. The value is exactly ``1 - SRP``.
-
-    Args:
-        segment_lengths: m, in tokens; those longer than every document of a batch are left out of its mean.
-        temperature: see :class:`EnvelopeLoss`, as are the options below.
-
-    Example:
-        >>> logits = torch.tensor([[[2.0, 1.0, 0.0]] * 8], requires_grad=True)
-        >>> trace = RoutingTrace([logits.topk(1).indices], num_experts=3, logits=[logits])
-        >>> LocalConsistencyLoss(segment_lengths=(4,))(trace).item()  # the same expert all along: SRP is 1
-        0.0
-    """
-
-    def __init__(
-        self,
-        segment_lengths: Sequence[int] = (4, 16, 64),
-        temperature: float = 1.0,
-        balance_neutral: bool | Literal["slope"] | None = None,
-        *,
-        membership: Literal["margin", "probability"] = "margin",
-        scope: Literal["global", "batch", "sequence"] = "global",
-    ) -> None:
-        super().__init__(membership=membership, temperature=temperature, balance_neutral=balance_neutral, scope=scope)
-        self.segment_lengths = check_segment_lengths(segment_lengths, lowest=2)
-
-    def marginals(self, layers: LayerRouting, position: Tensor) -> Iterator[Marginals]:
-        """SRP of each segment length."""
-        active = active_experts(layers.expert_ids, layers.num_experts, position >= 0)
-        holds_longest = max(self.segment_lengths) <= torch.iinfo(active.dtype).max
-        running = running_sums(active, active.dtype if holds_longest else torch.int32)
-        for m in self.segment_lengths:
-            counts = window_sums(running, m)
-            histogram = count_histogram(counts, window_ends(position, m), m, by_row=self.scope == "sequence")
-            if self.scope == "global":
-                (histogram,) = all_sum(histogram)
-            yield srp_marginals(counts, position, histogram, m)
-
-    def extra_repr(self) -> str:
-        """The options, for printing."""
-        return f"segment_lengths={self.segment_lengths}, membership={self.membership!r}, temperature={self.temperature}"
-
-
-class CacheConsistencyLoss(EnvelopeLoss):
-    """1 - hit rate of an LRU cache of known size, the sibling of :class:`LocalConsistencyLoss` for a known device.
-
-    Resident before t are the experts that the simulated cache holds, and
-    ``g[e, t] = (2*R[e, t] - hit rate) / (2*accesses)``. The value is the miss rate over all accesses of the batch, the
-    first uses of a document included (nothing is resident before them).
-
-    Args:
-        cache_ratio: rho, cache slots as a multiple of K; ``C = round(rho * K)``, at most E.
-        temperature: see :class:`EnvelopeLoss`, as are the options below.
-    """
-
-    def __init__(
-        self,
-        cache_ratio: float = 2.0,
-        temperature: float = 1.0,
-        balance_neutral: bool | Literal["slope"] | None = None,
-        *,
-        membership: Literal["margin", "probability"] = "margin",
-        scope: Literal["global", "batch", "sequence"] = "global",
-    ) -> None:
-        super().__init__(membership=membership, temperature=temperature, balance_neutral=balance_neutral, scope=scope)
-        if not 0 < cache_ratio < float("inf"):
-            raise ValueError(f"cache_ratio must be a positive number, got {cache_ratio}")
-        self.cache_ratio = float(cache_ratio)
-
-    def marginals(self, layers: LayerRouting, position: Tensor) -> Iterator[Marginals]:
-        """The hit rate."""
-        slots = min(max(round(self.cache_ratio * layers.top_k), 1), layers.num_experts)
-        active = active_experts(layers.expert_ids, layers.num_experts, position >= 0)
-        residents = lru_residents(layers.expert_ids, layers.num_experts, position, slots)
-        hits_B, accesses_B = (active * residents).sum(dim=(-2, -1)), active.sum(dim=(-2, -1))
-        if self.scope == "sequence":
-            yield hit_rate_marginals(residents, active, hits_B, accesses_B)
-            return
-        hits, accesses = hits_B.sum(dim=-1, keepdim=True), accesses_B.sum(dim=-1, keepdim=True)
-        if self.scope == "global":
-            hits, accesses = all_sum(hits, accesses)
-        yield hit_rate_marginals(residents, active, hits, accesses)
-
-    def extra_repr(self) -> str:
-        """The options, for printing."""
-        return f"cache_ratio={self.cache_ratio}, membership={self.membership!r}, temperature={self.temperature}"
+        yield LayerStack.of(layers, sources)
 
 
 class _Attach(torch.autograd.Function):
@@ -294,7 +183,6 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         gradient, unit = ctx.saved_tensors
-        factor = (
-            grad_outputs[0][:, None, None, None] * unit
-        )  # first the loss scale of mixed precision, then the router's dtype
+        # First the loss scale of mixed precision, then the router's dtype.
+        factor = grad_outputs[0][:, None, None, None] * unit
         return (gradient.to(factor.dtype) * factor).to(gradient.dtype), None, None, None
