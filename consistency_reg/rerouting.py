@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from consistency_reg.capture import DEFAULT_ADAPTERS, RouterAdapter, RouterCall
-from consistency_reg.capture.finding import Router, find_routers, how_to_register, is_ids
+from consistency_reg.capture.changing import check_changeable, check_weights, exchange, given_choice, known_top_k, weigh
+from consistency_reg.capture.finding import find_routers
 from consistency_reg.forwards import Forward, Forwards
 from consistency_reg.functional.cache_aware import CacheAwareChoice, cache_aware_choice, check_cache_aware
 from consistency_reg.hooks import OwnedHook
@@ -19,7 +20,6 @@ from consistency_reg.masks import Masks
 from consistency_reg.routing import WEIGHTS
 
 REMEMBERED = 16  # forwards whose backward passes are still to come, as with a loss of several forwards
-TOP_K = ("top_k", "num_experts_per_tok", "moe_top_k")
 
 
 class CacheAwareRouting:
@@ -85,12 +85,13 @@ class CacheAwareRouting:
         self.method = method
         self._routers = find_routers(model, (*adapters, *DEFAULT_ADAPTERS), layers)
         for router in self._routers.values():
-            _check_changeable(router)
+            check_changeable(router)
         self._cache_ratio, self._strength = 1.0, 0.0
         self.cache_ratio = cache_ratio
         self.strength = strength
         self._forwards = Forwards(model, self.layer_names, masks)
         self._handles: list[RemovableHandle] = []
+        self._checked: set[str] = set()  # routers whose weights are what their adapters say
         self._shapes: dict[str, tuple[int, int]] = {}
         self._calls: dict[str, RouterCall] = {}  # of routers whose experts are given what was chosen elsewhere
         self.reset()
@@ -234,7 +235,7 @@ class CacheAwareRouting:
 
     def _check(self, cache_ratio: float, strength: float) -> None:
         for name, router in self._routers.items():
-            if (top_k := _top_k(self.model, router)) is not None:
+            if (top_k := known_top_k(self.model, router)) is not None:
                 self._check_layer(name, top_k, top_k + 1, cache_ratio, strength)
 
     def _check_layer(self, name: str, top_k: int, num_experts: int, cache_ratio: float, strength: float) -> None:
@@ -264,32 +265,15 @@ class CacheAwareRouting:
             return None
         own_ids = own_ids.reshape(-1, own_ids.shape[-1]).long()
         chosen = self._choose(name, call, own_ids, lambda: router.adapter.own_weights(call, own_ids))
-        if chosen is None:
-            return None
-        assert router.adapter.weights is not None
-        return router.adapter.reroute(call, chosen, router.adapter.weights(call, chosen))
+        return None if chosen is None else router.adapter.reroute(call, chosen, weigh(router, call, chosen))
 
     @torch.compiler.disable
     def _reroute_experts(self, name: str, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Change what experts are given beside their hidden states: one tensor of ids, and one of weights."""
         if (call := self._calls.pop(name, None)) is None:
             return None
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        (own_ids,) = (value for value in given if is_ids(value))
-        (own_weights,) = (value for value in given if value.is_floating_point() and value.shape == own_ids.shape)
+        own_ids, own_weights = given_choice(args, kwargs)
         chosen = self._choose(name, call, own_ids.reshape(-1, own_ids.shape[-1]).long(), lambda: own_weights)
-        if chosen is None:
-            return None
-        weigh = self._routers[name].adapter.weights
-        assert weigh is not None
-        weights = weigh(call, chosen).to(own_weights.dtype)
-
-        def exchanged(value: Any) -> Any:
-            if value is own_ids:
-                return chosen.view(own_ids.shape).to(own_ids.dtype)
-            return weights.view(own_weights.shape) if value is own_weights else value
-
-        return tuple(map(exchanged, args)), {key: exchanged(value) for key, value in kwargs.items()}
+        return None if chosen is None else exchange(args, kwargs, chosen, weigh(self._routers[name], call, chosen))
 
     def _choose(self, name: str, call: RouterCall, own_ids: Tensor, own_weights: Callable[[], Tensor]) -> Tensor | None:
         """Return the chosen experts [N, K] of a call, or None where they are the router's own."""
@@ -298,8 +282,11 @@ class CacheAwareRouting:
             forward.heard.add(name)
         if forward is None or torch._C._current_graph_task_id() != -1:  # within a backward pass
             return self._chosen_before(name, own_ids)
-        if name not in self._counts:
-            self._check_first(name, call, own_ids, own_weights)
+        if name not in self._checked:
+            self._check_layer(name, own_ids.shape[-1], call.logits.shape[-1] + 1, self.cache_ratio, self.strength)
+            with torch.no_grad():  # a checkpointed layer must save the same when it runs again
+                check_weights(self._routers[name], call, own_ids, own_weights())
+            self._checked.add(name)
         choice = self._choice(name, call, own_ids, forward)
         forward.running.states[name] = choice.state
         self._count(name, choice, forward)
@@ -343,23 +330,6 @@ class CacheAwareRouting:
             f"({forward.shape or 'of unknown shape'}): the rows of its caches cannot be told"
         )
 
-    @torch.no_grad()
-    def _check_first(self, name: str, call: RouterCall, own_ids: Tensor, own_weights: Callable[[], Tensor]) -> None:
-        """Refuse a router whose weights are not what its adapter says, before they are changed."""
-        router = self._routers[name]
-        self._check_layer(name, own_ids.shape[-1], call.logits.shape[-1] + 1, self.cache_ratio, self.strength)
-        assert router.adapter.weights is not None
-        own = own_weights()
-        tolerance = 1e-3 if own.dtype in (torch.float32, torch.float64) else 3e-2
-        weights = router.adapter.weights(call, own_ids).float()
-        own = own.reshape(weights.shape).float()
-        if not torch.allclose(weights, own, rtol=tolerance, atol=tolerance * 1e-2):
-            raise ValueError(
-                f"{router} does not weigh its experts as its adapter says (they differ by up to "
-                f"{(weights - own).abs().max():.3g}): the weights of other experts would be wrong."
-                f"{how_to_register(type(call.router).__name__)}"
-            )
-
     def _chosen_before(self, name: str, own_ids: Tensor) -> Tensor | None:
         """Return what was chosen when a checkpointed layer ran first: that of the forward with the same own choice."""
         found = [pair for pair in self._remembered[name] if pair[0].shape == own_ids.shape]
@@ -387,28 +357,3 @@ class CacheAwareRouting:
 
 def _slots(cache_ratio: float, top_k: int) -> int:
     return round(cache_ratio * top_k)
-
-
-def _check_changeable(router: Router) -> None:
-    if router.adapter.fixed:
-        raise ValueError(
-            f"{router} cannot be made to know the cache: {router.adapter.fixed}. Leave it out with layers=..."
-        )
-    if router.adapter.weights is None:
-        raise ValueError(
-            f"{router} cannot be made to know the cache: how it weighs the experts that it has chosen is not known. "
-            "Its RouterAdapter must have weights=..., such as Weighing()."
-            f"{how_to_register(type(router.module).__name__)}"
-        )
-
-
-def _top_k(model: nn.Module, router: Router) -> int | None:
-    """Return K of a router before it has run, None where it does not say."""
-    if isinstance(router.adapter.top_k, int):
-        return router.adapter.top_k
-    names = (router.adapter.top_k,) if isinstance(router.adapter.top_k, str) else TOP_K
-    for owner in (router.module, model.get_submodule(router.block_name)):
-        for name in names:
-            if isinstance(value := getattr(owner, name, None), int):
-                return value
-    return None
