@@ -130,10 +130,11 @@ class RouterCapture:
                 listen(module.register_forward_pre_hook(OwnedHook(self, "_enter_generation"), with_kwargs=True))
                 listen(module.register_forward_hook(OwnedHook(self, "_leave_generation"), always_call=True))
         listen(self.model.register_forward_pre_hook(OwnedHook(self, "_begin_forward")))
-        listen(self.model.register_forward_hook(OwnedHook(self, "_end_forward"), always_call=True))
+        ends = {"always_call": True, "prepend": True}  # before those who ask for the trace, whenever they came
+        listen(self.model.register_forward_hook(OwnedHook(self, "_end_forward"), **ends))
         for caller in find_callers(self.model, self._routers.values()):
             listen(caller.module.register_forward_pre_hook(OwnedHook(self, "_open_call", caller), with_kwargs=True))
-            listen(caller.module.register_forward_hook(OwnedHook(self, "_close_call"), always_call=True))
+            listen(caller.module.register_forward_hook(OwnedHook(self, "_close_call"), **ends))
         for name, router in self._routers.items():
             block = self.model.get_submodule(router.block_name)
             listen(block.register_forward_pre_hook(OwnedHook(self, "_see_block", name), with_kwargs=True))

@@ -19,9 +19,10 @@ from consistency_reg.integrations.trainer_state import (
     micro_batches,
     told_boundaries,
 )
-from consistency_reg.losses import RouterAnchorLoss, RoutingLoss
+from consistency_reg.losses import RoutingLoss
 from consistency_reg.masks import Masks
 from consistency_reg.optional import require
+from consistency_reg.session import Which, check_tokens
 from consistency_reg.term import WeightSchedule, check_loss, check_name, usual_name
 
 with require("accelerate"):
@@ -84,6 +85,7 @@ class ConsistencyCallback(TrainerCallback):
         adapters: Sequence[RouterAdapter] = (),
         keep_inputs: bool = False,
         layers: str | None = None,
+        tokens: Which = "all",
         routing: RoutingSchedule | None = None,
     ) -> None:
         self.loss = check_loss(loss)
@@ -92,8 +94,9 @@ class ConsistencyCallback(TrainerCallback):
         self._options: dict[str, Any] = {
             "masks": masks,
             "adapters": adapters,
-            "keep_inputs": keep_inputs or isinstance(self.loss, RouterAnchorLoss),
+            "keep_inputs": keep_inputs,
             "layers": layers,
+            "tokens": check_tokens(tokens),
             "routing": routing,
         }
         self._attachment: StepTerm | None = None
