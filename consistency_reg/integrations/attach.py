@@ -18,9 +18,10 @@ from consistency_reg.in_the_loop import RoutingSchedule, TrainedRouting
 from consistency_reg.integrations.carry import carry
 from consistency_reg.integrations.model_loss import Factors, add_to_loss
 from consistency_reg.losses import RoutingLoss
-from consistency_reg.masks import Masks, batch_masks, named_arguments
+from consistency_reg.masks import Masks, named_arguments
 from consistency_reg.rerouting import CacheAwareRouting
 from consistency_reg.routing import RoutingTrace
+from consistency_reg.session import Listener, RoutingSession, Which, check_tokens
 from consistency_reg.term import Term, check_loss, check_weight, warn_of_frozen
 
 Scale = Callable[[Tensor], Tensor]
@@ -36,6 +37,7 @@ def attach(
     adapters: Sequence[RouterAdapter] = (),
     keep_inputs: bool = False,
     layers: str | None = None,
+    tokens: Which = "all",
     routing: RoutingSchedule | None = None,
 ) -> "Attachment":
     """Train ``weight * term`` with what is trained of ``model``, in training, until the handle is detached.
@@ -61,11 +63,12 @@ def attach(
         weight: weight of the term, >= 0; may be set on the handle later.
         scale: a number, ``1 / micro-batches of an optimizer step``, or a function of 1 (a scalar tensor), such as
             ``lambda one: scaler.scale(one) / 4`` under a gradient scaler.
-        masks: ``forward's arguments by name -> (valid, document_ids)``, each [B, T] or None; reads ``attention_mask``
-            and ``document_ids`` or ``position_ids`` when None.
+        masks: ``forward's arguments by name -> (valid, document_ids)``, each [B, T] or None; reads the usual arguments
+            when None (docs/tokens.md).
         adapters: kinds of routers that the capture does not know by itself.
         keep_inputs: capture the routers' inputs too, which :class:`~consistency_reg.RouterAnchorLoss` needs.
-        layers: regular expression, the routers to capture; all when None.
+        layers: regular expression on the routers' names; those that ran with gradient when None.
+        tokens: "labels": only tokens that have a label count (docs/tokens.md); "all": all that are no padding.
         routing: train with cache-aware routing in the forward pass, ``RoutingSchedule(strength=0.1)``; without when
             None. Where it changes from step to step, call ``begin_step(step)`` on the handle.
 
@@ -108,6 +111,7 @@ def attach(
         adapters=adapters,
         keep_inputs=keep_inputs,
         layers=layers,
+        tokens=tokens,
         routing=routing,
     ).attach()
 
@@ -132,6 +136,7 @@ class Attachment:
         adapters: Sequence[RouterAdapter] = (),
         keep_inputs: bool = False,
         layers: str | None = None,
+        tokens: Which = "all",
         routing: RoutingSchedule | None = None,
     ) -> None:
         self.loss = check_loss(loss)
@@ -141,12 +146,19 @@ class Attachment:
         self.term: Term | None = None
         self.during: Any = None
         self._model = model
-        self._masks = masks or batch_masks
-        self._capture = RouterCapture(model, adapters, keep_inputs=keep_inputs, layers=layers)
+        self._options: dict[str, Any] = {
+            "layers": layers,
+            "adapters": adapters,
+            "masks": masks,
+            "tokens": check_tokens(tokens),
+            "keep_inputs": keep_inputs,
+        }
+        self._listener: Listener | None = None
+        self._names: tuple[str, ...] = ()  # of the routers of the last term
         self._trained = None if routing is None else TrainedRouting(model, routing, adapters, masks, layers)
         self._handles: list[RemovableHandle] = []
         self._called = False
-        warn_of_frozen(self._capture)
+        warn_of_frozen(RouterCapture(model, adapters, layers=layers))
 
     @property
     def weight(self) -> float:
@@ -179,9 +191,7 @@ class Attachment:
     @property
     def per_layer(self) -> dict[str, float]:
         """The raw term of the last training forward by the router's name; empty before the first."""
-        return (
-            {} if self.term is None else dict(zip(self._capture.layer_names, self.term.per_layer.tolist(), strict=True))
-        )
+        return {} if self.term is None else dict(zip(self._names, self.term.per_layer.tolist(), strict=True))
 
     def attach(self) -> "Attachment":
         """Add the term from the next forward on; without effect when attached already."""
@@ -191,8 +201,8 @@ class Attachment:
         self._called = False
         if self._trained is not None:
             self._trained.attach()
-        self._capture.attach()  # before our own hook: at the end of a forward it hears first
-        router = next(iter(self._capture.routers.values()))
+        self._listener = RoutingSession.of(self._model).listen(**self._options)  # which hears a forward's end first
+        router = self._model.get_submodule(self._listener.layer_names[0])
         self._handles = [
             self._model.register_forward_pre_hook(OwnedHook(self, "_note_call")),
             self._model.register_forward_hook(OwnedHook(self, "_add_term"), with_kwargs=True),
@@ -214,7 +224,9 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._capture.detach()
+        if self._listener is not None:
+            self._listener.release()
+            self._listener = None
         if self._trained is not None:
             self._trained.detach()
 
@@ -226,6 +238,8 @@ class Attachment:
 
     def _note_call(self, *_: Any) -> None:
         self._called = True
+        if self._listener is not None:
+            self._listener.expect()
 
     def _check_call(self, router: nn.Module, *_: Any) -> None:
         """A model that is trained without being called itself would silently train without the term."""
@@ -238,14 +252,16 @@ class Attachment:
 
     @torch.compiler.disable  # it would be compiled in twenty pieces
     def _add_term(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not (model.training and torch.is_grad_enabled()):
-            self._capture.clear()
-            return None
-        given = named_arguments(model, args, kwargs)
-        trace = self._capture.trace(*self._masks(given))
-        self._capture.clear()
+        assert self._listener is not None
+        try:
+            if not (model.training and torch.is_grad_enabled()):
+                return None
+            given = named_arguments(model, args, kwargs)
+            trace = self._listener.trace(given)
+        finally:
+            self._listener.done()
         term = Term.of(self.loss, trace, self.weight)
-        self.term = term.detach()
+        self.term, self._names = term.detach(), tuple(trace.layer_names or ())
         return self._join(output, term, trace, given)
 
     def _join(self, output: Any, term: Term, trace: RoutingTrace, given: Mapping[str, Any]) -> Any:

@@ -6,10 +6,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from consistency_reg.capture import RouterAdapter, RouterCapture
+from consistency_reg.capture import RouterAdapter
 from consistency_reg.hooks import OwnedHook
-from consistency_reg.masks import Masks, batch_masks, named_arguments
+from consistency_reg.masks import Masks, named_arguments
 from consistency_reg.routing import RoutingTrace
+from consistency_reg.session import RoutingSession, Which
 
 Given = Mapping[str, Any]
 
@@ -22,7 +23,8 @@ class ForwardListener:
         hear: is given the arguments of the forward by name.
         masks: ``arguments -> (valid, document_ids)``; reads the usual names when None.
         adapters: kinds of routers that the capture does not know by itself.
-        layers: regular expression, the routers to capture; all when None.
+        layers: regular expression on the routers' names; those of the model that is trained when None.
+        tokens: "labels" for those that have a label alone.
 
     Raises:
         ValueError: a model without routers.
@@ -36,30 +38,36 @@ class ForwardListener:
         masks: Callable[[Given], Masks] | None = None,
         adapters: Sequence[RouterAdapter] = (),
         layers: str | None = None,
+        tokens: Which = "all",
     ) -> None:
         self._hear = hear
-        self._masks = masks or batch_masks
-        self._capture = RouterCapture(model, adapters, layers=layers).attach()
-        hook = OwnedHook(self, "_end_forward")
-        self._handle: RemovableHandle = model.register_forward_hook(hook, with_kwargs=True)
+        self._masks = masks
+        self._listener = RoutingSession.of(model).listen(layers=layers, adapters=adapters, masks=masks, tokens=tokens)
+        self._handles: list[RemovableHandle] = [
+            model.register_forward_pre_hook(OwnedHook(self, "_begin_forward")),
+            model.register_forward_hook(OwnedHook(self, "_end_forward"), with_kwargs=True),
+        ]
 
     def trace(self, given: Given) -> RoutingTrace:
         """Return the routing of the forward that has just ended, without its graph."""
-        return self._capture.trace(*self._masks(given)).detach()
+        return self._listener.trace(given).detach()
 
     def count_tokens(self, given: Given) -> Tensor | int:
         """Return the number of real tokens of a forward, on its device so that no host waits; 0 if it is not told."""
-        valid, ids = self._masks(given)[0], given.get("input_ids")
-        if valid is not None:
-            return valid.sum()
-        return ids.numel() if isinstance(ids, Tensor) else 0
+        return self._listener.session.count_tokens(given, self._masks)
 
     def release(self) -> None:
         """Take the hooks off the model."""
-        self._handle.remove()
-        self._capture.detach()
+        for handle in self._handles:
+            handle.remove()
+        self._listener.release()
+
+    def _begin_forward(self, *_: Any) -> None:
+        self._listener.expect()
 
     def _end_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._capture.heard:
-            self._hear(named_arguments(model, args, kwargs))
-        self._capture.clear()
+        try:
+            if self._listener.heard:
+                self._hear(named_arguments(model, args, kwargs))
+        finally:
+            self._listener.done()

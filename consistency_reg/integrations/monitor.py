@@ -18,6 +18,7 @@ from consistency_reg.integrations.trainer_state import checkpoint_of, steps_of_e
 from consistency_reg.masks import Masks
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
+from consistency_reg.session import Which, check_tokens
 from consistency_reg.tracking.alarms import Alarms
 from consistency_reg.tracking.monitor import MonitorCore
 
@@ -49,7 +50,8 @@ class RoutingMonitorCallback(TrainerCallback):
         masks: ``forward's arguments by name -> (valid, document_ids)``, each [B, T] or None; reads the usual ones when
             None.
         adapters: kinds of routers that the capture does not know by itself.
-        layers: regular expression, the routers to measure; all when None.
+        layers: regular expression on the routers' names; those of the model that is trained when None.
+        tokens: "labels": only tokens that have a label count (docs/tokens.md); "all": all that are no padding.
         quality: the logged metric of an evaluation, lower is better, that the trade-off and ``best/`` are about;
             ``eval_loss`` when None.
         training: measure training steps too.
@@ -73,6 +75,7 @@ class RoutingMonitorCallback(TrainerCallback):
         masks: Callable[[Mapping[str, Any]], Masks] | None = None,
         adapters: Sequence[RouterAdapter] = (),
         layers: str | None = None,
+        tokens: Which = "all",
         quality: str | None = None,
         training: bool = True,
         samples: int = 2,
@@ -82,7 +85,12 @@ class RoutingMonitorCallback(TrainerCallback):
             segment_lengths, cache_ratios, cache_shares, quality=quality, samples=samples, alarms=alarms
         )
         self.training = training
-        self._options: dict[str, Any] = {"masks": masks, "adapters": adapters, "layers": layers}
+        self._options: dict[str, Any] = {
+            "masks": masks,
+            "adapters": adapters,
+            "layers": layers,
+            "tokens": check_tokens(tokens),
+        }
         self._trainer: Trainer | None = None
         self._listener: ForwardListener | None = None
         self._tokens: Tensor | int = 0

@@ -17,6 +17,7 @@ from consistency_reg.integrations.trainer_state import checkpoint_of, micro_batc
 from consistency_reg.losses import RouterAnchorLoss, RoutingLoss
 from consistency_reg.masks import Masks
 from consistency_reg.optional import require
+from consistency_reg.session import Which, check_tokens
 from consistency_reg.term import WeightSchedule, check_loss, check_name, usual_name
 
 with require("accelerate"):
@@ -78,6 +79,7 @@ class ConsistencyCallback(TrainerCallback):
         adapters: Sequence[RouterAdapter] = (),
         keep_inputs: bool = False,
         layers: str | None = None,
+        tokens: Which = "all",
         routing: RoutingSchedule | None = None,
     ) -> None:
         self.loss = check_loss(loss)
@@ -88,6 +90,7 @@ class ConsistencyCallback(TrainerCallback):
             "adapters": adapters,
             "keep_inputs": keep_inputs or isinstance(self.loss, RouterAnchorLoss),
             "layers": layers,
+            "tokens": check_tokens(tokens),
             "routing": routing,
         }
         self._attachment: StepTerm | None = None

@@ -114,7 +114,7 @@ def test_evaluation_and_generation_are_as_they_were():
     assert torch.equal(*generated)
     assert term.term is None
     with pytest.raises(RuntimeError, match="0 of 2 routers"):
-        term._capture.trace()  # nothing of them is kept
+        term._listener.trace()  # nothing of them is kept
 
 
 def test_detaching_leaves_the_model_as_it_was():
