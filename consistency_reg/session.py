@@ -78,7 +78,6 @@ class RoutingSession:
         self._capture: RouterCapture | None = None
         self._stacks: list[Stack] = []
         self._listeners: list[Listener] = []
-        self._expecting: list[Listener] = []  # who will still ask for the present trace
         self._traces: list[tuple[tuple[Any, ...], list[Reading], Any, RoutingTrace]] = []
         self._counted: tuple[Any, Any, Tensor | int] | None = None  # the real tokens of a batch, by whose masks
         self._said: set[str] = set()
@@ -164,14 +163,9 @@ class RoutingSession:
             self._mark.remove()
             self._mark = None
 
-    def _expect(self, listener: "Listener") -> None:
-        if listener not in self._expecting:
-            self._expecting.append(listener)
-
     def _done(self, listener: "Listener") -> None:
-        if listener in self._expecting:
-            self._expecting.remove(listener)
-        if not self._expecting:
+        listener.expects = False
+        if not any(other.expects for other in self._listeners):
             self._traces.clear()
             if self._capture is not None:
                 self._capture.clear()
@@ -330,6 +324,7 @@ class Listener:
     Attributes:
         session: what it takes part in.
         layers: regular expression on the routers' names, or None.
+        expects: whether it will still ask for the trace of the last forward.
     """
 
     def __init__(
@@ -347,6 +342,7 @@ class Listener:
         self.masks = masks
         self.tokens = tokens
         self.keep_inputs = keep_inputs
+        self.expects = False
 
     def hears(self, name: str) -> bool:
         """Return whether a router of this name is one of its own."""
@@ -371,7 +367,7 @@ class Listener:
 
     def expect(self) -> None:
         """Say that the trace of the forward that comes will be asked for: it is kept until :meth:`done`."""
-        self.session._expect(self)
+        self.expects = True
 
     def done(self) -> None:
         """Say that the trace is not needed any more: when nobody needs it, its tensors are free."""
