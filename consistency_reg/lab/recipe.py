@@ -153,6 +153,14 @@ def _without_later_options(model: Any) -> Any:
     return {**model, "model": {**built, "init_args": kept}}
 
 
+def pair_of(result: Mapping[str, Any]) -> str:
+    """Return what is equal for the results of two runs that differ in the consistency term alone.
+
+    A run that was made longer has had another learning rate than one that was as long from the start.
+    """
+    return pair_digest(result["config"]) + "".join(f"+{steps}" for steps in result.get("went_on_from", ()))
+
+
 def _with_first_paths(value: Any) -> Any:
     """Name every class by the first path that it had, so that a recipe keeps its digest when a class moves."""
     if isinstance(value, Mapping):

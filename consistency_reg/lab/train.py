@@ -21,8 +21,10 @@ from consistency_reg.lab.pretrained import save_plain
 from consistency_reg.lab.provenance import device_name, git_commit, package_versions
 from consistency_reg.lab.recipe_cli import RecipeCLI, check_config, parse
 from consistency_reg.lab.recipe_files import DEFAULTS
+from consistency_reg.lab.render.terminal import print_verdict
 from consistency_reg.lab.run_folder import Claim
 from consistency_reg.lab.run_loggers import finish, is_first_process, log_result, run_loggers
+from consistency_reg.lab.run_verdict import verdict
 
 __all__ = ["DEFAULTS", "check_config", "main"]
 
@@ -42,9 +44,17 @@ def main(argv: Sequence[str]) -> int:
         with claimed(cli):
             if not cli.is_finished:
                 _run(cli, argv)
+                _end_with_verdict(cli)
                 return 0
     print(f"{cli.folder.path} is finished: see {cli.folder.result}; trainer.max_steps may be raised to train on")
+    _end_with_verdict(cli)
     return 0
+
+
+def _end_with_verdict(cli: RecipeCLI) -> None:
+    """Say in the first process what the run saved and cost, and what to try next."""
+    if is_first_process():
+        print_verdict(verdict(cli.folder))
 
 
 def look_at_data(cli: RecipeCLI) -> None:

@@ -158,15 +158,26 @@ def advise(outcome: Outcome, *, heavier: bool = True) -> str:
     return "Next: evaluate the model on text of your own (consistency-reg evaluate MODEL --data FILE)."
 
 
-def of_run(name: str, metrics: Values, before: Values, *, has_term: bool) -> Verdict:
-    """Return the verdict on one run, which has no baseline unless it began with a checkpoint.
+def of_run(
+    name: str,
+    metrics: Values,
+    *,
+    has_term: bool,
+    before: Values | None = None,
+    baseline: tuple[str, Values] | None = None,
+) -> Verdict:
+    """Return the verdict on one run: next to its baseline, to the checkpoint that it began with, or by itself.
 
     Args:
         name: of the run.
         metrics: of its last validation.
-        before: of the checkpoint that it began with, on the same text; empty for a run from scratch.
         has_term: whether it was trained with a consistency term.
+        before: measures of the checkpoint that it began with, on the same text; none for a run from scratch.
+        baseline: name and measures of the run that differs in the term alone, where there is one.
     """
+    if baseline is not None:
+        outcome = compare(name, metrics, *baseline)
+        return Verdict(str(outcome), advise(outcome))
     if before:
         outcome = compare(name, metrics, "the checkpoint before", before)
         control = "Next: the control, the same command with --consistency.weight 0, and consistency-reg report on both."

@@ -11,7 +11,7 @@ from consistency_reg.lab.recipe import (
     DATA_SETTINGS,
     architecture,
     consistency_term,
-    pair_digest,
+    pair_of,
     term_options,
     validation_limits,
 )
@@ -211,8 +211,7 @@ def run_from_result(result: Mapping[str, Any], **more: Any) -> Run:
         architecture=architecture(config),
         loss=loss,
         weight=weight,
-        # a run that was made longer has had another learning rate than one that was as long from the start
-        pair=pair_digest(config) + "".join(f"+{steps}" for steps in result.get("went_on_from", ())),
+        pair=pair_of(result),
         data={
             "corpus": {domain: str(sha256)[:HASH_DIGITS] for domain, sha256 in result["corpus"].items()},
             **{key: data_config[key] for key in DATA_SETTINGS if data_config.get(key) is not None},

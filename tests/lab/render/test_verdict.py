@@ -11,6 +11,8 @@ from consistency_reg.lab.report import main, pair_runs, read_folder
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.records import read_csv
 from consistency_reg.lab.report.verdict import verdict
+from consistency_reg.lab.run_folder import RunFolder
+from consistency_reg.lab.run_verdict import verdict as verdict_of_fit
 
 OFF = {
     "val/cache/lru_2k": 0.4,
@@ -71,16 +73,31 @@ def test_the_advice_follows_from_the_outcome(changes, advice):
 
 
 def test_a_run_by_itself_is_told_to_have_a_baseline_and_a_baseline_a_term():
-    alone = of_run("first", ON, {}, has_term=True)
+    alone = of_run("first", ON, has_term=True)
     assert alone.found == (
         "first has LRU misses at 25% of the experts of 25.0% at perplexity 70.1, SRP m=16 50.0% (static SRP 25.0%), "
         "and no expert is dead (smallest share 0.40, global CV 0.33)."
     )
     assert "--consistency.weight 0, and" in alone.advice
-    assert "--consistency.weight 0.35" in of_run("off", OFF, {}, has_term=False).advice
-    tuned = of_run("tuned", ON, OFF, has_term=True)
+    assert "--consistency.weight 0.35" in of_run("off", OFF, has_term=False).advice
+    tuned = of_run("tuned", ON, before=OFF, has_term=True)
     assert "50.0% fewer LRU misses at 25% of the experts for +0.2% perplexity against the checkpoint" in tuned.found
     assert "the control" in tuned.advice
+
+
+def test_a_run_is_compared_with_its_baseline_among_its_neighbours(tmp_path):
+    write_run(tmp_path, "on", weight=0.3, hits=0.7, perplexity=70.14)
+    write_run(tmp_path, "other-seed", seed=1)
+    (tmp_path / "notes").mkdir()
+    write_run(tmp_path, "broken")
+    (tmp_path / "broken" / "result.json").write_text("{")
+    folder = RunFolder(tmp_path / "on")
+    assert "on has LRU misses" in verdict_of_fit(folder).found
+    write_run(tmp_path, "off", hits=0.4, perplexity=70.0)
+    said = verdict_of_fit(folder)
+    assert "on has 50.0% fewer LRU misses at 25% of the experts for +0.2% perplexity against off" in said.found
+    assert "other seeds" in said.advice
+    assert "--consistency.weight 0.35" in verdict_of_fit(RunFolder(tmp_path / "off")).advice
 
 
 def test_models_stand_next_to_the_first():
