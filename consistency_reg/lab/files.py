@@ -61,10 +61,14 @@ class Draft:
             raise
 
     def commit(self) -> None:
-        """Put the draft in its place."""
-        with naming(self.path):
-            self.temporary.replace(self.path)
-            _sync_folder(self.path.parent)
+        """Put the draft in its place; it is removed if that fails."""
+        try:
+            with naming(self.path):
+                self.temporary.replace(self.path)
+                _sync_folder(self.path.parent)
+        except BaseException:
+            self.discard()
+            raise
 
     def discard(self) -> None:
         """Remove the draft."""

@@ -29,7 +29,10 @@ def wandb_mode() -> Mode | None:
 
 
 def login_found() -> bool:
-    """Return whether wandb finds credentials without asking: in its environment, its settings or a netrc file."""
+    """Return whether wandb finds credentials without asking: in its environment, its settings or a netrc file.
+
+    The variable is looked at here too, as wandb reads its environment once in a process.
+    """
     with require("wandb"):
         import wandb
-    return bool(wandb.login(prompt=False, verify=False))
+    return bool(os.environ.get("WANDB_API_KEY") or wandb.login(prompt=False, verify=False))

@@ -128,7 +128,10 @@ RECIPE = "config.yaml"
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--config", "nosuch.yaml"], ["there is no recipe nosuch.yaml", "name: baseline, consistency, finetune"]),
+        (
+            ["--config", "nosuch.yaml"],
+            ["there is no recipe nosuch.yaml", "name: baseline, consistency, deployed, finetune"],
+        ),
         (["--config", "."], ["config", "not a file"]),
         ([RECIPE], [f"{RECIPE} is no option of fit: a recipe is given with `--config {RECIPE}`"]),
         (["--data", "nosuch.jsonl"], ["there is no file nosuch.jsonl"]),

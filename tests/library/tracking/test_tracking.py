@@ -19,11 +19,11 @@ from toy_lightning import Validated, layer_ids, loader, regularizer, tokens, val
 from wandb_file import read_run
 
 from consistency_reg import RoutingMonitor, functional
-from consistency_reg.callbacks.batches import count_tokens
 from consistency_reg.callbacks.progress import TrainingBar, total_steps
 from consistency_reg.lab.wandb_login import wandb_mode
 from consistency_reg.lab.workspace import main as workspace_main
 from consistency_reg.lab.workspace import workspace
+from consistency_reg.masks import count_tokens
 from consistency_reg.tracking.artifacts import log_artifact
 from consistency_reg.tracking.figures import Sample, cache_curve, pixels, routing_heatmap
 
@@ -240,9 +240,11 @@ def test_tokens_and_the_best_validation_survive_a_checkpoint(tmp_path):
 
 def test_padding_is_not_counted_as_tokens_seen():
     ids = torch.ones(2, 5, dtype=torch.int64)
-    assert int(count_tokens({"input_ids": ids}, torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]).bool())) == 7
-    assert count_tokens({"input_ids": ids}, None) == count_tokens([ids], None) == count_tokens(ids, None) == 10
-    assert count_tokens({"pixels": torch.rand(2, 5)}, None) == 0
+    valid = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
+    assert int(count_tokens({"input_ids": ids, "attention_mask": valid})) == 7
+    assert int(count_tokens({"input_ids": ids}, lambda _: (valid.bool(), None))) == 7
+    assert count_tokens({"input_ids": ids}) == count_tokens([ids]) == count_tokens(ids) == 10
+    assert count_tokens({"pixels": torch.rand(2, 5)}) == 0
 
 
 def test_the_bar_shows_the_time_that_remains_and_how_good_the_model_is(capsys):
