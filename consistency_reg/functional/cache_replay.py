@@ -37,9 +37,14 @@ def cache_access_hits(
     """Return which accesses hit a cache of C slots; their sums are those of ``cache_hit_counts``.
 
     Args:
-        expert_ids, num_experts, policy, valid, document_ids, replay, cold: see
-            :func:`~consistency_reg.functional.cache_hits.cache_hit_rate`.
+        expert_ids: as :func:`~consistency_reg.functional.cache_hits.cache_hit_rate` takes them.
+        num_experts: E of each layer.
         slots: C; of the one cache of all layers for a list of layers.
+        policy: name of a policy in :mod:`consistency_reg.cache_policies`, or "fixed".
+        valid: [B, T] bool, True for real tokens; all when None.
+        document_ids: [B, T] integers; one document a row when None.
+        replay: "token" or "access".
+        cold: whether first uses are hits ("free") or misses ("miss").
         usage: [E] how often each expert was used in the data that "fixed" is chosen by; the given data when None.
 
     Returns:

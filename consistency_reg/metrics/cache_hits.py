@@ -61,7 +61,8 @@ class CacheHitRate(HitRateMetric):
     Args:
         num_experts: E of each layer, in the model's order.
         policy: "lru", "lfu", "belady" or "fixed".
-        replay, cold: see :func:`~consistency_reg.functional.cache_hits.cache_hit_rate`.
+        replay: "token" or "access"; see :func:`~consistency_reg.functional.cache_hits.cache_hit_rate`.
+        cold: whether first uses are hits ("free") or misses ("miss").
         options: see :class:`~consistency_reg.metrics.simulated_caches.HitRateMetric`.
 
     Example:
