@@ -26,7 +26,7 @@ class TrainerBoard(Board):
 
     @property
     def shows_pictures(self) -> bool:
-        """Whether a logger can hold pictures."""
+        """Return whether a logger can hold pictures."""
         return any(isinstance(logger, WandbLogger | TensorBoardLogger) for logger in self.trainer.loggers)
 
     def scalars(self, values: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""Which modules of a model are given tokens, and what each of their calls is told about them."""
+"""Find which modules of a model are given tokens, and what each of their calls is told about them."""
 
 import inspect
 import re
@@ -53,12 +53,12 @@ class Caller:
 
     @property
     def takes_tokens(self) -> bool:
-        """Whether tokens are among its arguments."""
+        """Return whether tokens are among its arguments."""
         return any(name in self.arguments for name in TOKENS)
 
     @property
     def encoder_decoder(self) -> bool:
-        """Whether it takes the tokens of an encoder and of a decoder."""
+        """Return whether it takes the tokens of an encoder and of a decoder."""
         return f"{DECODER}input_ids" in self.arguments
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

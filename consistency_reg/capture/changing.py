@@ -1,4 +1,4 @@
-"""Whether a router's choice can be changed, and what its experts are given instead of it."""
+"""Say whether a router's choice can be changed, and what its experts are given instead of it."""
 
 from collections.abc import Mapping
 from typing import Any

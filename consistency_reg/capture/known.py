@@ -136,7 +136,7 @@ class Llama4Router(RouterAdapter):
     """``(weights [N, E], 0 for experts that were not chosen, logits)``."""
 
     def own_weights(self, call: RouterCall, expert_ids: Tensor) -> Tensor:
-        """Those that are not 0."""
+        """Return the weights of the chosen experts, those that are not 0."""
         return call.output[0].gather(-1, expert_ids)
 
     def reroute(self, call: RouterCall, expert_ids: Tensor, weights: Tensor) -> Rerouted:

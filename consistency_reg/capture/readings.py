@@ -1,4 +1,4 @@
-"""What a router decided in one call, and what the calls of one forward have in common."""
+"""Hold what a router decided in one call, and what the calls of one forward have in common."""
 
 import warnings
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
-"""Colours and shapes that all figures share."""
+"""Colours and shapes that all figures of the lab share; the colours are the library's."""
 
-# Okabe and Ito's palette: told apart with every kind of colour vision, and in grey by their lightness.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+from consistency_reg.tracking.palette import COLOURS
+
 NO_TERM = "#595959"  # of runs without a consistency term
 # The same on a dark page: blue and vermilion lighter, black and grey turned about.
 ON_DARK = ("#4DA6DE", "#F0843F", "#1FBF8F", "#DE96BC", "#F2B84B", "#7FCBF5", "#FFFFFF")
