@@ -32,7 +32,7 @@ def pretrained_moe(
 
     Args:
         path: a folder of ``save_pretrained``, the folder of a finished run of ``consistency-reg fit``, or a hub id.
-        train: what learns. "router": the routers alone. "experts": the routers and the experts, shared ones included.
+        train: what learns. "router": the routers alone. "experts": the blocks that routers are in, with all experts.
             "lora": the routers, and a low-rank update of the attention's matrices (PEFT's LoRA), which
             :func:`save_plain` merges into them. "all": every parameter.
         lora_rank: rank of the updates.

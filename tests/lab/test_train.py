@@ -25,7 +25,7 @@ from consistency_reg.lab.run_loggers import MetricsFile, run_loggers
 from consistency_reg.lab.run_progress import RunProgress
 
 RECIPES = sorted(ROOT.joinpath("recipes").glob("*.yaml"))
-RECIPES = [path for path in RECIPES if path.stem != "finetune"]  # which begins with a checkpoint: test_finetune.py
+RECIPES = [path for path in RECIPES if path.stem not in ("finetune", "upcycle")]  # which begin with a checkpoint
 SMALL = {  # the smallest run that has everything: two domains, documents shorter than rows, a validation
     "data.domains": "[math, cpp]",
     "data.corpus_bytes": 60_000,

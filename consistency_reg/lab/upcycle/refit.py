@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from consistency_reg.optional import require
 
@@ -66,7 +66,7 @@ def refit(
     return left
 
 
-def _refit_layer(layer: nn.Module, middle: Sequence[Tensor], wanted: Sequence[Tensor], ridge: float) -> float:
+def _refit_layer(layer: Any, middle: Sequence[Tensor], wanted: Sequence[Tensor], ridge: float) -> float:
     """Refit one block on the residual stream before it and that wanted after it; return the share of error left."""
     weights = _projections(layer.mlp)
     gram = weights.new_zeros(len(weights), len(weights))
