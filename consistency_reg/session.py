@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from consistency_reg.capture import FrozenRouter, RouterAdapter, RouterCapture
 from consistency_reg.capture.calls import told_of
+from consistency_reg.capture.hooks import OwnedHook
 from consistency_reg.capture.joining import join
 from consistency_reg.capture.readings import Forward, Reading, shape_of
 from consistency_reg.capture.stacks import Stack, counted_forwards, names_of, stacks_of, trained_stacks
-from consistency_reg.hooks import OwnedHook
 from consistency_reg.masks import (
     DESCRIBES_TOKENS,
     KEYS,

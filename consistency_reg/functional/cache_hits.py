@@ -23,7 +23,6 @@ from torch import Tensor
 
 from consistency_reg import devices
 from consistency_reg.cache_policies import CACHE_POLICIES, EVICTING, check_policy
-from consistency_reg.documents import document_lengths, document_positions, row_chunks
 from consistency_reg.functional.segments import (
     check_segment_lengths,
     side_by_side,
@@ -31,6 +30,7 @@ from consistency_reg.functional.segments import (
 from consistency_reg.functional.stack import Columns, Priorities, column_groups, stack_hits
 from consistency_reg.functional.stack_priorities import PolicyPriorities, WindowUses
 from consistency_reg.routing import RoutingTrace
+from consistency_reg.routing.documents import document_lengths, document_positions, row_chunks
 
 SIMULATED = (*EVICTING, "sch")
 REPLAYS = ("token", "access")

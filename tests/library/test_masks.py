@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consistency_reg.documents import document_positions
 from consistency_reg.masks import batch_masks, count_tokens, labelled_tokens, looks_padded, read_masks
+from consistency_reg.routing.documents import document_positions
 
 PAD = 0
 
