@@ -15,6 +15,7 @@ from consistency_reg.capture.hooks import OwnedHook
 from consistency_reg.capture.joining import join
 from consistency_reg.capture.readings import Forward, Reading, shape_of
 from consistency_reg.capture.stacks import Stack, counted_forwards, names_of, stacks_of, trained_stacks
+from consistency_reg.hints import inner_batches, looks_padded, unread_hints
 from consistency_reg.masks import (
     DESCRIBES_TOKENS,
     KEYS,
@@ -24,9 +25,6 @@ from consistency_reg.masks import (
     given_by,
     has_tokens,
     labelled_tokens,
-    looks_padded,
-    nested_names,
-    not_read,
     read_masks,
     token_ids,
     token_shape,
@@ -281,19 +279,24 @@ class RoutingSession:
 
     def _say_what_is_unknown(self, stack: Stack, told: Mapping[str, Any], batch: Any, forward: Forward) -> None:
         """Warn once where something hints at pads or boundaries that are not known."""
-        if any(told.get(name) is not None for name in DESCRIBES_TOKENS):
-            return
-        given = given_by(batch)
-        hints = not_read({**given, **told})
-        if not _of_encoder_decoder(forward):  # the masks of a batch may be those of the other
-            hints += [name for name in DESCRIBES_TOKENS if given.get(name) is not None] + nested_names(batch)
-        if hints:
+        boundaries, pads = unread_hints(
+            told, given_by(batch), inner_batches(batch), encoder_decoder=_of_encoder_decoder(forward)
+        )
+        if pads:
             self._say(
-                f"{sorted(set(hints))} of the batch may tell which tokens of {stack} are pads or where documents "
-                "begin, but this is not read: all tokens count, each row as one document. Give the model an "
+                f"{sorted({*boundaries, *pads})} of the batch may tell which tokens of {stack} are pads or where "
+                "documents begin, but this is not read: all tokens count, each row as one document. Give the model an "
                 "attention_mask, document_ids or position_ids, or give masks="
             )
-        elif self._looks_left or not forward[stack.names[0]].logits.is_cuda:
+        elif boundaries:
+            self._say(
+                f"{boundaries} of the batch may tell where documents begin in the rows of {stack}, but this is not "
+                "read: each row counts as one document. Give the model document_ids or position_ids of its tokens, or "
+                "give masks="
+            )
+        if pads or any(told.get(name) is not None for name in DESCRIBES_TOKENS):
+            return
+        if self._looks_left or not forward[stack.names[0]].logits.is_cuda:
             self._looks_left = max(0, self._looks_left - 1)
             if looks_padded(told, self._pad_id(forward)):
                 self._say(
