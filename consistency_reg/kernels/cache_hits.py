@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from consistency_reg.cache_policies import CACHE_POLICIES
-from consistency_reg.functional.cache_hits import Simulation
+from consistency_reg.functional.cache_simulation import Simulation
 from consistency_reg.functional.row_accesses import RowAccesses
 from consistency_reg.routing.documents import document_lengths
 

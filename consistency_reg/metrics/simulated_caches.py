@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from consistency_reg.functional.bootstrap import percentile_interval
-from consistency_reg.functional.cache_hits import RowSums
+from consistency_reg.functional.cache_simulation import RowSums
 from consistency_reg.measures.reading import Reading
 from consistency_reg.metrics.base import Value
 from consistency_reg.metrics.plots import axes_of

@@ -10,8 +10,22 @@ ONE = torch.ones(1, 4)
 
 @pytest.mark.parametrize(
     "name",
-    "segment_ids inputs_segmentation doc_ids document_index doc_lens sample_ids example_ids sequence_id packed_seq_params "
-    "cu_seqlens_padded block_mask boundaries input_pos document_mask".split(),
+    [
+        "segment_ids",
+        "inputs_segmentation",
+        "doc_ids",
+        "document_index",
+        "doc_lens",
+        "sample_ids",
+        "example_ids",
+        "sequence_id",
+        "packed_seq_params",
+        "cu_seqlens_padded",
+        "block_mask",
+        "boundaries",
+        "input_pos",
+        "document_mask",
+    ],
 )
 def test_boundaries(name):
     assert unread_hints({"input_ids": ONE}, {name: ONE}, {}) == ([name], [])
@@ -20,7 +34,9 @@ def test_boundaries(name):
     assert unread_hints({"attention_mask": ONE[:, None, None].expand(1, 1, 4, 4)}, {name: ONE}, {}) == ([], [])
 
 
-@pytest.mark.parametrize("name", "mask attn_mask padding_mask src_key_padding_mask pads lengths lens length".split())
+@pytest.mark.parametrize(
+    "name", ["mask", "attn_mask", "padding_mask", "src_key_padding_mask", "pads", "lengths", "lens", "length"]
+)
 def test_padding(name):
     assert unread_hints({"input_ids": ONE}, {}, {name: ONE}) == ([], [name])
     assert unread_hints({"attention_mask": ONE}, {name: ONE}, {}) == ([], [])
@@ -29,9 +45,30 @@ def test_padding(name):
 
 @pytest.mark.parametrize(
     "name",
-    "input_ids labels completion_mask assistant_masks special_tokens_mask pixel_attention_mask image_grid_thw head_mask "
-    "visual_pos_masks cross_attention_mask decoder_attention_mask loss_mask bool_masked_pos max_length_q position_bias "
-    "past_key_values_length input_features_mask token_type_ids position_embeddings text compass parameters".split(),
+    [
+        "input_ids",
+        "labels",
+        "completion_mask",
+        "assistant_masks",
+        "special_tokens_mask",
+        "pixel_attention_mask",
+        "image_grid_thw",
+        "head_mask",
+        "visual_pos_masks",
+        "cross_attention_mask",
+        "decoder_attention_mask",
+        "loss_mask",
+        "bool_masked_pos",
+        "max_length_q",
+        "position_bias",
+        "past_key_values_length",
+        "input_features_mask",
+        "token_type_ids",
+        "position_embeddings",
+        "text",
+        "compass",
+        "parameters",
+    ],
 )
 def test_what_says_nothing_of_the_tokens(name):
     assert not is_hint(name, ONE)

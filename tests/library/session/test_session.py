@@ -82,7 +82,7 @@ def count(monkeypatch, owner, method):
 
 
 def test_a_step_with_all_callbacks_listens_builds_and_reads_once(monkeypatch):
-    import consistency_reg.session as session
+    from consistency_reg.session import tokens
 
     ids = token_ids(B, T)
     callbacks = [
@@ -94,7 +94,7 @@ def test_a_step_with_all_callbacks_listens_builds_and_reads_once(monkeypatch):
     ]
     heard = count(monkeypatch, RouterCapture, "_read")
     built = count(monkeypatch, RouterCapture, "make_trace")
-    read = count(monkeypatch, session, "read_masks")
+    read = count(monkeypatch, tokens, "read_masks")
     train(Student(), callbacks, rows(ids, attention_mask=torch.ones_like(ids)), limit_val_batches=0)
     assert len(heard) == 2  # routers
     assert len(built) == 1
