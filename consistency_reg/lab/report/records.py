@@ -10,8 +10,8 @@ from typing import Any
 from consistency_reg.lab.files import write_atomically
 from consistency_reg.lab.report.measured import PERPLEXITY
 from consistency_reg.lab.report.runs import Run, refuse_different_data
+from consistency_reg.measures.reading import VALIDATION
 from consistency_reg.optional import require
-from consistency_reg.reading import VALIDATION
 
 with require("plots"):
     import pandas as pd
