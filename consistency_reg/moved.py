@@ -24,6 +24,7 @@ MOVED = {  # former path below consistency_reg -> present path; a package takes 
     "functional.cache": "functional.cache_hits",
     "functional.policies": "cache_policies",
     "kernels.cache": "kernels.cache_hits",
+    "lab.evaluate.deployed": "lab.pricing.measure",
     "lm": "lab",
     "lm.cache": "lab.corpus.disk_cache",
     "lm.cleaning": "lab.corpus.cleaning",
