@@ -183,7 +183,7 @@ def write_deployed(parent, seeds=(0, 1), priced=tuple(DEPLOYED)):
                 "val/deployed/balance/min_share": deployed["balance/min_share"],
                 "val/deployed/balance/cv": deployed["balance/cv"],
                 "val/deployed/agreement": deployed["agreement"],
-                "val/deployed/strength": 0.1,
+                "val/deployed/strength": 0.10000000149011612,  # as float32
                 "val/deployed/cache_ratio": 2.0,
             }
             options = {"loss": loss, "weight": weight, "metrics": metrics, "labels": {"cell": cell}}

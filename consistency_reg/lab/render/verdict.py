@@ -211,7 +211,7 @@ def as_deployed(name: str, values: Values, against: str, baseline: Values) -> st
     strength, ratio = (values.get(f"{DEPLOYED}/{key}", math.nan) for key in ("strength", "cache_ratio"))
     if not strength > 0 or math.isnan(ratio):
         return ""
-    hits = HIT_RATE.at(ratio=ratio)
+    hits = HIT_RATE.at(ratio=round(ratio, 6))  # logged as float32
     misses = _relative(1 - values.get(hits.within(DEPLOYED).name, math.nan), 1 - _get(baseline, hits))
     perplexity = _relative(values.get(PERPLEXITY.at().within(DEPLOYED).name, math.nan), _get(baseline, PERPLEXITY.at()))
     if math.isnan(misses) or math.isnan(perplexity):

@@ -22,6 +22,7 @@ CHANGES = ("misses_change", "perplexity_change", "lfu_change", "smallest_share",
 COLUMNS = ["deployed", "against", "cell", "seed", "loss", "weight", "strength", "left_out", *CHANGES]
 WITHIN = ["deployed", "against"]
 DEPLOYED = f"{VALIDATION}/deployed"
+DECIMALS = 6  # of what validation logs as float32: 0.1 is 0.10000000149 there
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,7 @@ def _validated(run: Run) -> tuple[Setting, Point] | None:
     strength, ratio = (run.metrics.get(f"{DEPLOYED}/{name}", math.nan) for name in ("strength", "cache_ratio"))
     if not strength > 0 or math.isnan(ratio):
         return None
+    strength, ratio = round(strength, DECIMALS), round(ratio, DECIMALS)
     options = {name: run.options.get(f"routing.{name}") for name in ("method", "guaranteed")}
     setting = replace(Setting(cache_ratio=ratio), **{name: value for name, value in options.items() if value})
     hits = run.get(deployed(HIT_RATE.at(ratio=ratio)))

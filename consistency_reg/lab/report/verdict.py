@@ -53,14 +53,14 @@ def _as_deployed(findings: Findings) -> str:
         return ""
     strengths = findings.strengths
     usual = strengths[strengths["deployed"] == strengths["deployed"].iloc[0]]
-    kept = usual[(usual["left_out"] == 0) & (usual["strength"] > 0)]
+    kept = usual[usual["left_out"] == 0]
     best = best_within(kept, BUDGETS[0])
-    if best is None:
+    if best is None or (best["cell"] == best["against"] and not best["strength"]):
         return f"As deployed with {usual['deployed'].iloc[0]}, no strength of the bias is within +0.5% perplexity."
     said = f"As deployed with {best['deployed']}, {best['cell']} has {_reached(best)}"
     if best["cell"] == best["against"]:
         return f"{said}, without any training."
-    bias = best_within(kept[kept["cell"] == best["against"]], BUDGETS[0])
+    bias = best_within(kept[(kept["cell"] == best["against"]) & (kept["strength"] > 0)], BUDGETS[0])
     return f"{said}{'' if bias is None else f'; the bias alone has {_reached(bias)}'}."
 
 
@@ -68,7 +68,8 @@ def _reached(row: pd.Series) -> str:
     saved = (
         f"{abs(100 * row['misses_change_mean']):.1f}% {'fewer' if row['misses_change_mean'] <= 0 else 'more'} misses"
     )
-    return f"{saved} for {change(row['perplexity_change_mean'])} at strength {row['strength']:g}"
+    how = f"at strength {row['strength']:g}" if row["strength"] else "without any bias"
+    return f"{saved} for {change(row['perplexity_change_mean'])} {how}"
 
 
 def best_cell(cells: pd.DataFrame) -> pd.Series:

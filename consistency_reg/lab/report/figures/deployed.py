@@ -5,7 +5,7 @@ from typing import Any
 from consistency_reg.lab.render.charts import Figure as Explored
 from consistency_reg.lab.render.charts import Mark, lines, plane, points, spans, texts
 from consistency_reg.lab.render.page import CELL
-from consistency_reg.lab.render.png import legend_below, panels, whiskers
+from consistency_reg.lab.render.png import entry, legend_below, panels, whiskers
 from consistency_reg.lab.render.table import change, number
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.hypervolume import BUDGETS
@@ -48,7 +48,10 @@ def draw(findings: Findings, looks: Looks) -> Figure | None:
         axes.set_xlabel(_label(strengths))
     both[0].set_ylabel(COST)
     both[1].set_title(f"up to {100 * CHEAP:+g}% perplexity", loc="left", fontsize=11)
-    legend_below(figure, [line for line in both[0].get_lines() if not line.get_label().startswith("_")])
+    handles = [line for line in both[0].get_lines() if not str(line.get_label()).startswith("_")]
+    if strengths["left_out"].any():
+        handles.append(entry("left out", "x", color="black", markersize=10))
+    legend_below(figure, handles)
     return figure
 
 
@@ -97,7 +100,8 @@ def _line(axes: Axes, cell: pd.DataFrame, looks: Looks, run: Run, place: int) ->
         x, y = 100 * row["misses_change_mean"], 100 * row["perplexity_change_mean"]
         if row["left_out"]:
             cross(axes, x, y)
-            axes.plot(x, y, shape, color=colour, markersize=6, zorder=3)
+            face = "white" if alone else colour
+            axes.plot(x, y, shape, color=colour, markerfacecolor=face, markersize=6, zorder=3)
         sides = ("misses_change", "perplexity_change")
         xerr, yerr = (100 * whiskers(*(row[f"{side}_{over}"] for over in ("mean", "min", "max"))) for side in sides)
         axes.errorbar(x, y, xerr=xerr, yerr=yerr, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.5)
