@@ -8,8 +8,8 @@ from consistency_reg.capture.adapters import RouterAdapter
 from consistency_reg.capture.frozen import FrozenRouter
 from consistency_reg.capture.known import DEFAULT_ADAPTERS
 from consistency_reg.capture.recording import RouterCapture
-from consistency_reg.capture.rerouting import Rerouted, RouterCall, Weighing
 from consistency_reg.capture.selection import selection_scores
+from consistency_reg.capture.weighing import Rerouted, RouterCall, Weighing
 
 __all__ = [
     "DEFAULT_ADAPTERS",

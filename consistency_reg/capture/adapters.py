@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consistency_reg.capture.rerouting import Rerouted, RouterCall
 from consistency_reg.capture.selection import score_function, selection_scores
+from consistency_reg.capture.weighing import Rerouted, RouterCall
 
 Reader = int | Callable[[Any], Tensor] | None
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from consistency_reg.capture.adapters import RouterAdapter
-from consistency_reg.capture.rerouting import Rerouted, RouterCall, Weighing
 from consistency_reg.capture.selection import biased_weights, in_best_groups, members, selection_scores
+from consistency_reg.capture.weighing import Rerouted, RouterCall, Weighing
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from consistency_reg.capture.adapters import RouterAdapter, check, describe, ten
 from consistency_reg.capture.calls import Call, Caller, find_callers
 from consistency_reg.capture.finding import ByShape, Router, find_routers, how_to_register, is_ids
 from consistency_reg.capture.frozen import FrozenRouter
+from consistency_reg.capture.hooks import OwnedHook
 from consistency_reg.capture.known import DEFAULT_ADAPTERS
 from consistency_reg.capture.readings import Forward, Reading, shape_of, warn_of_lost_graphs
-from consistency_reg.hooks import OwnedHook
 from consistency_reg.masks import Shape
 from consistency_reg.routing import RoutingTrace
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from consistency_reg.control.reference_curve import ReferenceCurve
 from consistency_reg.measures import SRP, parse
-from consistency_reg.reading import SHARE, UP, VALIDATION
+from consistency_reg.measures.reading import SHARE, UP, VALIDATION
 
 SRP_SCALE = 0.15  # a deviation of this much in SRP, or in a hit rate, pushes the weight as much as its starting value
 

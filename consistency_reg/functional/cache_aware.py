@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from consistency_reg.devices import is_on_host
-from consistency_reg.documents import document_positions
 from consistency_reg.functional.cache_aware_scan import scan
 from consistency_reg.routing import check_masks
+from consistency_reg.routing.documents import document_positions
 
 METHODS = ("prior", "max_rank", "cumulative")
 

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from consistency_reg.capture import RouterAdapter
-from consistency_reg.hooks import OwnedHook
-from consistency_reg.in_the_loop import RoutingSchedule, TrainedRouting
+from consistency_reg.capture.hooks import OwnedHook
 from consistency_reg.integrations.carry import carry
 from consistency_reg.integrations.model_loss import Factors, add_to_loss
 from consistency_reg.losses import RouterAnchorLoss, RoutingLoss
 from consistency_reg.masks import Masks, named_arguments
-from consistency_reg.rerouting import CacheAwareRouting
+from consistency_reg.rerouting import CacheAwareRouting, RoutingSchedule, TrainedRouting
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.session import Listener, RoutingSession, Which, check_tokens
 from consistency_reg.term import Term, check_loss, check_weight, warn_of_frozen

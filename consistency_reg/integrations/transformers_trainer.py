@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from consistency_reg.capture import RouterAdapter
-from consistency_reg.in_the_loop import RoutingSchedule
 from consistency_reg.integrations.attach import attachments
 from consistency_reg.integrations.optimizer_step import StepTerm
 from consistency_reg.integrations.trainer_state import (
@@ -22,6 +21,7 @@ from consistency_reg.integrations.trainer_state import (
 from consistency_reg.losses import RoutingLoss
 from consistency_reg.masks import Masks
 from consistency_reg.optional import require
+from consistency_reg.rerouting import RoutingSchedule
 from consistency_reg.session import Which, check_tokens
 from consistency_reg.term import WeightSchedule, check_loss, check_name, usual_name
 

@@ -47,7 +47,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         """
         if storage_options is not None:
             raise TypeError(f"storage_options must be None, got {storage_options!r}")
-        place = Path(path)
+        place = Path(path).absolute()  # Lightning's own callback gives a relative folder's path as an absolute one
         place.parent.mkdir(parents=True, exist_ok=True)
         draft = Draft(place)
         with draft.writing() as file:

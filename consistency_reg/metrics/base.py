@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from consistency_reg.devices import is_on_host
-from consistency_reg.reading import LAYER, Reading
+from consistency_reg.measures.reading import LAYER, Reading
 from consistency_reg.routing import RoutingTrace
 
 

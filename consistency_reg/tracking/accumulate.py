@@ -15,11 +15,11 @@ from torch import Tensor
 from consistency_reg.functional.srp import ModelSRP
 from consistency_reg.losses.distributed import world_size
 from consistency_reg.measures import HIT_RATE, SRP, usual_length
+from consistency_reg.measures.reading import TRAINING, VALIDATION, Reading
 from consistency_reg.metrics import CacheHitRate, RoutingBalance, SegmentRoutingPerformance
 from consistency_reg.metrics.balance import ModelBalance
 from consistency_reg.metrics.base import RoutingMetric, Value
 from consistency_reg.metrics.simulated_caches import ModelHitRates
-from consistency_reg.reading import TRAINING, VALIDATION, Reading
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.tracking.experts import Expert, expert_rows
 

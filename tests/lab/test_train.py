@@ -343,6 +343,12 @@ def files_of(folder):
     return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+def test_a_checkpoint_that_is_due_at_the_last_step_in_a_folder_named_from_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert fit.main(arguments("runs/one", checkpoint_every=2)) == 0
+    assert (tmp_path / "runs" / "one" / "result.json").exists()
+
+
 def test_a_finished_run_is_not_run_again_also_on_a_disk_that_cannot_be_written(tmp_path, capsys):
     with mounted(tmp_path / "disk") as disk:
         fit.main(arguments(disk / "run", wandb_project=""))

@@ -10,8 +10,8 @@ from consistency_reg.lab.evaluate.tables import KINDS, common_length
 from consistency_reg.lab.render.palette import COLOURS
 from consistency_reg.lab.render.png import panels as empty_panels
 from consistency_reg.lab.render.png import png
+from consistency_reg.measures.reading import cache_label, segment_name
 from consistency_reg.optional import require
-from consistency_reg.reading import cache_label, segment_name
 from consistency_reg.tracking.figures import shown_token
 
 with require("plots"):

@@ -13,6 +13,7 @@ from consistency_reg.functional.srp import ModelSRP
 from consistency_reg.lab.evaluate.advice import CacheChoice, choose, knee_ratio
 from consistency_reg.lab.evaluate.traces import Recording
 from consistency_reg.measures import HIT_RATE, MIN_SHARE, PERPLEXITY, SHARED_HIT_RATE
+from consistency_reg.measures.reading import Reading, segment_name
 from consistency_reg.metrics import (
     CacheHitRate,
     ExpertSpecialization,
@@ -25,7 +26,6 @@ from consistency_reg.metrics.simulated_caches import ModelHitRates
 from consistency_reg.metrics.specialization import ModelSpecialization, Specialization
 from consistency_reg.metrics.srp import srp_values
 from consistency_reg.optional import require
-from consistency_reg.reading import Reading, segment_name
 
 with require("transformers"):
     from tqdm import tqdm

@@ -7,8 +7,8 @@ from torch import Tensor
 from consistency_reg.lab.evaluate.measure import ADVISED_POLICY, FAVOURITES, Evaluation
 from consistency_reg.lab.render.table import Table, in_bytes, number, percent
 from consistency_reg.measures import COLLAPSED_BELOW, GLOBAL_CV, HIT_RATE, LOCAL_GAIN, MIN_SHARE, SRP, of_metric
+from consistency_reg.measures.reading import Measure, cache_label, segment_name
 from consistency_reg.metrics.simulated_caches import ModelHitRates
-from consistency_reg.reading import Measure, cache_label, segment_name
 
 KINDS = {
     "domain": ("domains", "CV of the usage share"),

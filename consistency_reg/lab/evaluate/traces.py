@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistency_reg.documents import document_positions
 from consistency_reg.lab.evaluate.foreign_traces import is_foreign, read_foreign
 from consistency_reg.lab.files import write_atomically
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
+from consistency_reg.routing.documents import document_positions
 
 with require("transformers"):
     from safetensors import SafetensorError, safe_open

@@ -19,7 +19,7 @@ from consistency_reg.measures import (
     USUAL_LENGTH,
     parse,
 )
-from consistency_reg.reading import VALIDATION, Reading
+from consistency_reg.measures.reading import VALIDATION, Reading
 
 CV_RATIO_AT_MOST = 1.5  # of the baseline's global CV: what a run may give up of balance and still be compared
 WORTH_ITS_COST = 0.005  # more perplexity than this is too much for what it saves

@@ -12,8 +12,8 @@ from consistency_reg.lab.report.measured import GLOBAL_CV, MIN_SHARE, PERPLEXITY
 from consistency_reg.lab.report.pairs import Pair, over_seeds
 from consistency_reg.lab.report.runs import Run, loss_labels
 from consistency_reg.measures import AGREEMENT, COLLAPSED_BELOW, HIT_RATE
+from consistency_reg.measures.reading import VALIDATION
 from consistency_reg.optional import require
-from consistency_reg.reading import VALIDATION
 
 with require("plots"):
     import pandas as pd

@@ -15,7 +15,7 @@ from consistency_reg.lab.report.measured import PERPLEXITY
 from consistency_reg.lab.report.pairs import Pair
 from consistency_reg.lab.report.runs import Run
 from consistency_reg.lab.report.tables import measure_column, origin_tables, term
-from consistency_reg.reading import VALIDATION, Reading
+from consistency_reg.measures.reading import VALIDATION, Reading
 
 MOST_NAMED = 3  # losses in a title
 

@@ -2,7 +2,7 @@
 
 from consistency_reg import measures
 from consistency_reg.measures import USUAL_LENGTH
-from consistency_reg.reading import VALIDATION, Reading
+from consistency_reg.measures.reading import VALIDATION, Reading
 
 PERPLEXITY = measures.PERPLEXITY.at().within(VALIDATION)
 HITS = measures.HIT_RATE.at(share=0.25).within(VALIDATION)

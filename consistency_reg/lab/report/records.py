@@ -11,8 +11,8 @@ from consistency_reg.lab.files import write_atomically
 from consistency_reg.lab.pricing import rows as prices
 from consistency_reg.lab.report.measured import PERPLEXITY
 from consistency_reg.lab.report.runs import Run, attach, refuse_different_data
+from consistency_reg.measures.reading import VALIDATION
 from consistency_reg.optional import require
-from consistency_reg.reading import VALIDATION
 
 with require("plots"):
     import pandas as pd

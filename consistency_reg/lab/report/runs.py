@@ -23,7 +23,7 @@ from consistency_reg.lab.report.curves import Curve, read_curve
 from consistency_reg.lab.report.measured import HITS, MIN_SHARE, PERPLEXITY
 from consistency_reg.lab.run_folder import RunFolder
 from consistency_reg.measures import COLLAPSED_BELOW, parse
-from consistency_reg.reading import Reading
+from consistency_reg.measures.reading import Reading
 
 HASH_DIGITS = 16  # of a corpus' SHA-256: enough to tell two apart
 SAME_PERPLEXITY = 0.01  # relative; what the precision of a forward may change

@@ -11,7 +11,7 @@ from consistency_reg.lab.report.measured import GLOBAL_CV, HITS, LOCAL_GAIN, MAX
 from consistency_reg.lab.report.pairs import Pair
 from consistency_reg.lab.report.runs import Run
 from consistency_reg.measures import COLLAPSED_BELOW, shown_in
-from consistency_reg.reading import VALIDATION, Reading
+from consistency_reg.measures.reading import VALIDATION, Reading
 
 ASKED_FIRST = (HITS, PERPLEXITY, SRP, LOCAL_GAIN, MIN_SHARE, MAX_MEAN, GLOBAL_CV)  # the order of changes in a pair
 

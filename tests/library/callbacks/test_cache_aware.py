@@ -13,7 +13,7 @@ from toy_lightning import ToyMoE, Validated, fit, layer_ids, loader, parameters,
 from consistency_reg import CacheAwareRouting, RouterCapture, RoutingMonitor, functional
 from consistency_reg.callbacks import CacheAwareTraining
 from consistency_reg.capture import RouterAdapter, Weighing
-from consistency_reg.in_the_loop import RoutingSchedule
+from consistency_reg.rerouting import RoutingSchedule
 
 ADAPTERS = [RouterAdapter("^ToyTopKRouter$", weights=Weighing(normalized=False))]
 QUIET = {

@@ -10,8 +10,8 @@ from plain_sgd import PLAIN_SGD
 from tiny_models import tiny_model, token_ids
 
 from consistency_reg import CacheAwareRouting, LocalConsistencyLoss, RouterCapture, attach
-from consistency_reg.in_the_loop import RoutingSchedule
 from consistency_reg.integrations import ConsistencyCallback
+from consistency_reg.rerouting import RoutingSchedule
 
 LOSS = LocalConsistencyLoss((3, 5))
 STRENGTH, RATIO, T = 0.4, 1.5, 12

@@ -11,7 +11,7 @@ a domain. :func:`parse` reads such a name back.
 import re
 from collections.abc import Iterator, Sequence
 
-from consistency_reg.reading import (
+from consistency_reg.measures.reading import (
     AGREEMENT_CALLBACK,
     AS_PAIR,
     DIFFERENCE,

@@ -13,10 +13,10 @@ from torch.utils.hooks import RemovableHandle
 from consistency_reg.capture import DEFAULT_ADAPTERS, RouterAdapter, RouterCall
 from consistency_reg.capture.changing import check_changeable, check_weights, exchange, given_choice, known_top_k, weigh
 from consistency_reg.capture.finding import find_routers
-from consistency_reg.forwards import Forward, Forwards
+from consistency_reg.capture.hooks import OwnedHook
 from consistency_reg.functional.cache_aware import CacheAwareChoice, cache_aware_choice, check_cache_aware
-from consistency_reg.hooks import OwnedHook
 from consistency_reg.masks import Masks
+from consistency_reg.rerouting.forwards import Forward, Forwards
 from consistency_reg.routing import WEIGHTS
 
 REMEMBERED = 16  # forwards whose backward passes are still to come, as with a loss of several forwards

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from consistency_reg.hooks import OwnedHook
+from consistency_reg.capture.hooks import OwnedHook
 from consistency_reg.masks import Masks, batch_masks, named_arguments
-from consistency_reg.running_caches import RunningCaches, cached_tokens, keep, kv_cache, running_caches
+from consistency_reg.rerouting.running_caches import RunningCaches, cached_tokens, keep, kv_cache, running_caches
 
 TOKENS = ("input_ids", "inputs_embeds")
 
