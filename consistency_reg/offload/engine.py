@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consistency_reg.offload.budget import parse_bytes
+from consistency_reg.byte_sizes import parse_bytes
 from consistency_reg.offload.cache import check_engine_policy
 from consistency_reg.offload.interface import Dispatch
 from consistency_reg.offload.kernel import compute

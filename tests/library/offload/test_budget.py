@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consistency_reg.offload.budget import equal_slots, parse_bytes, show_bytes, spread_slots
+from consistency_reg.byte_sizes import parse_bytes, show_bytes
+from consistency_reg.offload.budget import equal_slots, spread_slots
 
 
 @pytest.mark.parametrize(
