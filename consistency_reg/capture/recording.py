@@ -167,7 +167,7 @@ class RouterCapture:
             self._recordings -= 1
 
     def trace(self, valid: Tensor | None = None, document_ids: Tensor | None = None) -> RoutingTrace:
-        """The routing of the last forward, graph kept where there was one.
+        """Return the routing of the last forward, graph kept where there was one.
 
         Args:
             valid: [B, T] bool, True for real tokens; all when None.
@@ -247,7 +247,7 @@ class RouterCapture:
         self._handles.clear()
 
     def _scores(self, name: str, reading: Reading) -> Tensor:
-        """What the router selected by. Not for the hook: within a checkpointed layer it would change what is saved."""
+        """Return what the router selected by. Not for a hook: a checkpointed layer would save other tensors."""
         router = self._routers[name]
         return router.adapter.read_scores(router.module, reading.logits, reading.ids, reading.given)
 
@@ -263,7 +263,7 @@ class RouterCapture:
 
     @torch.no_grad()
     def _check_selection(self, trace: RoutingTrace) -> None:
-        """A router that was read by shape alone must select by its logits: looked at once, as it reads the data."""
+        """Raise ValueError if a router read by its shape does not select by its logits; reads data, so once only."""
         for layer in trace:
             if layer.name in self._unchecked:
                 assert layer.scores is not None
@@ -349,7 +349,7 @@ class RouterCapture:
         self._readings.setdefault(name, []).append(reading)
 
     def _read_experts(self, name: str, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """What the experts are given, of a router that does not return it."""
+        """Read the ids that the experts are given, where the router does not return them."""
         readings = self._readings.get(name)
         if not self._listening or not readings or readings[-1].expert_ids is not None:
             return
@@ -372,7 +372,7 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _is_step_of_generation(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a forward goes on from a cache, or fills one that it was given, without autograd."""
+    """Return whether a forward continues a cache, or fills one that it was given, without autograd."""
     if torch.is_grad_enabled():
         return False  # tuned prefixes are given as a cache, too
     return any(kwargs.get(name) is not None for name in CACHES) or any(hasattr(arg, "get_seq_length") for arg in args)

@@ -29,7 +29,7 @@ def compute(module: nn.Module, visit: Visit, hidden_NH: Tensor, ids_NK: Tensor, 
 
 
 def is_plain(module: Any) -> bool:
-    """Whether an expert is a gated MLP without bias, with transformers' default gate: most architectures."""
+    """Return whether an expert is a gated MLP without bias, with transformers' default gate: most architectures."""
     with require("transformers"):
         from transformers.integrations.moe import _default_apply_gate
     return bool(

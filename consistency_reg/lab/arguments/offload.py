@@ -20,7 +20,7 @@ def parser() -> CommandParser:
         epilog=EXAMPLE,
     )
     command.add_argument("models", nargs="+", metavar="MODEL", help="folder, finished run, or hub id of a model")
-    command.add_argument("--prompt", action="append", type=Path, default=[], metavar="FILE", help="text to go on from")
+    command.add_argument("--prompt", action="append", type=Path, default=[], metavar="FILE", help="text to continue")
     command.add_argument("--tokens", type=int, default=256, metavar="N", help="to write for each prompt; default: 256")
     command.add_argument("--memory", metavar="SIZE", help="for weights and slots together, such as 2GB")
     command.add_argument("--slots", type=int, metavar="N", help="of every layer")
