@@ -10,6 +10,7 @@ from torch import nn
 from consistency_reg.capture.calls import told_of
 from consistency_reg.capture.readings import Forward, shape_of
 from consistency_reg.capture.stacks import Stack
+from consistency_reg.hints import inner_batches, looks_padded, unread_hints
 from consistency_reg.masks import (
     DESCRIBES_TOKENS,
     Masks,
@@ -17,9 +18,6 @@ from consistency_reg.masks import (
     given_by,
     has_tokens,
     labelled_tokens,
-    looks_padded,
-    nested_names,
-    not_read,
     read_masks,
     token_shape,
 )
@@ -89,25 +87,34 @@ class TokenReader:
 
     def _warn_of_unknown_masks(self, stack: Stack, told: Mapping[str, Any], batch: Any, forward: Forward) -> None:
         """Warn once where something hints at pads or boundaries that are not known."""
-        if any(told.get(name) is not None for name in DESCRIBES_TOKENS):
-            return
-        given = given_by(batch)
-        hints = not_read({**given, **told})
-        if not _of_encoder_decoder(forward):  # the masks of a batch may be those of the other
-            hints += [name for name in DESCRIBES_TOKENS if given.get(name) is not None] + nested_names(batch)
-        if hints:
+        boundaries, pads = unread_hints(
+            told, given_by(batch), inner_batches(batch), encoder_decoder=_of_encoder_decoder(forward)
+        )
+        if pads:
             self._warn_once(
-                f"{sorted(set(hints))} of the batch may tell which tokens of {stack} are pads or where documents "
-                "begin, but this is not read: all tokens count, each row as one document. Give the model an "
+                f"{sorted({*boundaries, *pads})} of the batch may tell which tokens of {stack} are pads or where "
+                "documents begin, but this is not read: all tokens count, each row as one document. Give the model an "
                 "attention_mask, document_ids or position_ids, or give masks="
             )
-        elif self._looks_left or not forward[stack.names[0]].logits.is_cuda:
-            self._looks_left = max(0, self._looks_left - 1)
-            if looks_padded(told, self._pad_id(forward)):
-                self._warn_once(
-                    f"rows of input_ids begin or end with the pad token {self._pad_id(forward)} but there is no "
-                    "attention_mask: these tokens count as real. Give the model an attention_mask, or give masks="
-                )
+        elif boundaries:
+            self._warn_once(
+                f"{boundaries} of the batch may tell where documents begin in the rows of {stack}, but this is not "
+                "read: each row counts as one document. Give the model document_ids or position_ids of its tokens, or "
+                "give masks="
+            )
+        elif not any(told.get(name) is not None for name in DESCRIBES_TOKENS):
+            self._warn_of_pads(told, forward[stack.names[0]].logits.is_cuda, self._pad_id(forward))
+
+    def _warn_of_pads(self, told: Mapping[str, Any], is_cuda: bool, pad_id: int | None) -> None:
+        """Warn once where ids look padded although no mask says so; on a GPU, whose host waits, look a few times."""
+        if not self._looks_left and is_cuda:
+            return
+        self._looks_left = max(0, self._looks_left - 1)
+        if looks_padded(told, pad_id):
+            self._warn_once(
+                f"rows of input_ids begin or end with the pad token {pad_id} but there is no attention_mask: these "
+                "tokens count as real. Give the model an attention_mask, or give masks="
+            )
 
     def _pad_id(self, forward: Forward) -> int | None:
         """Return the id of pads, as the configuration of the model around the routers tells it."""
