@@ -109,7 +109,7 @@ class GoalKeeper:
         return {"controller": self.controller.state_dict(), "complained": self._complained}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Resume from :meth:`state_dict`."""
         self.controller.load_state_dict(state_dict["controller"])
         self._complained = state_dict["complained"]
 

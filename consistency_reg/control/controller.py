@@ -94,7 +94,7 @@ class WeightController:
         return {name: getattr(self, name) for name in ("push", "_lasting", "_passing", "_step", "_stuck_since")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; the limit and the response are those of this controller."""
+        """Resume from :meth:`state_dict`; the limit and the response are those of this controller."""
         for name, value in state_dict.items():
             setattr(self, name, value)
         self._lasting = _clip(self._lasting, 0.0, self.limit)

@@ -121,7 +121,7 @@ class Budget:
 
     @property
     def scale(self) -> float:
-        """The whole budget."""
+        """The bound: the whole budget."""
         return self.bound
 
     @property

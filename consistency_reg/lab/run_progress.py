@@ -124,7 +124,7 @@ class RunProgress(Callback):
         return {"tokens": self.tokens, "seconds": self.seconds, "wall_seconds": self.wall_seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Resume from :meth:`state_dict`."""
         self._tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
         self._earlier_seconds = state_dict.get("wall_seconds", self.seconds)  # older checkpoints have none
 

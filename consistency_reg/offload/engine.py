@@ -225,7 +225,7 @@ class OffloadedExperts:
 
     @property
     def num_experts(self) -> list[int]:
-        """E of each layer."""
+        """The number of routed experts of each layer, E."""
         return [layer.num_experts for layer in self._layers]
 
     def reset(self) -> None:
