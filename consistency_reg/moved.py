@@ -29,6 +29,7 @@ MOVED = {  # former path below consistency_reg -> present path; a package takes 
     "functional.policies": "cache_policies",
     "hooks": "capture.hooks",
     "kernels.cache": "kernels.cache_hits",
+    "lab.evaluate.deployed": "lab.pricing.measure",
     "lm": "lab",
     "lm.cache": "lab.corpus.disk_cache",
     "lm.cleaning": "lab.corpus.cleaning",

@@ -18,6 +18,7 @@ from typing import Any
 
 from consistency_reg.lab.files import naming, remove_leftovers, write_atomically, write_json
 
+PRICES = "prices.csv"
 CONFIG, RESULT, PROGRESS, METRICS = "config.yaml", "result.json", "progress.json", "metrics.csv"
 CHECKPOINTS, LAST, MODEL, WANDB, WANDB_ID = "checkpoints", "last.ckpt", "model", "wandb", "wandb-id"
 CELL_CONFIG, CELL_SETTINGS, LOG, LOCK = "cell.yaml", "cell.json", "log.txt", "lock"
@@ -82,6 +83,11 @@ class RunFolder:
         return self.path / WANDB
 
     @property
+    def prices(self) -> Path:
+        """What cache-aware routing costs and saves, by ``consistency-reg price``."""
+        return self.path / PRICES
+
+    @property
     def cell_config(self) -> Path:
         """What a cell of an ablation changes in its recipe."""
         return self.path / CELL_CONFIG
@@ -133,6 +139,8 @@ class RunFolder:
             write_atomically(self.path / f"config-{len(earlier) + 1}.yaml", config)
         if self.result.exists():
             self.result.rename(self.path / f"result-{len(self.earlier_configs())}.json")
+        if self.prices.exists():  # of the model as it was
+            self.prices.rename(self.path / f"prices-{len(self.earlier_configs())}.csv")
 
     def earlier_configs(self) -> list[Path]:
         """Return the recipes that the run had before it was trained for more steps."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from consistency_reg.byte_sizes import parse_bytes
 from consistency_reg.offload.cache import check_engine_policy
 from consistency_reg.offload.interface import Dispatch
-from consistency_reg.offload.kernel import compute
+from consistency_reg.offload.kernel import kernel_of
 from consistency_reg.offload.layers import experts_per_token
 from consistency_reg.offload.memory import FastMemory
 from consistency_reg.offload.origin import FromFolder, FromModel, Origin
@@ -148,6 +148,8 @@ class OffloadedExperts:
             self.model, layers = self._origin.take(store, self.device)
             if self.device.type == "cuda":
                 self._store = OntoGPU(store, self.device)
+            self._kernels = [kernel_of(layer.module) for layer in layers]
+            self._expert_bytes = [store.expert_bytes(number) for number in range(len(layers))]
             self._dispatch = Dispatch(layers, self._compute)
         except BaseException:
             store.close()
@@ -250,13 +252,13 @@ class OffloadedExperts:
         assert self._memory is not None
         visit = self._memory.visit(number, tokens, self._store)
         try:
-            output = compute(module, visit, hidden_NH, ids_NK, weights_NK)
+            output = self._kernels[number](module, visit, hidden_NH, ids_NK, weights_NK)
         except BaseException:
             visit.abandon()
             self.reset()  # slots may be half filled
             raise
         misses = len(visit.misses)
-        read = misses * self._store.expert_bytes(number)
+        read = misses * self._expert_bytes[number]
         counts = Counts(len(visit.experts) - misses, misses, read, visit.seconds_waiting)
         self._recorder.add(number, len(tokens), counts)
         if self._record:

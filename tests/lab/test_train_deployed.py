@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from consistency_reg import CacheAwareRouting, RouterCapture
 from consistency_reg.lab import train as fit
-from consistency_reg.lab.evaluate.deployed import price_run
+from consistency_reg.lab.pricing.runs import price_run
 from consistency_reg.lab.recipe import consistency_term, pair_digest, term_options
 
 CHANGES = {"routing.strength": 0.3, "routing.start_step": 0, "routing.ramp_steps": 2, "trainer.max_steps": 3}
