@@ -67,7 +67,7 @@ class CacheAwareState:
         return cls(last_use, tokens.double(), tokens, tokens.clone())
 
     def select(self, rows: Tensor) -> Self:
-        """Return the state of some rows [B'] int64, in that order: beams that were kept, or rows that go on.
+        """Return the state of some rows [B'] int64, in that order: beams that were kept, or rows that continue.
 
         Example:
             >>> CacheAwareState.empty(2, num_experts=3).select(torch.tensor([1, 1, 0])).tokens.tolist()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consistency_reg.offload.budget import parse_bandwidth
+from consistency_reg.byte_sizes import parse_bandwidth
 from consistency_reg.offload.cache import check_engine_policy
 from consistency_reg.offload.interface import Dispatch
 from consistency_reg.offload.kernel import kernel_of
@@ -241,7 +241,7 @@ class OffloadedExperts:
 
     @property
     def num_experts(self) -> list[int]:
-        """E of each layer."""
+        """The number of routed experts of each layer, E."""
         return [layer.num_experts for layer in self._layers]
 
     def reset(self) -> None:

@@ -25,7 +25,7 @@ def kernel_of(module: nn.Module) -> Kernel:
 
 
 def is_plain(module: Any) -> bool:
-    """Whether an expert is a gated MLP without bias, with transformers' default gate: most architectures."""
+    """Return whether an expert is a gated MLP without bias, with transformers' default gate: most architectures."""
     with require("transformers"):
         from transformers.integrations.moe import _default_apply_gate
     return bool(

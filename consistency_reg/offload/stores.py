@@ -174,7 +174,7 @@ class HostStore:
 
 
 class OntoGPU:
-    """Copies to a CUDA device beside its computing: what another store brings to pinned memory goes on from there.
+    """Copies to a CUDA device beside its computing: what another store brings to pinned memory is copied on from there.
 
     Never run where this was written, which has no GPU.
 

@@ -1,4 +1,4 @@
-"""What was measured of one model, as the numbers that tables, files and wandb show."""
+"""The measures of one offloaded model, as the numbers that tables, files and wandb show."""
 
 import math
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ class Measured:
         return numbers
 
     def token_rows(self) -> list[dict[str, float | int | str]]:
-        """A row for each decoded token: what it took and what it read."""
+        """Return a row for each decoded token: what it took and what it read."""
         return [
             {
                 "model": self.name,

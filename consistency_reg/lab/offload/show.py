@@ -1,4 +1,4 @@
-"""What was measured as a table, as files and as a picture."""
+"""The measures of offloaded models as a table, as files and as a picture."""
 
 import csv
 import io
