@@ -15,17 +15,12 @@ Shape = tuple[int, int]
 
 # What is read of a batch, or of the arguments that a model is called with.
 TOKENS = ("input_ids", "inputs_embeds")
-CUMULATIVE = ("cu_seq_lens_q", "cu_seqlens", "cu_seq_lens")
+CUMULATIVE = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens", "cu_seq_lens", "cu_seq_lens_k", "cu_seqlens_k")
 BOUNDARIES = ("document_ids", "seq_idx", *CUMULATIVE, "position_ids")
 DESCRIBES_TOKENS = ("attention_mask", *BOUNDARIES)
 LABELS = ("labels", "shift_labels")
 KEYS = (*TOKENS, *DESCRIBES_TOKENS, *LABELS, "past_key_values")
 
-# Names under which others keep such things in forms that cannot be told: said, not guessed.
-NOT_READ = (
-    *("block_mask", "doc_ids", "key_padding_mask", "length", "lengths", "mask", "padding_mask"),
-    *("segment_ids", "seq_lengths", "seq_lens", "seqlens", "sequence_ids", "src_key_padding_mask"),
-)
 NOT_ATTENDED = -1000.0  # and less, in a mask that is added to scores
 IGNORED_LABEL = -100
 
@@ -81,8 +76,10 @@ def read_masks(given: Mapping[str, Any], shape: Shape | None = None, pad_id: int
         document_ids = torch.stack(found).any(dim=0).long().cumsum(dim=1) if found else None
         if document_ids is None:
             document_ids = _numbered_in(given.get("attention_mask"))
-    if given.get("attention_mask") is None and document_ids is not None:
-        real = _without_trailing_pads(given, document_ids, pad_id)
+    mask = given.get("attention_mask")
+    square = attended is not None and explicit is None and pad_id is not None  # pads may attend themselves there
+    if document_ids is not None and (mask is None or square):
+        real = _without_lonely_pads(given, document_ids, pad_id, on_the_left=square)
         valid = real if valid is None else valid if real is None else valid & real
     return valid, document_ids
 
@@ -118,11 +115,6 @@ def labelled_tokens(given: Mapping[str, Any], shape: Shape) -> Tensor:
         got = "none" if labels is None else f"{list(labels.shape)}" if isinstance(labels, Tensor) else type(labels)
         raise ValueError(f"tokens='labels' needs labels of the tokens [B, T] = {list(shape)}, got {got}")
     return labels != IGNORED_LABEL
-
-
-def not_read(given: Mapping[str, Any]) -> list[str]:
-    """Return names in ``given`` that look like masks or boundaries but are not read."""
-    return [name for name in NOT_READ if given.get(name) is not None]
 
 
 def token_ids(batch: Any) -> Tensor | None:
@@ -166,29 +158,6 @@ def count_tokens(batch: Any, masks: Callable[[Any], Masks] | None = None) -> Ten
     return sum(counts[1:], counts[0]) if counts else 0
 
 
-def nested_names(batch: Any, depth: int = 0) -> list[str]:
-    """Return the names of masks and boundaries that stand in a batch of batches.
-
-    Example:
-        >>> nested_names({"code": {"attention_mask": torch.ones(1, 2)}})
-        ['attention_mask']
-    """
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
-    inner = [part for part in parts if isinstance(part, Mapping | list | tuple)]
-    found = {name for part in inner for name in DESCRIBES_TOKENS if isinstance(part, Mapping) and name in part}
-    return sorted(found.union(*(nested_names(part, depth + 1) for part in inner if depth < 3)))
-
-
-def looks_padded(given: Mapping[str, Any], pad_id: int | None) -> bool:
-    """Return whether a row of ``input_ids`` begins or ends with two or more pads; reads the data."""
-    ids = given.get("input_ids")
-    if pad_id is None or not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] < 2:
-        return False
-    pads = ids == pad_id
-    whole_row = pads.all(dim=1)
-    return bool(((pads[:, -2:].all(dim=1) | pads[:, :2].all(dim=1)) & ~whole_row).any())
-
-
 def _refuse(name: str, value: Any, shape: Shape) -> ValueError:
     got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
     return ValueError(
@@ -219,7 +188,7 @@ def _read_attention(mask: Any, shape: Shape, *, cached: bool) -> Masks:
     attended = attended[..., -T:]  # a tuned prefix comes before the tokens
     if queries == 1:
         return attended[:, 0].expand(B, T), None
-    valid = attended.diagonal(dim1=1, dim2=2) & ~_unmasked_pads(attended)
+    valid = attended.diagonal(dim1=1, dim2=2) & ~_unmasked_pads(attended) & ~_passed_pads(attended)
     begins = torch.zeros_like(valid)
     begins[:, 1:] = ~attended.diagonal(-1, 1, 2)
     return valid.expand(B, T), begins.expand(B, T)
@@ -266,8 +235,30 @@ def _unmasked_pads(attended: Tensor) -> Tensor:
     The memory-efficient kernels want no query without a key, so some masks let pads on the left attend all.
     """
     everything, future = attended.all(dim=-1), attended.triu(1).any(dim=-1)
-    causal = ~(future & ~everything).any() & ~everything.all()
-    return everything & future & causal
+    causal = ~(future & ~everything).any()
+    one_way = attended.diagonal(dim1=1, dim2=2)[:, 1:] & ~attended.diagonal(1, 1, 2)  # from later tokens alone
+    return everything & future & causal & (~everything.all(dim=1, keepdim=True) | one_way.any())
+
+
+def _passed_pads(attended: Tensor) -> Tensor:
+    """Return which tokens of a [B, T, T] mask are pads on the right that attend themselves and the row's tokens.
+
+    Kernels want no query without a key. No later token attends such a pad, and it or the next one attends tokens before
+    its predecessor, but not that predecessor, although that attends itself.
+    """
+    itself, past = attended.diagonal(dim1=1, dim2=2), attended.tril(-1)
+    around = past.any(dim=2)
+    around[:, 0] = False
+    around[:, 1:] &= itself[:, :-1] & ~attended.diagonal(-1, 1, 2)
+    passed = around.clone()
+    passed[:, :-1] |= around[:, 1:]
+    return passed & ~past.any(dim=1)
+
+
+def _run_at_end(marked: Tensor, least: int) -> Tensor:
+    """Return which of [B, T] are in the run of marked ones that ends a row, if it has at least so many."""
+    run = marked.flip(1).long().cumprod(dim=1).flip(1).bool()
+    return run & run[:, -least:].all(dim=1, keepdim=True)
 
 
 def _read_documents(name: str, value: Any, shape: Shape) -> Masks:
@@ -322,8 +313,10 @@ def _numbered_in(mask: Any) -> Tensor | None:
     return mask.long() if mask.is_cuda or bool((mask > 1).any()) else None  # a GPU's host does not wait
 
 
-def _without_trailing_pads(given: Mapping[str, Any], document_ids: Tensor, pad_id: int | None) -> Tensor | None:
-    """Return which tokens are no pads, where pads without a mask end a row as documents of one token.
+def _without_lonely_pads(
+    given: Mapping[str, Any], document_ids: Tensor, pad_id: int | None, *, on_the_left: bool
+) -> Tensor | None:
+    """Return which tokens are no pads, where pads end (or begin) a row as documents of one token.
 
     They have the pad's id, or if that is not known the same one, twice at least; and no label.
     """
@@ -336,9 +329,9 @@ def _without_trailing_pads(given: Mapping[str, Any], document_ids: Tensor, pad_i
     alone &= ids == (ids[:, -1:] if pad_id is None else pad_id)
     if isinstance(labels, Tensor) and labels.shape == ids.shape:
         alone &= labels == IGNORED_LABEL
-    pads = alone.flip(1).long().cumprod(dim=1).flip(1).bool()
-    if pad_id is None:
-        pads &= pads[:, -2:].all(dim=1, keepdim=True)
+    pads = _run_at_end(alone, least=2 if pad_id is None else 1)
+    if on_the_left:
+        pads = pads | _run_at_end(alone.flip(1), least=1).flip(1)
     return ~pads
 
 
@@ -349,5 +342,6 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
         >>> named_arguments(nn.Linear(2, 2), (1,), {})
         {'input': 1}
     """
-    given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | dict(kwargs)
+    names = inspect.signature(module.forward).parameters if args else ()  # a signature takes as long as a small layer
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
     return {name: value for name, value in given.items() if value is not None}

@@ -18,8 +18,8 @@ from consistency_reg.lab.report.pairs import Pair
 from consistency_reg.lab.report.runs import run_from_result
 from consistency_reg.lab.report.tables import overview_table, pair_table, run_tables
 from consistency_reg.lab.workspace import workspace
+from consistency_reg.measures.reading import AS_PAIR, LAYER, MODEL, Measure
 from consistency_reg.metrics import RoutingBalance
-from consistency_reg.reading import AS_PAIR, LAYER, MODEL, Measure
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.tracking.accumulate import RoutingMeasures
 

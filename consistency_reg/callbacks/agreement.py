@@ -1,4 +1,4 @@
-"""How far fine-tuning takes a model's routing from what it was, as a Lightning callback."""
+"""A Lightning callback that measures how far fine-tuning takes a model's routing from what it was."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -12,9 +12,9 @@ from consistency_reg.capture import RouterAdapter
 from consistency_reg.functional.agreement import agreement_mean
 from consistency_reg.masks import Masks
 from consistency_reg.measures import HIT_RATE
+from consistency_reg.measures.reading import VALIDATION
 from consistency_reg.metrics import SegmentCacheHitRate
 from consistency_reg.optional import require
-from consistency_reg.reading import VALIDATION
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.session import Listener, RoutingSession, Which, check_tokens
 

@@ -12,11 +12,10 @@ from consistency_reg.callbacks.batches import domain_names
 from consistency_reg.callbacks.monitor import RoutingMonitor
 from consistency_reg.capture import RouterAdapter, RouterCapture
 from consistency_reg.functional.agreement import agreement_mean
-from consistency_reg.in_the_loop import RoutingSchedule
 from consistency_reg.losses.distributed import all_sum
 from consistency_reg.masks import Masks, batch_masks
 from consistency_reg.optional import require
-from consistency_reg.rerouting import CacheAwareRouting
+from consistency_reg.rerouting import CacheAwareRouting, RoutingSchedule
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.tracking.accumulate import RoutingMeasures
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from consistency_reg.callbacks.monitor import RoutingMonitor
 from consistency_reg.measures import CROSS_ENTROPY
+from consistency_reg.measures.reading import TRAINING
 from consistency_reg.optional import require
-from consistency_reg.reading import TRAINING
 
 with require("lightning"):
     from lightning.pytorch import LightningModule, Trainer

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from consistency_reg.capture.finding import Router
+from consistency_reg.hints import is_hint
 from consistency_reg.masks import DESCRIBES_TOKENS, KEYS, TOKENS, Shape, has_tokens, token_shape
 
 DECODER = "decoder_"
@@ -62,10 +63,12 @@ class Caller:
         return f"{DECODER}input_ids" in self.arguments
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments that describe tokens, by name; those that are None are left out."""
+        """Return the arguments that describe tokens, or may do so, by name; those that are None are left out."""
         given = dict(zip(self.arguments, args, strict=False)) | dict(kwargs)
         return {
-            name: value for name, value in given.items() if value is not None and name.removeprefix(DECODER) in KEYS
+            name: value
+            for name, value in given.items()
+            if value is not None and (name.removeprefix(DECODER) in KEYS or is_hint(name, value))
         }
 
 

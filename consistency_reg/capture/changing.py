@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from consistency_reg.capture.finding import Router, how_to_register, is_ids
-from consistency_reg.capture.rerouting import RouterCall
+from consistency_reg.capture.weighing import RouterCall
 
 TOP_K = ("top_k", "num_experts_per_tok", "moe_top_k")
 TOLERANCE, TOLERANCE_16_BIT = 1e-3, 3e-2  # relative, of a router's weights

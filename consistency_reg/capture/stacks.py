@@ -81,9 +81,8 @@ def trained_stacks(
 
 
 def _is_trained(module: nn.Module, parameters: Collection[int] | None) -> bool:
-    if parameters is None:
-        return any(parameter.requires_grad for parameter in module.parameters())
-    return any(id(parameter) in parameters for parameter in module.parameters())
+    learning = (parameter for parameter in module.parameters() if parameter.requires_grad)
+    return any(parameters is None or id(parameter) in parameters for parameter in learning)
 
 
 def counted_forwards(capture: RouterCapture, names: Sequence[str]) -> list[Forward]:

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from consistency_reg.devices import is_on_host
-from consistency_reg.documents import document_positions, row_chunks, rows_of
 from consistency_reg.functional.segments import (
     active_experts,
     running_sums,
     window_ends,
 )
 from consistency_reg.routing import check_expert_ids, check_id_shape, check_masks
+from consistency_reg.routing.documents import document_positions, row_chunks, rows_of
 
 CHUNK_TOKENS = 8192  # bounds the memory whatever B is
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from consistency_reg.cache_policies import CACHE_POLICIES, EVICTING, check_policy
 from consistency_reg.functional.balance import usage_counts
-from consistency_reg.functional.cache_hits import Simulation, checked_trace, most_used
+from consistency_reg.functional.cache_hits import checked_trace, most_used
+from consistency_reg.functional.cache_simulation import Simulation
 from consistency_reg.functional.row_accesses import RowAccesses
 from consistency_reg.functional.segments import side_by_side
 from consistency_reg.routing import RoutingTrace
@@ -131,7 +132,7 @@ class EngineReplay:
 
     @property
     def hits(self) -> int:
-        """The look-ups that hit."""
+        """The number of look-ups that hit."""
         return sum(int((held & asked).sum()) for held, asked in zip(self.held, self.looked_up, strict=True))
 
     @property
@@ -141,7 +142,7 @@ class EngineReplay:
 
     @property
     def hit_rate(self) -> float:
-        """Hits by look-ups."""
+        """The share of look-ups that hit."""
         return self.hits / max(self.hits + self.misses, 1)
 
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from consistency_reg.functional.cache_hits import Simulation, checked_trace, mean_over_documents, simulate
+from consistency_reg.functional.cache_hits import checked_trace, mean_over_documents
+from consistency_reg.functional.cache_simulation import Simulation, simulate
 
 
 def sch(

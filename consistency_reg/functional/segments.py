@@ -1,4 +1,4 @@
-"""Windows of tokens inside documents, which :mod:`consistency_reg.documents` defines.
+"""Windows of tokens inside documents, which :mod:`consistency_reg.routing.documents` defines.
 
 B rows, T tokens a row, E routed experts of the layer, K active experts per token, m segment length.
 """

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from consistency_reg.devices import is_on_host
-from consistency_reg.documents import row_chunks
 from consistency_reg.routing import check_id_shape
+from consistency_reg.routing.documents import row_chunks
 
 CHUNK_TOKENS = 2**13  # bounds the memory whatever B is
 

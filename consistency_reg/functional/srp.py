@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from consistency_reg import devices
-from consistency_reg.documents import document_positions, row_chunks, rows_of
 from consistency_reg.functional.segments import (
     active_experts,
     check_segment_lengths,
@@ -24,6 +23,7 @@ from consistency_reg.functional.segments import (
     window_ends,
 )
 from consistency_reg.routing import RoutingTrace, check_id_shape, check_masks
+from consistency_reg.routing.documents import document_positions, row_chunks, rows_of
 
 CHUNK_TOKENS = 2**13  # with 64 experts a chunk is a megabyte: it stays in a CPU's cache
 KERNEL_CHUNK_TOKENS = 2**22  # enough to fill a GPU
@@ -31,7 +31,7 @@ KERNEL_CHUNK_TOKENS = 2**22  # enough to fill a GPU
 
 @dataclass(frozen=True)
 class SRPCounts:
-    """All that SRP needs to know of one layer: integers, so that they add up over batches and processes exactly.
+    """Counts that determine the SRP of one layer: integers, so that they add up over batches and processes exactly.
 
     Attributes:
         windows: for each segment length m, [E, m+1] int64; ``[e, j]`` is the number of windows with ``f[e] = j``.

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from consistency_reg.capture import RouterAdapter
-from consistency_reg.hooks import OwnedHook
-from consistency_reg.in_the_loop import RoutingSchedule, TrainedRouting
+from consistency_reg.capture.hooks import OwnedHook
 from consistency_reg.integrations.carry import carry
 from consistency_reg.integrations.model_loss import Factors, add_to_loss
 from consistency_reg.losses import RouterAnchorLoss, RoutingLoss
 from consistency_reg.masks import Masks, named_arguments
-from consistency_reg.rerouting import CacheAwareRouting
+from consistency_reg.rerouting import CacheAwareRouting, RoutingSchedule, TrainedRouting
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.session import Listener, RoutingSession, Which, check_tokens
 from consistency_reg.term import Term, check_loss, check_weight, warn_of_frozen
@@ -242,7 +241,7 @@ class Attachment:
             self._listener.expect()
 
     def _check_call(self, router: nn.Module, *_: Any) -> None:
-        """A model that is trained without being called itself would silently train without the term."""
+        """Raise if a model is trained without being called itself, which would train without the term."""
         if not self._called and router.training and torch.is_grad_enabled():
             raise RuntimeError(
                 f"a router ran in training outside of a forward of the {type(self._model).__name__} that the "
@@ -279,7 +278,7 @@ class Attachment:
 
 
 def attachments(model: nn.Module) -> list[Attachment]:
-    """Those that add a term to the model's loss now."""
+    """Return the attachments that add a term to the model's loss now."""
     owners = [hook.owner for hook in model._forward_hooks.values() if isinstance(hook, OwnedHook)]
     return [owner for owner in owners if isinstance(owner, Attachment)]
 

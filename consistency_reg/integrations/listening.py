@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from consistency_reg.hooks import OwnedHook
+from consistency_reg.capture.hooks import OwnedHook
 from consistency_reg.masks import named_arguments
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.session import RoutingSession

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from consistency_reg.capture import RouterAdapter
-from consistency_reg.in_the_loop import RoutingSchedule
 from consistency_reg.integrations.attach import attachments
 from consistency_reg.integrations.optimizer_step import StepTerm
 from consistency_reg.integrations.trainer_state import (
@@ -22,6 +21,7 @@ from consistency_reg.integrations.trainer_state import (
 from consistency_reg.losses import RoutingLoss
 from consistency_reg.masks import Masks
 from consistency_reg.optional import require
+from consistency_reg.rerouting import RoutingSchedule
 from consistency_reg.session import Which, check_tokens
 from consistency_reg.term import WeightSchedule, check_loss, check_name, usual_name
 
@@ -118,7 +118,7 @@ class ConsistencyCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Attach to the model; go on from a checkpoint's state of the loss."""
+        """Attach to the model; resume the state of the loss from a checkpoint."""
         if args.n_gpu > 1:
             raise ValueError(
                 f"ConsistencyCallback needs one device for each process, got DataParallel over {args.n_gpu}: launch "

@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from consistency_reg.cache_policies import CACHE_POLICIES
-from consistency_reg.documents import document_lengths
-from consistency_reg.functional.cache_hits import Simulation
+from consistency_reg.functional.cache_simulation import Simulation
 from consistency_reg.functional.row_accesses import RowAccesses
+from consistency_reg.routing.documents import document_lengths
 
 SEGMENT_TOKENS = 512  # a program simulates the documents that start in so many tokens of a row
 INT32_BITS = 30  # of a key; one more is its sign, and one key is lower than all

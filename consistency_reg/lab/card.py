@@ -8,8 +8,8 @@ from consistency_reg.lab.files import write_atomically
 from consistency_reg.lab.render.markdown import markdown
 from consistency_reg.lab.render.table import Table
 from consistency_reg.measures import shown_in
+from consistency_reg.measures.reading import VALIDATION, Reading
 from consistency_reg.optional import require
-from consistency_reg.reading import VALIDATION, Reading
 
 with require("transformers"):
     from huggingface_hub import EvalResult, ModelCardData

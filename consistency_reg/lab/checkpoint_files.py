@@ -47,7 +47,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         """
         if storage_options is not None:
             raise TypeError(f"storage_options must be None, got {storage_options!r}")
-        place = Path(path)
+        place = Path(path).absolute()  # Lightning's own callback gives a relative folder's path as an absolute one
         place.parent.mkdir(parents=True, exist_ok=True)
         draft = Draft(place)
         with draft.writing() as file:
@@ -108,10 +108,10 @@ def damage(path: Path) -> str | None:
 
 
 def refuse_damaged(path: Path) -> None:
-    """Raise ValueError if a checkpoint is there and damaged; the message says how to go on.
+    """Raise ValueError if a checkpoint is there and damaged; the message says how to resume.
 
     Args:
-        path: of the checkpoint that a run would go on from.
+        path: of the checkpoint that a run would resume from.
     """
     if not path.exists() or (problem := damage(path)) is None:
         return

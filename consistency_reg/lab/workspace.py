@@ -7,8 +7,8 @@ from typing import Any
 from consistency_reg.lab.arguments.workspace import parser
 from consistency_reg.lab.wandb_login import login_found
 from consistency_reg.measures import HIT_RATE, MIN_SHARE, SRP, of_panel
+from consistency_reg.measures.reading import TRAINING, VALIDATION, Measure, Reading, size_name
 from consistency_reg.optional import require
-from consistency_reg.reading import TRAINING, VALIDATION, Measure, Reading, size_name
 from consistency_reg.tracking.board import STEP, TOKENS
 
 ENTITY_AND_PROJECT = re.compile(r"[^/\s]+/[^/\s]+")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from consistency_reg.devices import is_on_host
-from consistency_reg.reading import LAYER, Reading
+from consistency_reg.measures.reading import LAYER, Reading
 from consistency_reg.routing import RoutingTrace
 
 
@@ -109,7 +109,7 @@ class RoutingMetric(Metric):
 
     @property
     def _layer_experts(self) -> list[slice]:
-        """Where each layer's experts stand when those of all layers lie side by side."""
+        """The place of each layer's experts when those of all layers lie side by side."""
         ends = list(accumulate(self.num_experts))
         return [slice(end - E, end) for end, E in zip(ends, self.num_experts, strict=True)]
 

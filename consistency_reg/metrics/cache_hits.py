@@ -8,7 +8,8 @@ from torch import Tensor
 
 from consistency_reg.cache_policies import check_policy
 from consistency_reg.functional.balance import usage_counts
-from consistency_reg.functional.cache_hits import RowSums, Simulation, most_used, row_hit_rates, row_use_shares
+from consistency_reg.functional.cache_hits import most_used
+from consistency_reg.functional.cache_simulation import RowSums, Simulation, row_hit_rates, row_use_shares
 from consistency_reg.functional.segments import check_segment_lengths
 from consistency_reg.metrics.simulated_caches import HitRateMetric, ModelHitRates
 from consistency_reg.routing import RoutingTrace

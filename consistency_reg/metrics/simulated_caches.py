@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from consistency_reg.functional.bootstrap import percentile_interval
-from consistency_reg.functional.cache_hits import RowSums
+from consistency_reg.functional.cache_simulation import RowSums
+from consistency_reg.measures.reading import Reading
 from consistency_reg.metrics.base import Value
 from consistency_reg.metrics.plots import axes_of
 from consistency_reg.metrics.resampled import ResampledMetric
-from consistency_reg.reading import Reading
 from consistency_reg.routing import RoutingTrace
 
 CHUNK_RATES = 2**22  # hit rates of rows that are in memory at a time

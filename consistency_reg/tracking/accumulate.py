@@ -15,11 +15,11 @@ from torch import Tensor
 from consistency_reg.functional.srp import ModelSRP
 from consistency_reg.losses.distributed import world_size
 from consistency_reg.measures import HIT_RATE, SRP, usual_length
+from consistency_reg.measures.reading import TRAINING, VALIDATION, Reading
 from consistency_reg.metrics import CacheHitRate, RoutingBalance, SegmentRoutingPerformance
 from consistency_reg.metrics.balance import ModelBalance
 from consistency_reg.metrics.base import RoutingMetric, Value
 from consistency_reg.metrics.simulated_caches import ModelHitRates
-from consistency_reg.reading import TRAINING, VALIDATION, Reading
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.tracking.experts import Expert, expert_rows
 
@@ -161,7 +161,7 @@ class RoutingMeasures:
 
     @property
     def trade_off_names(self) -> dict[str, str]:
-        """By :meth:`headline`'s names, those of the trade-off: "srp_m16" and "misses_25pct"."""
+        """The names of the trade-off by :meth:`headline`'s names: "srp_m16" and "misses_25pct"."""
         cache = dict(self.cache.parts)["size"] if self.cache else ""
         return {"SRP": self.srp.name.replace("/", "_"), "misses": f"misses_{cache}"}
 

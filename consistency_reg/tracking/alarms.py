@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from consistency_reg.measures import COLLAPSED_BELOW, GLOBAL_CV, MIN_SHARE, parse
-from consistency_reg.reading import Measure
+from consistency_reg.measures.reading import Measure
 from consistency_reg.routing import RoutingTrace
 
 TOO_STRONG = "Lower the weight of the term, or hold balance over more steps: LoadBalanceLoss(running=0.95)"

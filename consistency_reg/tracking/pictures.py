@@ -8,8 +8,8 @@ from torch import Tensor
 
 from consistency_reg import measures as table
 from consistency_reg.measures import parse
+from consistency_reg.measures.reading import SHARE, Reading, layer_name
 from consistency_reg.optional import require
-from consistency_reg.reading import SHARE, Reading, layer_name
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.tracking.accumulate import Measured, RoutingMeasures
 from consistency_reg.tracking.board import Board, Table

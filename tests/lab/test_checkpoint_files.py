@@ -127,3 +127,13 @@ def test_what_is_held_back_takes_its_place_when_it_is_released(tmp_path):
     assert checkpoints.release() == []
     assert saved_step(last) == 3
     assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def test_a_relative_and_an_absolute_path_are_one_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints, last = WholeCheckpoints(), tmp_path / "last.ckpt"
+    with checkpoints.held():
+        checkpoints.save_checkpoint(state(1), "last.ckpt")
+        checkpoints.save_checkpoint(state(2), last)
+    assert checkpoints.release() == [last]
+    assert saved_step(last) == 2

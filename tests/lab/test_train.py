@@ -16,6 +16,7 @@ from killed import mounted
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from places import ROOT
+from small_run import small_run
 from wandb_file import read_run, read_runs
 
 from consistency_reg.lab import train as fit
@@ -26,41 +27,11 @@ from consistency_reg.lab.run_progress import RunProgress
 
 RECIPES = sorted(ROOT.joinpath("recipes").glob("*.yaml"))
 RECIPES = [path for path in RECIPES if path.stem not in ("finetune", "upcycle")]  # which begin with a checkpoint
-SMALL = {  # the smallest run that has everything: two domains, documents shorter than rows, a validation
-    "data.domains": "[math, cpp]",
-    "data.corpus_bytes": 60_000,
-    "data.vocab_size": 300,
-    "data.sequence_length": 64,
-    "data.batch_size": 2,
-    "data.validation_tokens": 256,
-    "data.num_workers": 0,
-    "model.model.init_args.hidden_size": 32,
-    "model.model.init_args.num_layers": 2,
-    "model.model.init_args.num_heads": 2,
-    "model.model.init_args.expert_size": 8,
-    "model.warmup_steps": 1,
-    "consistency.start_step": 0,
-    "trainer.max_steps": 2,
-    "trainer.accelerator": "cpu",
-    "trainer.precision": 32,
-    "trainer.log_every_n_steps": 1,
-    "trainer.enable_progress_bar": False,
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def offline(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "offline")
-        patch.setenv("WANDB_SILENT", "true")
-        patch.setenv("CONSISTENCY_REG_CACHE", str(tmp_path_factory.mktemp("corpus")))
-        yield
 
 
 def arguments(run_dir, recipe="quickstart", **changes) -> list[str]:
-    path = ROOT / "recipes" / f"{recipe}.yaml"
-    options = SMALL | {"run_dir": run_dir} | {key.replace("__", "."): value for key, value in changes.items()}
-    return ["--config", str(path)] + [f"--{key}={value}" for key, value in options.items()]
+    given = {key.replace("__", "."): value for key, value in changes.items()}
+    return small_run(run_dir, recipe, {"wandb_project": None} | given)
 
 
 def result(run_dir) -> dict:
@@ -341,6 +312,12 @@ def test_a_run_in_the_working_folder_is_named_after_it(tmp_path, monkeypatch):
 
 def files_of(folder):
     return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_checkpoint_that_is_due_at_the_last_step_in_a_folder_named_from_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert fit.main(arguments("runs/one", checkpoint_every=2)) == 0
+    assert (tmp_path / "runs" / "one" / "result.json").exists()
 
 
 def test_a_finished_run_is_not_run_again_also_on_a_disk_that_cannot_be_written(tmp_path, capsys):

@@ -5,7 +5,8 @@ import torch
 
 from consistency_reg import devices
 from consistency_reg.functional.cache_aware import cache_aware_choice
-from consistency_reg.functional.cache_hits import Simulation, cache_hit_counts, row_hit_rates
+from consistency_reg.functional.cache_hits import cache_hit_counts
+from consistency_reg.functional.cache_simulation import Simulation, row_hit_rates
 from consistency_reg.routing import RoutingTrace
 
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consistency_reg.documents import document_positions
-from consistency_reg.masks import batch_masks, count_tokens, labelled_tokens, looks_padded, read_masks
+from consistency_reg.masks import batch_masks, count_tokens, labelled_tokens, read_masks
+from consistency_reg.routing.documents import document_positions
 
 PAD = 0
 
@@ -110,6 +110,18 @@ def test_pads_on_the_left_that_attend_everything_are_pads(batch):
     attended = attended | ~attended.any(dim=-1, keepdim=True)
     if not attended.all():
         assert same(read_masks({"input_ids": ids_like(valid), "attention_mask": added(attended)[:, None]}), valid)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@settings(max_examples=40, deadline=None)
+@given(batch=batches())
+def test_pads_that_attend_themselves_are_pads(window, batch):
+    """Two or more of them, which is where a mask can tell; on the left by their id."""
+    valid, _ = batch
+    attended = square(valid, window=window) | torch.eye(valid.shape[1], dtype=torch.bool)
+    told = {"input_ids": ids_like(valid).where(valid, PAD), "attention_mask": added(attended)[:, None]}
+    if not ((~valid).sum(dim=1) == 1).any() and valid.sum(dim=1).min() > 1:
+        assert same(read_masks(told, pad_id=PAD), valid)
 
 
 @settings(max_examples=20, deadline=None)
@@ -266,13 +278,6 @@ def test_tokens_behind_the_last_boundary_and_below_number_0_are_pads():
 def test_labels_are_no_mask():
     ids = torch.tensor([[5, 6, 7, 8]])
     assert read_masks({"input_ids": ids, "labels": torch.tensor([[-100, -100, 7, 8]])}) == (None, None)
-
-
-def test_what_looks_padded():
-    assert looks_padded({"input_ids": torch.tensor([[5, 6, 0, 0]])}, 0)
-    assert looks_padded({"input_ids": torch.tensor([[0, 0, 5, 6]])}, 0)
-    assert not looks_padded({"input_ids": torch.tensor([[5, 6, 7, 0]])}, 0)  # an end of text that is the pad, too
-    assert not looks_padded({"input_ids": torch.tensor([[5, 6, 0, 0]])}, None)
 
 
 # --- batches ------------------------------------------------------------------------------------------------------

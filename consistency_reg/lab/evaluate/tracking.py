@@ -1,4 +1,4 @@
-"""What was measured in wandb: a run for each model."""
+"""An evaluation in wandb: a run for each model."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 from consistency_reg.lab.evaluate.measure import Evaluation
 from consistency_reg.lab.provenance import git_commit, package_versions
 from consistency_reg.lab.wandb_login import open_run
+from consistency_reg.measures.reading import VALIDATION
 from consistency_reg.optional import require
-from consistency_reg.reading import VALIDATION
 
 
 def log_to_wandb(project: str, evaluations: Sequence[Evaluation], pictures: Mapping[str, Path], folder: Path) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from consistency_reg import measures
 from consistency_reg.lab.render.markdown import update
 from consistency_reg.lab.render.table import Table
-from consistency_reg.reading import Measure, Reading
+from consistency_reg.measures.reading import Measure, Reading
 
-SOURCE = "consistency_reg/measures.py"
+SOURCE = "consistency_reg/measures/__init__.py"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

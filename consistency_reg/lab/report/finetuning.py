@@ -7,7 +7,7 @@ from consistency_reg.lab.report.measured import GLOBAL_CV, HITS, LOCAL_CV, MIN_S
 from consistency_reg.lab.report.runs import Run
 from consistency_reg.lab.report.tables import measure_column, run_name
 from consistency_reg.measures import AGREEMENT, HIT_RATE
-from consistency_reg.reading import VALIDATION, Reading
+from consistency_reg.measures.reading import VALIDATION, Reading
 
 SHOWN: tuple[Reading, ...] = (
     PERPLEXITY,

@@ -2,7 +2,7 @@
 
 from consistency_reg import measures
 from consistency_reg.measures import USUAL_LENGTH
-from consistency_reg.reading import VALIDATION, Reading
+from consistency_reg.measures.reading import VALIDATION, Reading
 
 PERPLEXITY = measures.PERPLEXITY.at().within(VALIDATION)
 HITS = measures.HIT_RATE.at(share=0.25).within(VALIDATION)
@@ -19,3 +19,8 @@ MAX_MEAN = measures.MAX_MEAN.at().within(VALIDATION)
 def before(reading: Reading) -> Reading:
     """Return the same measure of the checkpoint that a fine-tuned run began with."""
     return reading.within(f"{VALIDATION}/before")
+
+
+def deployed(reading: Reading) -> Reading:
+    """Return the same measure of the validation with cache-aware routing."""
+    return reading.within(f"{VALIDATION}/deployed")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from consistency_reg.lab.render.verdict import CV_RATIO_AT_MOST
 from consistency_reg.lab.report.measured import GLOBAL_CV, HITS, LOCAL_GAIN, MAX_MEAN, MIN_SHARE, PERPLEXITY, SRP
 from consistency_reg.lab.report.runs import Run, loss_labels
+from consistency_reg.measures.reading import Reading
 from consistency_reg.optional import require
-from consistency_reg.reading import Reading
 
 with require("plots"):
     import pandas as pd

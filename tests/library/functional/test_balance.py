@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from reference import cv_oracle, local_cv_oracle, overlap_oracle, usage_oracle
 from strategies import on_cases, routings
 
-from consistency_reg.documents import document_positions
 from consistency_reg.functional.balance import (
     _segment_usage,
     _segments,
@@ -21,6 +20,7 @@ from consistency_reg.functional.balance import (
     usage_counts,
 )
 from consistency_reg.functional.segments import active_experts
+from consistency_reg.routing.documents import document_positions
 
 
 def assert_equals_oracle(routing, m, chunk_tokens):

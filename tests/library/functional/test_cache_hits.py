@@ -9,14 +9,8 @@ from strategies import joined_documents, models_with_one_cache, on_cases, routin
 
 from consistency_reg.cache_policies import POLICIES
 from consistency_reg.functional import stack, stack_priorities
-from consistency_reg.functional.cache_hits import (
-    Simulation,
-    cache_hit_counts,
-    cache_hit_rate,
-    document_uses,
-    row_hit_rates,
-    row_use_shares,
-)
+from consistency_reg.functional.cache_hits import cache_hit_counts, cache_hit_rate
+from consistency_reg.functional.cache_simulation import Simulation, document_uses, row_hit_rates, row_use_shares
 from consistency_reg.routing import RoutingTrace
 
 

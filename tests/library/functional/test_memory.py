@@ -27,10 +27,10 @@ MEASURES = {
 @pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES.keys())
 def test_memory_does_not_grow_with_the_rows(measure, monkeypatch):
     for module, name, size in (
-        ("routing", "CHECKED_TOKENS", CHUNK_TOKENS),
+        ("routing.checks", "CHECKED_TOKENS", CHUNK_TOKENS),
         ("functional.srp", "CHUNK_TOKENS", CHUNK_TOKENS),
         ("functional.balance", "CHUNK_TOKENS", CHUNK_TOKENS),
-        ("functional.cache_hits", "CHUNK_ACCESSES", CHUNK_TOKENS * K),
+        ("functional.cache_simulation", "CHUNK_ACCESSES", CHUNK_TOKENS * K),
     ):
         monkeypatch.setattr(import_module(f"consistency_reg.{module}"), name, size)
     generator = torch.Generator().manual_seed(0)

@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 from reference import windows_oracle
 from strategies import routings
 
-from consistency_reg.documents import document_positions
 from consistency_reg.functional.segments import (
     active_experts,
     covering_sums,
@@ -14,6 +13,7 @@ from consistency_reg.functional.segments import (
     window_ends,
     window_sums,
 )
+from consistency_reg.routing.documents import document_positions
 
 LENGTHS = st.integers(1, 14)  # up to longer than any row
 

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from strategies import routings
 
 from consistency_reg import devices
-from consistency_reg.documents import document_positions
 from consistency_reg.functional.cache_aware import cache_aware_choice
-from consistency_reg.functional.cache_hits import Simulation, cache_hit_counts, row_hit_rates, row_use_shares
+from consistency_reg.functional.cache_hits import cache_hit_counts
+from consistency_reg.functional.cache_simulation import Simulation, row_hit_rates, row_use_shares
 from consistency_reg.functional.srp import srp_counts
 from consistency_reg.routing import RoutingTrace
+from consistency_reg.routing.documents import document_positions
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

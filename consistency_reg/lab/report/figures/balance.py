@@ -7,8 +7,8 @@ from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.looks import Looks
 from consistency_reg.lab.report.measured import GLOBAL_CV, LOCAL_CV, SRP
 from consistency_reg.lab.report.runs import Run
+from consistency_reg.measures.reading import Reading
 from consistency_reg.optional import require
-from consistency_reg.reading import Reading
 
 with require("plots"):
     import pandas as pd

@@ -13,8 +13,8 @@ from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.looks import Looks
 from consistency_reg.lab.report.runs import Run
 from consistency_reg.measures import HIT_RATE
+from consistency_reg.measures.reading import VALIDATION
 from consistency_reg.optional import require
-from consistency_reg.reading import VALIDATION
 
 with require("plots"):
     import pandas as pd

@@ -11,8 +11,8 @@ from consistency_reg.lab.report.looks import Looks
 from consistency_reg.lab.report.measured import HITS, PERPLEXITY, SRP
 from consistency_reg.lab.report.pairs import Pair
 from consistency_reg.lab.report.runs import Run
+from consistency_reg.measures.reading import Reading
 from consistency_reg.optional import require
-from consistency_reg.reading import Reading
 
 with require("plots"):
     from matplotlib.axes import Axes

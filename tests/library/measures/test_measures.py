@@ -11,7 +11,7 @@ from places import ROOT
 
 from consistency_reg import measures
 from consistency_reg.measures import HIT_RATE, MEASURES, MIN_SHARE, SRP, parse, shown_in
-from consistency_reg.reading import AS_PAIR, DOMAIN, DOWN, LAYER, MODEL, UP
+from consistency_reg.measures.reading import AS_PAIR, DOMAIN, DOWN, LAYER, MODEL, UP
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.tracking.accumulate import RoutingMeasures
 

@@ -1,4 +1,4 @@
-"""Training with the routing that a model is deployed with: how strong it is at each step, and for which cache."""
+"""Schedules of cache-aware routing: its strength and its cache at each training step."""
 
 import math
 import random
@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from consistency_reg.capture import RouterAdapter
 from consistency_reg.functional.cache_aware import check_cache_aware
-from consistency_reg.hooks import OwnedHook
-from consistency_reg.masks import Masks, named_arguments
-from consistency_reg.rerouting import CacheAwareRouting
+from consistency_reg.masks import Masks
+from consistency_reg.rerouting.cache_aware_routing import CacheAwareRouting
 
 
 @dataclass(frozen=True)
@@ -23,7 +20,7 @@ class RoutingSchedule:
     """Cache-aware routing in training: its strength rises from 0, and its cache may be another one at each step.
 
     The strength is 0 before ``start_step``, then rises linearly over ``ramp_steps`` to ``strength``. What a step has
-    depends on its number and the seed alone: a run that is resumed goes on as one that was not, and all processes and
+    depends on its number and the seed alone: a resumed run continues as one that was not stopped, and all processes and
     micro-batches of a step have the same.
 
     Args:
@@ -119,58 +116,3 @@ class RoutingSchedule:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and math.isfinite(value)
-
-
-class TrainedRouting:
-    """The routing of a model in its training forwards alone, for whoever trains it by calling it.
-
-    Args:
-        model: is called in training; holds routers.
-        schedule: what each optimizer step has.
-        adapters: kinds of routers to look for, before the built-in ones.
-        masks: ``forward's arguments by name -> (valid, document_ids)``; what the innermost model is given when None.
-        layers: regular expression; the routers to change.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        schedule: RoutingSchedule,
-        adapters: Sequence[RouterAdapter] = (),
-        masks: Callable[[Mapping[str, Any]], Masks] | None = None,
-        layers: str | None = None,
-    ) -> None:
-        if not isinstance(schedule, RoutingSchedule):
-            raise TypeError(
-                f"routing must be a RoutingSchedule, such as RoutingSchedule(strength=0.1), got {schedule!r}"
-            )
-        self.schedule = schedule
-        self.routing = schedule.routing(model, adapters, layers=layers)
-        self._model = model
-        self._masks = masks
-        self._handle: RemovableHandle | None = None
-
-    def begin(self, step: int) -> None:
-        """Give the routing the strength and the cache of an optimizer step."""
-        self.schedule.begin(self.routing, step)
-
-    def attach(self, step: int = 0) -> None:
-        """Change the routing of training forwards from the next on."""
-        self.routing.attach()
-        self.begin(step)
-        hook = OwnedHook(self, "_note_forward")  # before the routing's own
-        self._handle = self._model.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
-
-    def detach(self) -> None:
-        """Leave the model as it was; without effect when not attached."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-        self.routing.detach()
-
-    @torch.compiler.disable
-    def _note_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        trains = model.training and torch.is_grad_enabled()
-        self.routing.active = trains and self.routing.strength > 0
-        if self._masks is not None:
-            self.routing.given_masks = self._masks(named_arguments(model, args, kwargs)) if trains else None

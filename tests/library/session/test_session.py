@@ -9,10 +9,11 @@ import torch
 import transformers
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
+from parameters import parameters
 from tiny_models import tiny_model, token_ids
 from torch import nn
 from torch.utils.data import DataLoader
-from toy_lightning import fit, parameters, regularizer, tokens, toy
+from toy_lightning import fit, regularizer, tokens, toy
 
 from consistency_reg import ConsistencyRegularizer, LocalConsistencyLoss, RouterCapture, RoutingMonitor
 from consistency_reg.callbacks import ExpertAgreement, RouterAnchor
@@ -82,7 +83,7 @@ def count(monkeypatch, owner, method):
 
 
 def test_a_step_with_all_callbacks_listens_builds_and_reads_once(monkeypatch):
-    import consistency_reg.session as session
+    from consistency_reg.session import tokens
 
     ids = token_ids(B, T)
     callbacks = [
@@ -94,7 +95,7 @@ def test_a_step_with_all_callbacks_listens_builds_and_reads_once(monkeypatch):
     ]
     heard = count(monkeypatch, RouterCapture, "_read")
     built = count(monkeypatch, RouterCapture, "make_trace")
-    read = count(monkeypatch, session, "read_masks")
+    read = count(monkeypatch, tokens, "read_masks")
     train(Student(), callbacks, rows(ids, attention_mask=torch.ones_like(ids)), limit_val_batches=0)
     assert len(heard) == 2  # routers
     assert len(built) == 1
@@ -150,10 +151,17 @@ def in_passing(module, batch, loss):
     return loss + 0 * module.second(**batch).logits.mean().detach()
 
 
+def in_the_loss(module, batch, loss):
+    """A critic that judges what the student says: gradient flows through it."""
+    said = module.student(**batch).logits.softmax(-1) @ module.second.get_input_embeddings().weight
+    return loss + module.second(inputs_embeds=said, attention_mask=batch["attention_mask"]).logits.square().mean()
+
+
 SECONDS = {
     "none": (lambda: None, None),
     "frozen teacher": (lambda: tiny_model("mixtral", 1).requires_grad_(False), without_gradient),
     "frozen teacher with autograd": (lambda: tiny_model("mixtral", 1).requires_grad_(False), in_passing),
+    "frozen critic in the loss": (lambda: tiny_model("mixtral", 1).requires_grad_(False), in_the_loss),
     "moving average": (lambda: tiny_model("olmoe", 1), without_gradient),
     "model that the optimizer does not hold": (lambda: tiny_model("olmoe", 1), in_passing),
     "idle model": (lambda: tiny_model("olmoe", 1), None),
@@ -524,6 +532,51 @@ def test_names_that_hint_at_boundaries_are_said(name):
             [ConsistencyRegularizer(LOSS)],
             rows(token_ids(B, T), **{name: torch.ones(B, T)}),
             limit_val_batches=0,
+        )
+
+
+@pytest.mark.parametrize(("name", "said"), [("segment_ids", True), ("lengths", False)])
+def test_with_a_mask_only_boundaries_are_unknown(name, said):
+    class Masked(Student):
+        def training_step(self, batch, batch_idx):
+            return self.student(batch["input_ids"], batch["attention_mask"], labels=batch["input_ids"]).loss
+
+    columns = {"attention_mask": torch.ones(B, T, dtype=torch.int64), name: torch.ones(B, T)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(Masked(), [ConsistencyRegularizer(LOSS)], rows(token_ids(B, T), **columns), limit_val_batches=0)
+    assert any("may tell where documents begin" in str(one.message) for one in caught) == said
+
+
+def test_documents_of_other_tokens_than_the_model_was_given_are_said():
+    class Shifted(Student):
+        def training_step(self, batch, batch_idx):
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            return self.student(ids[:, :-1], mask[:, :-1], labels=ids[:, 1:]).loss
+
+    columns = {"attention_mask": torch.ones(B, T, dtype=torch.int64), "document_ids": torch.arange(T).expand(B, T) // 5}
+    with pytest.warns(UserWarning, match=r"\['document_ids'\] of the batch may tell where documents begin"):
+        train(Shifted(), [ConsistencyRegularizer(LOSS)], rows(token_ids(B, T), **columns), limit_val_batches=0)
+
+
+def test_a_mask_that_a_model_of_ones_own_is_given_is_said():
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_model("olmoe")
+
+        def forward(self, tokens, pad_mask):
+            return self.inner(tokens).logits.square().mean()
+
+    class Positional(Student):
+        def training_step(self, batch, batch_idx):
+            return self.student(batch["input_ids"], batch["valid"])
+
+    module = Positional()
+    module.student = Own()
+    with pytest.warns(UserWarning, match=r"\['pad_mask'\] of the batch may tell which tokens"):
+        train(
+            module, [ConsistencyRegularizer(LOSS)], rows(token_ids(B, T), valid=torch.ones(B, T)), limit_val_batches=0
         )
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from reference import documents
 from strategies import routings
 
-from consistency_reg.documents import document_lengths, document_positions
+from consistency_reg.routing.documents import document_lengths, document_positions
 
 
 @given(routings())

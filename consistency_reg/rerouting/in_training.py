@@ -1,0 +1,68 @@
+"""Cache-aware routing in the training forwards of a model alone."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from consistency_reg.capture import RouterAdapter
+from consistency_reg.capture.hooks import OwnedHook
+from consistency_reg.masks import Masks, named_arguments
+from consistency_reg.rerouting.schedule import RoutingSchedule
+
+
+class TrainedRouting:
+    """The routing of a model in its training forwards alone, for whoever trains it by calling it.
+
+    Args:
+        model: is called in training; holds routers.
+        schedule: what each optimizer step has.
+        adapters: kinds of routers to look for, before the built-in ones.
+        masks: ``forward's arguments by name -> (valid, document_ids)``; what the innermost model is given when None.
+        layers: regular expression; the routers to change.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: RoutingSchedule,
+        adapters: Sequence[RouterAdapter] = (),
+        masks: Callable[[Mapping[str, Any]], Masks] | None = None,
+        layers: str | None = None,
+    ) -> None:
+        if not isinstance(schedule, RoutingSchedule):
+            raise TypeError(
+                f"routing must be a RoutingSchedule, such as RoutingSchedule(strength=0.1), got {schedule!r}"
+            )
+        self.schedule = schedule
+        self.routing = schedule.routing(model, adapters, layers=layers)
+        self._model = model
+        self._masks = masks
+        self._handle: RemovableHandle | None = None
+
+    def begin(self, step: int) -> None:
+        """Give the routing the strength and the cache of an optimizer step."""
+        self.schedule.begin(self.routing, step)
+
+    def attach(self, step: int = 0) -> None:
+        """Change the routing of training forwards from the next on."""
+        self.routing.attach()
+        self.begin(step)
+        hook = OwnedHook(self, "_note_forward")  # before the routing's own
+        self._handle = self._model.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+
+    def detach(self) -> None:
+        """Leave the model as it was; without effect when not attached."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        self.routing.detach()
+
+    @torch.compiler.disable
+    def _note_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        trains = model.training and torch.is_grad_enabled()
+        self.routing.active = trains and self.routing.strength > 0
+        if self._masks is not None:
+            self.routing.given_masks = self._masks(named_arguments(model, args, kwargs)) if trains else None

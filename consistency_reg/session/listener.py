@@ -1,0 +1,107 @@
+"""A listener of a session: which routers and tokens it wants, and the trace that it gets."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+from consistency_reg.capture import FrozenRouter, RouterAdapter
+from consistency_reg.masks import Masks
+from consistency_reg.routing import RoutingTrace
+
+if TYPE_CHECKING:
+    from consistency_reg.session.session import RoutingSession
+
+Which = Literal["all", "labels"]
+
+
+def check_tokens(tokens: str) -> Which:
+    """Return which tokens count; ValueError unless it is "all" or "labels"."""
+    if tokens not in ("all", "labels"):
+        raise ValueError(f"tokens must be 'all' or 'labels', got {tokens!r}")
+    return tokens  # type: ignore[return-value]
+
+
+class Listener:
+    """One that listens in a :class:`RoutingSession`: which routers and tokens it wants, and what was heard.
+
+    Attributes:
+        session: what it takes part in.
+        layers: regular expression on the routers' names, or None.
+        expects: whether it will still ask for the trace of the last forward.
+    """
+
+    def __init__(
+        self,
+        session: "RoutingSession",
+        layers: str | None,
+        adapters: tuple[RouterAdapter, ...],
+        masks: Callable[[Any], Masks] | None,
+        tokens: Which,
+        keep_inputs: bool,
+    ) -> None:
+        self.session = session
+        self.layers = layers
+        self.adapters = adapters
+        self.masks = masks
+        self.tokens = tokens
+        self.keep_inputs = keep_inputs
+        self.expects = False
+
+    def hears(self, name: str) -> bool:
+        """Return whether a router of this name is one of its own."""
+        return self.layers is None or re.search(self.layers, name) is not None
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The names of the routers that it may hear."""
+        return tuple(name for name in self.session.capture.layer_names if self.hears(name))
+
+    @property
+    def heard(self) -> bool:
+        """Whether one of its routers ran in the last forward."""
+        return any(self.session.capture.readings(name) for name in self.layer_names)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record what runs inside as one step, and keep it until :meth:`done`."""
+        self.expect()
+        with self.session.capture.recording():
+            yield
+
+    def expect(self) -> None:
+        """Say that the trace of the forward that comes will be asked for: it is kept until :meth:`done`."""
+        self.expects = True
+
+    def done(self) -> None:
+        """Say that the trace is not needed any more: when nobody needs it, its tensors are free."""
+        self.session._done(self)
+
+    def trace(self, batch: Any = None) -> RoutingTrace:
+        """Return the routing of the last forward or recording, graph kept; the same object for all that ask for it.
+
+        Rows of several forwards in a recording stand below one another.
+
+        Args:
+            batch: what the step was given. It tells about tokens what the model was not called with.
+
+        Raises:
+            RuntimeError: there was no forward, or a router ran not exactly once in one.
+            ValueError: stacks that saw different tokens, or masks that do not describe those that the routers saw.
+
+        Warns:
+            UserWarning: once, several models are taken together, or pads or boundaries are hinted at but not known.
+        """
+        return self.session._trace(self, batch)
+
+    def any_router_learns(self) -> bool:
+        """Return whether a parameter of a router is trained."""
+        return self.session.capture.any_router_learns(self.layer_names)
+
+    def frozen_routers(self) -> dict[str, FrozenRouter]:
+        """Return copies of the routers as they are now, by name."""
+        return self.session.capture.frozen_routers(self.layer_names)
+
+    def release(self) -> None:
+        """Leave; the last one gives the module back as it was."""
+        self.session._leave(self)
