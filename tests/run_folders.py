@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from consistency_reg.lab.pricing import rows as rows_module
+
 DOMAINS = ("cpp", "python", "symbolic", "docs", "math", "speeches", "encyclopedia", "scripture")
 
 
@@ -46,6 +48,7 @@ def result(name, /, *, seed=0, shared=0, weight=0.0, loss="LocalConsistencyLoss"
             "loss": {"class_path": f"consistency_reg.losses.{loss}", "init_args": changes.pop("options", {})},
             "weight": weight,
         },
+        "routing": changes.pop("routing", {}),
     }
     return {
         "name": name,
@@ -144,3 +147,71 @@ def write_designs(parent, srp, seeds=(0, 1), terms=("off", "on")):
                 options |= {"balance_weight": 0.05 + place / 100}
                 write_run(parent, f"{design}-{term}-seed{seed}", perplexity=70.0 + seed - 9 * value, **options)
     return Path(parent)
+
+
+# Cell -> loss, weight, strength in training; changes of perplexity and of LRU misses against "off", by strength.
+STRENGTHS = (0.0, 0.1, 0.2)
+DEPLOYED = {
+    "off": ("LocalConsistencyLoss", 0.0, 0.0, ((0.0, 0.0), (0.004, -0.4), (0.02, -0.7))),
+    "srp-0.35": ("LocalConsistencyLoss", 0.35, 0.0, ((0.001, -0.5), (0.003, -0.76), (0.012, -0.88))),
+    "loop-0.1-srp-0.35": ("LocalConsistencyLoss", 0.35, 0.1, ((0.001, -0.6), (0.002, -0.8), (0.0045, -0.9))),
+    "loop-0.1": ("LocalConsistencyLoss", 0.0, 0.1, ((0.001, -0.1), (0.001, -0.5), (0.02, -0.7))),
+    "remoe-0.01": ("ReMoELoss", 0.01, 0.0, ((0.002, -0.1), (0.01, -0.45), (0.03, -0.72))),
+}
+
+
+def write_deployed(parent, seeds=(0, 1), priced=tuple(DEPLOYED)):
+    """A grid with cache-aware routing; cells that are not ``priced`` have what their validation measured alone.
+
+    The largest strength of "loop-0.1" lets an expert die.
+    """
+    for seed in seeds:
+        base, misses = 70.0 + 2 * seed, 0.5 + seed / 100
+        for cell, (loss, weight, strength, points) in DEPLOYED.items():
+            rows = []
+            for at, (cost, saved) in zip(STRENGTHS, points, strict=True):
+                share = 0.05 if (cell, at) == ("loop-0.1", 0.2) else 0.3 - at / 2
+                shift = 0.0 if cell == "off" and not at else 0.0005 * (2 * seed - 1)
+                rows.append(
+                    price_row(f"{cell}-seed{seed}", seed, at, base * (1 + cost + shift), misses * (1 + saved), share)
+                )
+            as_it_is, deployed = rows[0], rows[1]
+            metrics = {
+                "val/deployed/ppl": deployed["perplexity"],
+                "val/deployed/cache/lru_2k": 1 - deployed["misses"],
+                "val/deployed/cache/lru_25pct": 1 - deployed["misses"],
+                "val/deployed/balance/min_share": deployed["balance/min_share"],
+                "val/deployed/balance/cv": deployed["balance/cv"],
+                "val/deployed/agreement": deployed["agreement"],
+                "val/deployed/strength": 0.10000000149011612,  # as float32
+                "val/deployed/cache_ratio": 2.0,
+            }
+            options = {"loss": loss, "weight": weight, "metrics": metrics, "labels": {"cell": cell}}
+            if strength:
+                options["routing"] = {"strength": strength, "cache_ratio": 2.0, "guaranteed": 1, "method": "prior"}
+            perplexity, hits = as_it_is["perplexity"], 1 - as_it_is["misses"]
+            folder = write_run(parent, f"{cell}-seed{seed}", seed=seed, perplexity=perplexity, hits=hits, **options)
+            if cell in priced:
+                rows_module.write(folder / "prices.csv", rows)
+    return Path(parent)
+
+
+def price_row(run, seed, strength, perplexity, misses, share=0.3):
+    """A row of ``consistency-reg price``."""
+    return {
+        "run": run,
+        "seed": seed,
+        "method": "prior",
+        "strength": strength,
+        "cache_ratio": 2.0,
+        "guaranteed": 1,
+        "slots": 8,
+        "perplexity": perplexity,
+        "misses": misses,
+        "misses_lfu": misses + 0.05,
+        "bytes_per_token": 1e6 * misses,
+        "agreement": 1 - strength,
+        "balance/cv": 0.3 + strength / 10,
+        "balance/min_share": share,
+        "command": f"consistency-reg price runs/{run}",
+    }

@@ -276,7 +276,7 @@ class RoutingMonitor(Callback):
         return {"tokens": self.tokens} | self.core.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Resume from :meth:`state_dict`."""
         self._tokens = state_dict["tokens"]
         self.core.load_state_dict(state_dict)
 

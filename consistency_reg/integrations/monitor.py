@@ -150,7 +150,7 @@ class RoutingMonitorCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Listen to the model; go on from a checkpoint."""
+        """Listen to the model; resume from a checkpoint."""
         self._processes = args.world_size
         self._listen(model)
         saved = checkpoint_of(args, state) / STATE_FILE

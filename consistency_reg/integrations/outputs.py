@@ -102,7 +102,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def _attributes(output: Any) -> dict[str, Any]:
-    """The attributes of an object that a model may return; none of a cache, which is no output to be trained."""
+    """Return the attributes of an object that a model may return; none of a cache, which is no output to be trained."""
     if hasattr(output, "get_seq_length") or isinstance(output, type):
         return {}
     return dict(getattr(output, "__dict__", {}))

@@ -118,7 +118,7 @@ class ConsistencyCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Attach to the model; go on from a checkpoint's state of the loss."""
+        """Attach to the model; resume the state of the loss from a checkpoint."""
         if args.n_gpu > 1:
             raise ValueError(
                 f"ConsistencyCallback needs one device for each process, got DataParallel over {args.n_gpu}: launch "

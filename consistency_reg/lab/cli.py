@@ -15,6 +15,7 @@ MODULES = {
     "evaluate": "consistency_reg.lab.evaluate.command",
     "ablate": "consistency_reg.lab.ablate",
     "offload": "consistency_reg.lab.offload.command",
+    "price": "consistency_reg.lab.pricing.command",
     "report": "consistency_reg.lab.report",
     "upcycle": "consistency_reg.lab.upcycle.command",
     "workspace": "consistency_reg.lab.workspace",
@@ -63,7 +64,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _interrupted(code: int = INTERRUPTED) -> int:
-    print("\ninterrupted: run the same command again to go on where it stopped", file=sys.stderr)
+    print("\ninterrupted: run the same command again to resume where it stopped", file=sys.stderr)
     return code
 
 
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("evaluate", help="judge models, and say how large a cache of experts they need")
     commands.add_parser("ablate", help="train every cell of a grid of recipes")
     commands.add_parser("offload", help="run models whose experts are read from disk")
+    commands.add_parser("price", help="measure what routing that knows the cache costs and saves")
     commands.add_parser("report", help="compare runs: table, figures, one HTML page")
     commands.add_parser("upcycle", help="turn a dense model into a mixture of experts")
     commands.add_parser("workspace", help="lay out a wandb project for reading trade-offs")

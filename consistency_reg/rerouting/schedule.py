@@ -1,4 +1,4 @@
-"""How strong cache-aware routing is at each training step, and for which cache."""
+"""Schedules of cache-aware routing: its strength and its cache at each training step."""
 
 import math
 import random
@@ -20,7 +20,7 @@ class RoutingSchedule:
     """Cache-aware routing in training: its strength rises from 0, and its cache may be another one at each step.
 
     The strength is 0 before ``start_step``, then rises linearly over ``ramp_steps`` to ``strength``. What a step has
-    depends on its number and the seed alone: a run that is resumed goes on as one that was not, and all processes and
+    depends on its number and the seed alone: a resumed run continues as one that was not stopped, and all processes and
     micro-batches of a step have the same.
 
     Args:

@@ -25,7 +25,7 @@ def parser() -> CommandParser:
         "runs",
         nargs="+",
         metavar="RUNS",
-        help="run folders, folders of them, CSVs, wandb:ENTITY/PROJECT[/GROUP]",
+        help="run folders, folders of them, CSVs of runs or prices, wandb:ENTITY/PROJECT[/GROUP]",
     )
     command.add_argument("--baseline", metavar="NAME", help="compare all with this run, or with this cell seed by seed")
     command.add_argument("--out", type=Path, metavar="DIR", help="folder of the files (RUNS/report, or report)")

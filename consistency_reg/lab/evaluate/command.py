@@ -15,7 +15,7 @@ from consistency_reg.functional.cache_aware import check_cache_aware
 from consistency_reg.functional.segments import check_segment_lengths
 from consistency_reg.lab.arguments.evaluate import SEQUENCE_LENGTH, parser
 from consistency_reg.lab.corpus.text import DOMAINS
-from consistency_reg.lab.evaluate import cache_aware
+from consistency_reg.lab.evaluate.cache_aware import priced as price_on
 from consistency_reg.lab.evaluate.figures import NAMES, figures
 from consistency_reg.lab.evaluate.measure import Evaluation, measure
 from consistency_reg.lab.evaluate.models import Candidate, load
@@ -27,6 +27,9 @@ from consistency_reg.lab.evaluate.traces import Recording, load_trace, save_trac
 from consistency_reg.lab.evaluate.tracking import log_to_wandb
 from consistency_reg.lab.evaluate.verdict import verdict
 from consistency_reg.lab.files import write_atomically
+from consistency_reg.lab.pricing.rows import to_csv as price_csv
+from consistency_reg.lab.pricing.show import figure as price_figure
+from consistency_reg.lab.pricing.show import price_table
 from consistency_reg.lab.provenance import git_commit, package_versions
 from consistency_reg.lab.render.outputs import check_writable, write_pictures
 from consistency_reg.lab.render.png import png
@@ -47,16 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     priced: list[dict[str, Any]] = []
     recordings += record_models(options, about, priced) if options.models else []
     evaluations = evaluate(recordings, options)
-    print_tables([*tables(evaluations), *([cache_aware.table(priced)] if priced else [])])
-    for sentence in cache_aware.bought(priced):
-        print(sentence)
+    print_tables([*tables(evaluations), *([price_table(priced)] if priced else [])])
     command = shlex.join(["consistency-reg", "evaluate", *(argv or ())])
     pictures = write(options.out, evaluations, {"command": command, **about}, priced)
     names = ["evaluation.json", "evaluation.csv", *([CACHE_AWARE] if priced else [])]
     print(f"{options.out}: {', '.join([*names, *(path.name for path in pictures.values())])}")
     if options.wandb is not None:
         log_to_wandb(options.wandb, evaluations, pictures, options.out)
-    print_verdict(verdict(evaluations))
+    print_verdict(verdict(evaluations, priced))
     return 0
 
 
@@ -86,7 +87,7 @@ def record_models(
             options.save_trace.parent.mkdir(parents=True, exist_ok=True)
             save_trace(recording, options.save_trace)
         if options.cache_aware is not None:
-            priced += cache_aware.priced(
+            priced += price_on(
                 candidate, texts, options.cache_aware, options.cache_ratios, options.method, options.batch_size
             )
         yield recording
@@ -119,20 +120,20 @@ def write(
     """
     drawn = figures(evaluations)
     if priced:
-        drawn["cache_aware"] = png(cache_aware.figure(priced))
+        drawn["cache_aware"] = png(price_figure(priced))
         about = {**about, "cache_aware": list(priced)}
     texts = {"evaluation.json": to_json(evaluations, about), "evaluation.csv": to_csv(evaluations)}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CACHE_AWARE).unlink(missing_ok=True)  # of another evaluation
     if priced:
-        texts[CACHE_AWARE] = cache_aware.to_csv(priced)
+        texts[CACHE_AWARE] = price_csv(priced)
     for name, text in texts.items():
         write_atomically(folder / name, text)
     return write_pictures(folder, drawn, NAMES)
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, without those that could only fail after the models have run."""
+    """Return the options, without those that could only fail after the models have run."""
     options = parser().parse_args(argv)
     for name in ("segment_lengths", "cache_ratios", "domains", "cache_aware"):  # with spaces or commas between them
         given = getattr(options, name)
@@ -175,7 +176,7 @@ def _check_cache_aware(options: argparse.Namespace) -> None:
 
 
 def _documents(options: argparse.Namespace) -> dict[str, datasets.Dataset]:
-    """The text of each domain."""
+    """Return the text of each domain."""
     domains = list(DOMAINS) if options.domains is None and not options.data else options.domains or []
     documents: dict[str, datasets.Dataset] = dict(corpus_documents(domains, options.corpus_bytes))
     for path in options.data:

@@ -36,7 +36,7 @@ FAVOURITES = 10  # token ids of an expert
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that is measured of one model.
+    """All measures of one model.
 
     Attributes:
         recording: what it is measured on.
@@ -192,18 +192,18 @@ def measure(
 
 
 def one_length(segment_lengths: Iterable[int]) -> int:
-    """The m to name where there is room for one: 16 if it is among them, else the first."""
+    """Return the m to name where there is room for one: 16 if it is among them, else the first."""
     lengths = list(segment_lengths)
     return 16 if 16 in lengths else lengths[0]
 
 
 def _of_windows(metric: SegmentRoutingPerformance) -> dict[int, ModelSRP]:
-    """The results that are of any segment at all: without one SRP is unknown, not 0."""
+    """Return the results that are of any segment at all: without one SRP is unknown, not 0."""
     return {m: result for m, result in metric.results().items() if result.histogram.any()}
 
 
 def _words(recording: Recording) -> tuple[int | None, torch.Tensor | None]:
-    """How many different token ids the text has, and the text with each as its number among them: [N, T].
+    """Return how many different token ids the text has, and the text with each as its number among them: [N, T].
 
     An expert's favourites do not depend on how token ids are numbered, and a vocabulary is far larger than a text's.
     """

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from consistency_reg.lab.arguments.report import parser
 from consistency_reg.lab.files import write_atomically
+from consistency_reg.lab.pricing import rows as prices
 from consistency_reg.lab.render.markdown import document, update
 from consistency_reg.lab.render.outputs import check_writable, write_pictures
 from consistency_reg.lab.render.png import Picture
@@ -16,8 +17,16 @@ from consistency_reg.lab.report.explore import page, title
 from consistency_reg.lab.report.figures import DRAWN, pictures
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.pairs import pair_runs
-from consistency_reg.lab.report.records import append_csv, fingerprint, read_csv, write_csv, write_json
-from consistency_reg.lab.report.runs import Run, distinct_names, read_folder, refuse_different_data
+from consistency_reg.lab.report.records import (
+    append_csv,
+    fingerprint,
+    prices_beside,
+    read_csv,
+    write_csv,
+    write_json,
+    write_prices,
+)
+from consistency_reg.lab.report.runs import Run, attach, distinct_names, read_folder, refuse_different_data
 from consistency_reg.lab.report.verdict import verdict
 from consistency_reg.lab.report.wandb_runs import PREFIX, read_wandb
 from consistency_reg.lab.wandb_login import open_run
@@ -39,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.append_csv is not None:
         added = append_csv(runs, options.append_csv)
         print(f"{options.append_csv}: {added} rows added, {len(runs) - added} were there")
+        if any(run.priced for run in runs):
+            priced = write_prices(runs, options.append_csv)
+            print(f"{prices_beside(options.append_csv)}: {priced} rows added")
     tables = findings.tables()
     print_tables(reversed(tables))  # the last lines of a terminal are what is read first
     drawn = write_report(folder, ", ".join(Path(source).stem for source in options.runs), findings, tables)
@@ -46,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.pictures is not None:
         write_pictures(options.pictures, {one.name: one.png for one in drawn}, DRAWN)
     for path in options.update:
-        found = sum(update(path, source, tables) for source in options.runs)
+        found = sum(update(path, source, tables) for source in options.runs if not is_prices(source))
         print(f"{path}: {found} tables")
     if options.wandb:
         log_to_wandb(options.wandb, folder, tables, drawn)
@@ -73,26 +85,38 @@ def _check_places(options: argparse.Namespace, folder: Path) -> None:
 
 
 def gather(sources: Sequence[str]) -> list[Run]:
-    """The runs of all sources; says on standard error what is not finished.
+    """Return the runs of all sources with their prices; says on standard error what is not finished.
 
     Args:
-        sources: run folders, folders of run folders, CSV files, and addresses such as ``wandb:ENTITY/PROJECT``.
+        sources: run folders, folders of run folders, CSV files of runs or of prices, and addresses such as
+            ``wandb:ENTITY/PROJECT``.
 
     Raises:
-        ValueError: a source that is none of these.
+        ValueError: a source that is none of these; prices alone.
     """
     runs: list[Run] = []
+    priced: list[prices.Row] = []
     for source in sources:
+        unfinished: list[str] = []
         if source.startswith(PREFIX):
             finished, unfinished = read_wandb(source)
+        elif is_prices(source):
+            finished, priced = [], prices.merge(priced, prices.read(Path(source)))
         elif Path(source).is_file():
-            finished, unfinished = read_csv(Path(source)), []
+            finished = read_csv(Path(source))
         else:
             finished, unfinished = read_folder(Path(source))
         runs += finished
         if unfinished:
             print(f"{source}: left out, not finished: {', '.join(unfinished)}", file=sys.stderr)
-    return distinct_names(runs)
+    if not runs:
+        raise ValueError(f"{', '.join(sources)}: prices alone make no report: give their runs too")
+    return distinct_names(attach(runs, priced) if priced else runs)
+
+
+def is_prices(source: str) -> bool:
+    """Return whether a source is a CSV of ``consistency-reg price``."""
+    return Path(source).is_file() and prices.holds_prices(Path(source))
 
 
 def default_folder(sources: Sequence[str]) -> Path:
@@ -105,6 +129,8 @@ def write_report(folder: Path, source: str, findings: Findings, tables: Sequence
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(findings.runs, folder / "table.csv")
     write_json(findings.runs, folder / "table.json")
+    prices_beside(folder / "table.csv").unlink(missing_ok=True)  # of an earlier report
+    write_prices(findings.runs, folder / "table.csv")
     drawn = list(pictures(findings, source=fingerprint(findings.runs)))
     write_pictures(folder, {one.name: one.png for one in drawn}, DRAWN)
     said = verdict(findings)

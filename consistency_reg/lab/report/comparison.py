@@ -40,7 +40,7 @@ def cell_table(cells: pd.DataFrame) -> Table:
                 _term(cell),
                 str(cell["seeds"]),
                 *(
-                    _over_seeds(cell, name, show)
+                    over_seeds(cell, name, show)
                     for name, show in (("misses_change", change), ("perplexity_change", change), ("srp_change", points))
                 ),
                 number(2)(cell["smallest_share_min"]),
@@ -57,7 +57,7 @@ def loss_table(losses: pd.DataFrame) -> Table:
     header = ["loss", "against", "weights", "seeds", "left out", "hypervolume (%)", "SD", "behind the first"]
     table = Table(
         "Losses over all their weights",
-        [*header, *(f"fewest misses: {_budget(budget)}" for budget in BUDGETS)],
+        [*header, *(f"fewest misses: {budget_name(budget)}" for budget in BUDGETS)],
         note="hypervolume: area between what the runs of a seed reach and the point of "
         f"{100 * REFERENCE[0]:+g}% perplexity and {100 * REFERENCE[1]:g}% fewer LRU misses, in percent of the box up "
         f"to 0% perplexity and no misses at all; {OVER_SEEDS}, SD over seeds; behind: the first loss less this one, "
@@ -72,10 +72,10 @@ def loss_table(losses: pd.DataFrame) -> Table:
                 ", ".join(f"{weight:g}" for weight in loss["weights"]),
                 str(len(loss["seeds"])),
                 f"{loss['left_out']} of {loss['runs']}" if loss["left_out"] else "",
-                _over_seeds(loss, "volume", percent),
+                over_seeds(loss, "volume", percent),
                 percent(loss["volume_std"]),
-                _over_seeds(loss, "behind", percent) if loss["behind_max"] or loss["behind_min"] else "",
-                *(_best(loss[f"best {i}"]) for i in range(len(BUDGETS))),
+                over_seeds(loss, "behind", percent) if loss["behind_max"] or loss["behind_min"] else "",
+                *(best_of(loss[f"best {i}"]) for i in range(len(BUDGETS))),
             ]
         )
     return table
@@ -126,7 +126,7 @@ def effect_table(effects: pd.DataFrame) -> Table:
         shown = []
         for name, show in columns:
             agreed = sign(effect[f"{name}_min"], effect[f"{name}_max"]) != "±" or math.isnan(effect[f"{name}_mean"])
-            shown.append(("" if agreed else "± ") + _over_seeds(effect, name, show))
+            shown.append(("" if agreed else "± ") + over_seeds(effect, name, show))
         table.rows.append(
             [
                 f"{effect['choice']}={effect['value']}",
@@ -167,7 +167,7 @@ def published_tables(beside: pd.DataFrame, agreed: pd.DataFrame) -> list[Table]:
                 str(row["seeds"]),
                 number(1)(row["srp_mean"]),
                 number(1)(row["srp"]),
-                _over_seeds(row, "effect", lambda value: f"{value:+.1f}"),
+                over_seeds(row, "effect", lambda value: f"{value:+.1f}"),
                 f"{row['effect']:+.1f}",
                 "" if row["agrees"] is None else "same" if row["agrees"] else "other",
                 number(2)(row["sd_mean"]),
@@ -206,17 +206,17 @@ def _term(cell: pd.Series) -> str:
     return f"{cell['loss']} {cell['weight']:g}"
 
 
-def _over_seeds(row: pd.Series, name: str, show: Callable[[float], str]) -> str:
+def over_seeds(row: pd.Series, name: str, show: Callable[[float], str]) -> str:
     return spread(show, row[f"{name}_mean"], row[f"{name}_min"], row[f"{name}_max"])
 
 
-def _budget(budget: Budget) -> str:
+def budget_name(budget: Budget) -> str:
     if budget.mean == budget.each:
         return f"each seed at most {100 * budget.each:+g}%"
     return f"{100 * budget.mean:+g}% on average, each at most {100 * budget.each:+g}%"
 
 
-def _best(cell: pd.Series | None) -> str:
+def best_of(cell: pd.Series | None) -> str:
     return "none" if cell is None else f"{change(cell['misses_change_mean'])} ({cell['cell']})"
 
 

@@ -7,6 +7,7 @@ from consistency_reg import measures
 from consistency_reg.lab.render.page import CELL, RUN, Item, Page, html
 from consistency_reg.lab.render.table import Table, change, spread
 from consistency_reg.lab.render.verdict import Verdict
+from consistency_reg.lab.report.deployed import DEPLOYED
 from consistency_reg.lab.report.figures import explored
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.looks import Looks
@@ -85,6 +86,7 @@ def items(findings: Findings, looks: Looks) -> dict[str, Item]:
             ]
             facts += [("against", row["against"]), ("dominated by", row["dominated_by"] or "no other cell")]
             facts += [("left out", f"{row['left_out']} of {row['seeds']} runs")] if row["left_out"] else []
+        facts += _deployed(findings, cell)
         opened[f"{CELL}{cell}"] = Item(
             name=cell,
             cell=cell,
@@ -96,6 +98,21 @@ def items(findings: Findings, looks: Looks) -> dict[str, Item]:
             members_title="Runs",
         )
     return opened
+
+
+def _deployed(findings: Findings, cell: str) -> list[tuple[str, str]]:
+    """Return what a cell costs and saves at each strength of cache-aware routing, by the setting."""
+    if findings.deployed.empty:
+        return []
+    mine = findings.strengths[findings.strengths["cell"] == cell]
+    return [
+        (
+            f"as deployed, {row['deployed']}, strength {row['strength']:g}",
+            f"{change(row['misses_change_mean'])} misses for {change(row['perplexity_change_mean'])} perplexity",
+        )
+        for _, row in mine.iterrows()
+        if row["strength"]
+    ]
 
 
 def _run_item(run: Run, pair: Pair | None, looks: Looks) -> Item:
@@ -130,13 +147,14 @@ def _run_item(run: Run, pair: Pair | None, looks: Looks) -> Item:
 def _measures(*groups: Sequence[Run]) -> list[tuple[str, ...]]:
     """Return every measure of the model, and each domain's perplexity: its label, and each group's mean."""
     shown = dict.fromkeys(reading for group in groups for run in group for reading, _ in run.readings())
-    kept = [reading for reading in shown if reading.stage == VALIDATION and reading.layer is None]
+    kept = [reading for reading in shown if reading.stage in (VALIDATION, DEPLOYED) and reading.layer is None]
     kept = [one for one in kept if not one.domain or one.within(VALIDATION) == PERPLEXITY]
-    kept.sort(key=lambda one: measures.MEASURES.index(one.measure))
+    kept.sort(key=lambda one: (one.stage != VALIDATION, measures.MEASURES.index(one.measure)))
     return [_measure(reading, groups) for reading in kept]
 
 
 def _measure(reading: Reading, groups: Sequence[Sequence[Run]]) -> tuple[str, ...]:
     column = measure_column(reading, finer=int(reading.measure.key == PERPLEXITY.measure.key))
     label = f"perplexity of {reading.domain}" if reading.domain else column.name
+    label = f"{label}, as deployed" if reading.stage == DEPLOYED else label
     return (label, *(column.show(fmean(map(column.read, group))) or "-" for group in groups))

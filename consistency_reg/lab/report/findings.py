@@ -1,4 +1,4 @@
-"""All that a report says of its runs, worked out once."""
+"""Work out once all that a report says of its runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +8,8 @@ from consistency_reg.lab.render.table import Table
 from consistency_reg.lab.report import comparison
 from consistency_reg.lab.report.cells import cell_frame, chosen
 from consistency_reg.lab.report.cost import cost_frame
+from consistency_reg.lab.report.deployed import deployed_frame, parts_frame, rank_frame, strength_frame
+from consistency_reg.lab.report.deployed_tables import deployed_tables, strength_table
 from consistency_reg.lab.report.effects import effect_frame
 from consistency_reg.lab.report.finetuning import fine_tuning_tables
 from consistency_reg.lab.report.hypervolume import loss_frame
@@ -68,13 +70,32 @@ class Findings:
         """A row for each validation of each pair; empty where runs were validated once."""
         return cost_frame(self.pairs)
 
+    @cached_property
+    def deployed(self) -> pd.DataFrame:
+        """A row for each run and strength of cache-aware routing; empty where no run was measured with it."""
+        return deployed_frame(self.runs, self.pairs)
+
+    @cached_property
+    def strengths(self) -> pd.DataFrame:
+        """A row for each cell and strength of cache-aware routing."""
+        return strength_frame(self.deployed)
+
+    @cached_property
+    def deployed_ranks(self) -> pd.DataFrame:
+        """A row for each cell that was measured with cache-aware routing, the best first."""
+        return rank_frame(self.deployed, self.strengths)
+
     def tables(self) -> list[Table]:
         """All tables, what a reader asks first in front."""
         tables = [overview_table(self.runs)]
+        if not self.deployed.empty:
+            tables += deployed_tables(self.deployed_ranks, parts_frame(self.strengths))
         if self.pairs:
             losses = loss_frame(self.pair_frame, self.cells)
             tables += [comparison.gate_table(self.cells), comparison.loss_table(losses)]
             tables += [comparison.cell_table(self.cells)]
+        if not self.deployed.empty:
+            tables.append(strength_table(self.strengths))
         if not self.costs.empty:
             tables.append(comparison.cost_table(self.costs))
         if not self.effects.empty:

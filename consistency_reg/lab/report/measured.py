@@ -19,3 +19,8 @@ MAX_MEAN = measures.MAX_MEAN.at().within(VALIDATION)
 def before(reading: Reading) -> Reading:
     """Return the same measure of the checkpoint that a fine-tuned run began with."""
     return reading.within(f"{VALIDATION}/before")
+
+
+def deployed(reading: Reading) -> Reading:
+    """Return the same measure of the validation with cache-aware routing."""
+    return reading.within(f"{VALIDATION}/deployed")

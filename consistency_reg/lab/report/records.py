@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from consistency_reg.lab.files import write_atomically
+from consistency_reg.lab.pricing import rows as prices
 from consistency_reg.lab.report.measured import PERPLEXITY
-from consistency_reg.lab.report.runs import Run, refuse_different_data
+from consistency_reg.lab.report.runs import Run, attach, refuse_different_data
 from consistency_reg.measures.reading import VALIDATION
 from consistency_reg.optional import require
 
 with require("plots"):
     import pandas as pd
 
-NOT_KEPT = ("metrics", "folder", "wandb_dir")  # metrics have columns of their own; the others are of one machine
+NOT_KEPT = ("metrics", "folder", "wandb_dir", "priced")  # columns of their own, of one machine, a file of their own
 FIELDS = tuple(field.name for field in fields(Run) if field.name not in NOT_KEPT)
 AS_JSON = ("data", "versions", "options", "labels", "curve")
 LATER = ("options", "labels", "curve", "device")  # rows that were committed before these were kept lack them
@@ -47,7 +48,7 @@ def from_frame(frame: "pd.DataFrame") -> list[Run]:
 
 
 def read_csv(path: Path) -> list[Run]:
-    """Return the runs of a results CSV.
+    """Return the runs of a results CSV, with the prices that are kept next to it.
 
     Raises:
         ValueError: the file is no results CSV, or has no rows.
@@ -58,7 +59,31 @@ def read_csv(path: Path) -> list[Run]:
         raise ValueError(f"{path} is no CSV of runs: {error}") from error
     if not runs:
         raise ValueError(f"{path} has no rows")
-    return runs
+    beside = prices_beside(path)
+    return attach(runs, prices.read(beside)) if beside.exists() else runs
+
+
+def prices_beside(path: Path) -> Path:
+    """Return where the prices of the runs of a results CSV are kept.
+
+    Example:
+        >>> prices_beside(Path("results/deployed.csv")).as_posix()
+        'results/deployed_priced.csv'
+    """
+    return path.with_name(f"{path.stem}_priced.csv")
+
+
+def write_prices(runs: Sequence[Run], path: Path) -> int:
+    """Add the prices of the runs to the CSV next to a results CSV, and return how many were added or are new.
+
+    Nothing is written where no run has prices.
+    """
+    rows, place = [row for run in runs for row in run.priced], prices_beside(path)
+    before = prices.read(place) if place.exists() else []
+    added = len(prices.merge(before, rows)) - len(before)
+    if rows:
+        prices.write(place, prices.merge(before, rows))
+    return added
 
 
 def _run(row: Mapping[Any, Any], where: str) -> Run:
@@ -119,6 +144,7 @@ def write_json(runs: Sequence[Run], path: Path) -> None:
     """Write the runs as a JSON list, with every metric, also each domain's."""
     records = [
         {**{name: getattr(run, name) for name in FIELDS}, "wandb_dir": run.wandb_dir, "metrics": run.metrics}
+        | ({"prices": list(run.priced)} if run.priced else {})
         for run in runs
     ]
     write_atomically(path, json.dumps(_without_nan(records), indent=1, allow_nan=False) + "\n")
@@ -141,7 +167,9 @@ def append_csv(runs: Sequence[Run], path: Path) -> int:
 
 def fingerprint(runs: Sequence[Run]) -> str:
     """Return a text that is equal for equal rows: it says whether a picture is of the results that it stands beside."""
-    return "rows of SHA-256 " + hashlib.sha256(to_frame(runs).to_csv(index=False).encode()).hexdigest()[:16]
+    priced = [row for run in runs for row in run.priced]
+    text = to_frame(runs).to_csv(index=False) + (prices.to_csv(priced) if priced else "")
+    return "rows of SHA-256 " + hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _kept_metrics(run: Run) -> list[str]:

@@ -2,13 +2,17 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from consistency_reg.lab.pricing.rows import Row, merge
+from consistency_reg.lab.pricing.rows import read as read_prices
 from consistency_reg.lab.recipe import (
     DATA_SETTINGS,
+    IN_THE_LOOP,
     architecture,
     consistency_term,
     pair_of,
@@ -22,6 +26,8 @@ from consistency_reg.measures import COLLAPSED_BELOW, parse
 from consistency_reg.measures.reading import Reading
 
 HASH_DIGITS = 16  # of a corpus' SHA-256: enough to tell two apart
+SAME_PERPLEXITY = 0.01  # relative; what the precision of a forward may change
+ROUTING = "routing."  # how the options of cache-aware routing in training begin
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Run:
         device: the GPU or processor that it was trained on; empty where it is not known.
         curve: "tokens", "val/ppl" and "val/cache/lru_25pct" of each validation.
         folder: None where it is not known.
+        priced: rows of ``consistency-reg price``; none where the run was not priced.
     """
 
     name: str
@@ -66,6 +73,12 @@ class Run:
     device: str = ""
     folder: Path | None = None
     wandb_dir: str = ""
+    priced: tuple[Row, ...] = ()
+
+    @property
+    def loop(self) -> float:
+        """The strength of the cache-aware routing that the run was trained in; 0 without."""
+        return float(self.options.get(f"{ROUTING}strength") or 0.0)
 
     @property
     def cell(self) -> str:
@@ -104,7 +117,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """The run in a folder.
+    """Return the run in a folder, with its prices.
 
     Raises:
         ValueError: the folder holds no run, or one that is not finished or not whole.
@@ -118,14 +131,37 @@ def read_run(folder: Path) -> Run:
         result = here.read_result()
         labels = _labels(here.cell_settings)
         curve = read_curve(folder, int(result["steps"]), int(result["tokens"]))
-        return run_from_result(result, folder=folder, labels=labels, curve=curve)
+        run = run_from_result(result, folder=folder, labels=labels, curve=curve)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(f"{here.result} is no result of a run: {reason}") from error
+    return attach([run], read_prices(here.prices))[0] if here.prices.exists() else run
+
+
+def attach(runs: Sequence[Run], rows: Sequence[Row]) -> list[Run]:
+    """Return the runs with the prices that are theirs, by name and seed.
+
+    Warns:
+        UserWarning: prices whose perplexity at strength 0 is not the run's: they are of another model, and are left
+            out; prices of runs that are not there.
+    """
+    known = {(run.name, run.seed) for run in runs}
+    if strange := sorted({str(row["run"]) for row in rows if (row["run"], row["seed"]) not in known}):
+        warnings.warn(f"prices of runs that are not in the report are left out: {', '.join(strange)}", stacklevel=2)
+    priced = []
+    for run in runs:
+        mine = [row for row in rows if (row["run"], row["seed"]) == (run.name, run.seed)]
+        as_it_is = [row["perplexity"] for row in mine if not row["strength"] and not row.get("domains")]
+        if any(abs(value / run.get(PERPLEXITY) - 1) > SAME_PERPLEXITY for value in as_it_is):
+            said = f"perplexity {as_it_is[0]:.2f} as it is, where the run has {run.get(PERPLEXITY):.2f}"
+            warnings.warn(f"prices of {run.name} are of another model ({said}) and are left out", stacklevel=2)
+            mine = []
+        priced.append(replace(run, priced=tuple(merge(run.priced, mine))) if mine else run)
+    return priced
 
 
 def read_folder(folder: Path) -> tuple[list[Run], list[str]]:
-    """The finished runs of a run folder or of a folder of run folders, and the names of those not finished.
+    """Return the finished runs of a run folder or of a folder of run folders, and the names of those not finished.
 
     Raises:
         ValueError: there is no finished run.
@@ -143,7 +179,7 @@ def read_folder(folder: Path) -> tuple[list[Run], list[str]]:
 
 
 def distinct_names(runs: Iterable[Run]) -> list[Run]:
-    """The runs, those that share a name told apart by their parent folder's.
+    """Return the runs, those that share a name told apart by their parent folder's.
 
     Raises:
         ValueError: the same run is given twice.
@@ -163,7 +199,9 @@ def distinct_names(runs: Iterable[Run]) -> list[Run]:
 
 
 def loss_labels(runs: Sequence[Run]) -> dict[str, str]:
-    """What to call the term of each run, by the run's name: its loss, and the options that differ among its runs.
+    """Return what to call the term of each run, by the run's name: its loss and the options that differ.
+
+    Cache-aware routing in the forward pass of training is named by its strength: "LocalConsistency (loop 0.1)".
 
     Example:
         >>> loss_labels([])
@@ -171,12 +209,22 @@ def loss_labels(runs: Sequence[Run]) -> dict[str, str]:
     """
     labels = {}
     for run in runs:
-        alike = [other.options for other in runs if other.loss == run.loss]
-        differing = [key for key in run.options if any(other.get(key) != run.options[key] for other in alike)]
-        missing = sorted({key for other in alike for key in other if key not in run.options})
-        said = [f"{key}={run.options[key]}" for key in differing] + [f"no {key}" for key in missing]
+        alike = [other for other in runs if other.loss == run.loss]
+        in_loop = [other for other in alike if bool(other.loop) == bool(run.loop)]
+        said = [f"loop {run.loop:g}"] if run.loop and run.loss != IN_THE_LOOP else []
+        said += _differing(run, alike, lambda key: not key.startswith(ROUTING))
+        said += _differing(run, in_loop, lambda key: key.startswith(ROUTING) and key != f"{ROUTING}strength")
         labels[run.name] = f"{run.loss} ({', '.join(said)})" if said else run.loss
     return labels
+
+
+def _differing(run: Run, alike: Sequence[Run], asked: Callable[[str], bool]) -> list[str]:
+    """Return the options of a run that others have otherwise, and those that it lacks, of the keys asked for."""
+    options = [{key: value for key, value in other.options.items() if asked(key)} for other in alike]
+    mine = {key: value for key, value in run.options.items() if asked(key)}
+    differing = [key for key in mine if any(other.get(key) != mine[key] for other in options)]
+    missing = sorted({key for other in options for key in other if key not in mine})
+    return [f"{key}={mine[key]}" for key in differing] + [f"no {key}" for key in missing]
 
 
 def refuse_different_data(runs: Sequence[Run]) -> None:
@@ -192,7 +240,7 @@ def refuse_different_data(runs: Sequence[Run]) -> None:
 
 
 def run_from_result(result: Mapping[str, Any], **more: Any) -> Run:
-    """The run that result.json describes; ``more``: fields that it does not hold.
+    """Return the run that result.json describes; ``more``: fields that it does not hold.
 
     Raises:
         KeyError, TypeError, ValueError: something is missing or is not what it should be.
@@ -237,7 +285,7 @@ def run_from_result(result: Mapping[str, Any], **more: Any) -> Run:
 
 
 def _labels(path: Path) -> dict[str, str]:
-    """Of an ablation's cell; the names alone tell the cells of a list apart."""
+    """Return axis -> label of an ablation's cell; empty where the file is not there."""
     labels = json.loads(path.read_text()).get("labels", {}) if path.exists() else {}
     return {str(axis): str(label) for axis, label in labels.items()}
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from consistency_reg.lab.recipe import IN_THE_LOOP
 from consistency_reg.lab.render.table import Table, millions, number
 from consistency_reg.lab.report.measured import GLOBAL_CV, HITS, LOCAL_GAIN, MAX_MEAN, MIN_SHARE, PERPLEXITY, SRP
 from consistency_reg.lab.report.pairs import Pair
@@ -148,8 +149,9 @@ def run_name(run: Run) -> str:
 
 
 def term(run: Run) -> str:
-    """Return the consistency term and its weight, such as "LocalConsistency 0.3"; "none" without one."""
-    return f"{run.loss} {run.weight:g}" if run.weight else run.loss
+    """Return the consistency term and its weight, such as "LocalConsistency 0.3, loop 0.1"; "none" without one."""
+    named = f"{run.loss} {run.weight:g}" if run.weight else run.loss
+    return f"{named}, loop {run.loop:g}" if run.loop and run.loss != IN_THE_LOOP else named
 
 
 def _table(

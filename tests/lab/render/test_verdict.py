@@ -129,3 +129,16 @@ def test_a_committed_frontier_names_the_cell_with_the_fewest_misses_within_the_b
     runs = read_csv(ROOT / "recipes" / "results" / "frontier.csv")
     said = verdict(Findings(runs, pair_runs(runs)))
     assert said.found.startswith("srp-0.35 has 52.0% fewer LRU misses at 25% of the experts for +0.5% perplexity")
+
+
+def test_a_fit_with_cache_aware_routing_says_what_it_has_as_deployed(tmp_path):
+    deployed = {"val/deployed/ppl": 70.21, "val/deployed/cache/lru_2k": 0.88, "val/deployed/strength": 0.1}
+    deployed |= {"val/deployed/cache_ratio": 2.0}
+    write_run(tmp_path, "on", weight=0.3, hits=0.7, perplexity=70.14, metrics=deployed)
+    alone = verdict_of_fit(RunFolder(tmp_path / "on")).found
+    assert "As deployed (cache-aware routing of strength 0.1, 2 x K slots) on has 60.0% fewer LRU misses" in alone
+    assert "+0.1% perplexity against the model as it is." in alone
+    write_run(tmp_path, "off", hits=0.4, perplexity=70.0)
+    assert verdict_of_fit(RunFolder(tmp_path / "on")).found.endswith(
+        "on has 80.0% fewer LRU misses for +0.3% perplexity against off."
+    )

@@ -232,8 +232,6 @@ def test_wandb_has_numbers_tables_pictures_and_the_best(tmp_path, monkeypatch):
     import wandb
 
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
     wandb.teardown()  # it reads its environment once in a process
     sets = {"math": rows(4, seed=1), "prose": rows(2, seed=2)}
     trainer = trainer_of(

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from parameters import parameters
 from plain_sgd import PLAIN_SGD
 from tiny_models import tiny_model, token_ids
 
@@ -41,10 +42,6 @@ def train(folder, data, batch_size, callbacks=(), *, model=None, accepts=True, *
     trainer = trainer_of(model, folder, data, batch_size, callbacks, **options)
     trainer.train()
     return model, trainer
-
-
-def parameters(model):
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 def callback(**options):

@@ -4,11 +4,22 @@ from collections.abc import Iterator
 
 from consistency_reg.lab.render.charts import Figure
 from consistency_reg.lab.render.png import Picture, png
-from consistency_reg.lab.report.figures import balance, cost, effects, frontier, hit_rates, layers, published, tradeoff
+from consistency_reg.lab.report.figures import (
+    balance,
+    cost,
+    deployed,
+    effects,
+    frontier,
+    hit_rates,
+    layers,
+    published,
+    tradeoff,
+)
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.looks import Looks
 
 DRAWN = {
+    "deployed": deployed,
     "frontier": frontier,
     "tradeoff": tradeoff,
     "balance": balance,

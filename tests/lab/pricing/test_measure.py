@@ -1,6 +1,5 @@
 """The price of cache-aware routing, on a tiny model and on a run of `consistency-reg fit`."""
 
-import csv
 import json
 import math
 
@@ -11,10 +10,12 @@ from small_run import small_run
 
 from consistency_reg import CacheAwareRouting, RouterCapture
 from consistency_reg.lab import train as fit
-from consistency_reg.lab.evaluate import deployed
-from consistency_reg.lab.evaluate.deployed import append_rows, price, price_run
 from consistency_reg.lab.model import small_moe
 from consistency_reg.lab.module import next_token_losses
+from consistency_reg.lab.pricing.command import main
+from consistency_reg.lab.pricing.measure import price
+from consistency_reg.lab.pricing.rows import read
+from consistency_reg.lab.pricing.runs import price_run
 
 VOCABULARY, ROWS, TOKENS = 64, 3, 24
 
@@ -106,34 +107,54 @@ def run(tmp_path_factory):
         yield folder / "run"
 
 
-def test_a_finished_run_is_priced_on_its_own_validation_text(run, tmp_path, capsys):
-    path = tmp_path / "deployed.csv"
-    argv = [str(run), "--cache-aware", "0", "0.5", "--cache-ratios", "1", "2", "--csv", str(path)]
-    assert deployed.main(argv) == 0
-    assert deployed.main([str(run), "--cache-aware", "0", "--domains", "math", "--csv", str(path)]) == 0
-    rows = list(csv.DictReader(path.open()))
-    assert [row["strength"] for row in rows] == ["0.0", "0.5", "0.0", "0.5", "0.0"]
+def test_a_finished_run_is_priced_on_its_own_validation_text_and_its_rows_are_kept(run, capsys):
+    path = run / "prices.csv"
+    assert main([str(run), "--cache-aware", "0.5", "--cache-ratios", "1,2"]) == 0
+    assert "Next: consistency-reg report" in capsys.readouterr().out
+    before = path.read_text()
+    assert main([str(run.parent), "--cache-aware", "0", "0.5"]) == 0
+    assert "no rows added" in capsys.readouterr().out
+    assert path.read_text() == before
+    assert main([str(run), "--cache-aware", "0", "--domains", "math"]) == 0
+    rows = read(path)
+    settings = [(row["cache_ratio"], row["strength"], row.get("domains", "")) for row in rows]
+    assert settings == [(1, 0, ""), (1, 0.5, ""), (2, 0, ""), (2, 0.5, ""), (2, 0, "math")]
     logged = json.loads((run / "result.json").read_text())["metrics"]
     as_it_is = rows[2]
-    assert float(as_it_is["perplexity"]) == pytest.approx(logged["val/ppl"], rel=1e-5)
-    assert 1 - float(as_it_is["misses"]) == pytest.approx(logged["val/cache/lru_2k"], rel=1e-5)
-    assert float(as_it_is["balance/cv"]) == pytest.approx(logged["val/balance/cv"], rel=1e-5)
-    assert float(rows[-1]["perplexity"]) == pytest.approx(logged["val/ppl/math"], rel=1e-5)
-    assert (as_it_is["run"], as_it_is["seed"], as_it_is["loss"]) == ("run", "0", "LocalConsistency")
-    assert as_it_is["command"].endswith("--csv " + str(path))
+    assert as_it_is["perplexity"] == pytest.approx(logged["val/ppl"], rel=1e-5)
+    assert 1 - as_it_is["misses"] == pytest.approx(logged["val/cache/lru_2k"], rel=1e-5)
+    assert as_it_is["balance/cv"] == pytest.approx(logged["val/balance/cv"], rel=1e-5)
+    assert rows[-1]["perplexity"] == pytest.approx(logged["val/ppl/math"], rel=1e-5)
+    assert (as_it_is["run"], as_it_is["seed"], as_it_is["loss"]) == ("run", 0, "LocalConsistency")
+    assert as_it_is["command"] == f"consistency-reg price {run} --cache-aware 0.5 --cache-ratios 1,2"
     assert json.loads(as_it_is["versions"])["torch"]
-    assert "run, strength 0, slots 8, perplexity" in capsys.readouterr().out
+
+
+def test_what_is_kept_is_not_measured_again_and_a_method_starts_from_the_same_model(run, capsys, monkeypatch):
+    assert main([str(run), "--cache-aware", "0.5"]) == 0
+    assert main([str(run), "--cache-aware", "4", "--method", "max_rank"]) == 0
+    assert "prices.csv: 1 row added" in capsys.readouterr().out
+    monkeypatch.setattr("consistency_reg.lab.pricing.runs.load", None)
+    assert main([str(run), "--cache-aware", "4", "--method", "max_rank"]) == 0
 
 
 def test_a_folder_without_a_finished_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must hold a finished run, with a result\.json"):
         next(price_run(tmp_path))
+    with pytest.raises(ValueError, match=r"must hold a finished run, with a result\.json"):
+        main([str(tmp_path)])
 
 
-def test_rows_of_other_columns_are_refused(tmp_path):
-    path = tmp_path / "rows.csv"
-    append_rows(path, [{"a": 1}], "command")
-    append_rows(path, [{"a": 2}], "command")
-    with pytest.raises(ValueError, match="holds rows of other columns"):
-        append_rows(path, [{"b": 1}], "command")
-    assert [row["a"] for row in csv.DictReader(path.open())] == ["1", "2"]
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--cache-aware", "-1"], "--cache-aware must be strengths of 0 or more"),
+        (["--cache-ratios", "0.5"], "--cache-ratios must be numbers of at least 1"),
+        (["--method", "max_rank"], "--method max_rank needs --cache-aware"),
+        (["--method", "max_rank", "--cache-aware", "0.5"], "must be a rank, a whole number, got 0.5"),
+        (["--guaranteed", "-1"], "--guaranteed must be 0 or more"),
+    ],
+)
+def test_bad_options_are_named_before_anything_is_read(options, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        main([str(tmp_path), *options])

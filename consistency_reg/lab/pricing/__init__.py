@@ -1,0 +1,1 @@
+"""Price cache-aware routing: perplexity, misses and balance of a model at several strengths of the bias."""
