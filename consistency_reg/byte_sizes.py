@@ -25,6 +25,16 @@ def parse_bytes(text: str | int | float, name: str = "memory") -> int:
     return int(float(found[1]) * UNITS[found[2].lower()])
 
 
+def parse_bandwidth(text: str | int | float, name: str = "read_bandwidth") -> int:
+    """Return a number of bytes per second, given with or without "/s".
+
+    Example:
+        >>> parse_bandwidth("1.5GB/s"), parse_bandwidth("300MB")
+        (1500000000, 300000000)
+    """
+    return parse_bytes(str(text).strip().removesuffix("/s"), name)
+
+
 def show_bytes(number: float) -> str:
     """Return a number of bytes with a unit.
 

@@ -32,7 +32,7 @@ def parser() -> CommandParser:
     command.add_argument("--cache-aware", type=numbers, metavar="S", help="bias to slots, such as 0,0.1; as trained")
     command.add_argument("--store", default="disk", metavar="NAME", help="disk or host memory; default: disk")
     command.add_argument("--reads", default="direct", metavar="NAME", help="direct or buffered; default: direct")
-    command.add_argument("--read-bandwidth", metavar="SIZE", help="of a slower disk, such as 500MB a second")
+    command.add_argument("--read-bandwidth", metavar="SIZE", help="of a slower disk, such as 500MB/s")
     command.add_argument("--device", default="cpu", metavar="NAME", help="such as cpu or cuda:0; default: cpu")
     command.add_argument("--dtype", default="auto", metavar="NAME", help="float32, bfloat16 or float16 (as saved)")
     command.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: the likeliest; default: 1")

@@ -61,6 +61,7 @@ class Measured:
             numbers["predicted_tokens_per_s"] = predicted
             numbers["measured_over_predicted"] = numbers["decode_tokens_per_s"] / predicted
             numbers["read_gb_per_s"] = self.calibration.bandwidth / 1e9
+            numbers["native_gb_per_s"] = self.calibration.native_bandwidth / 1e9
             numbers["compute_ms"] = 1e3 * self.calibration.compute_seconds
         return numbers
 
