@@ -172,6 +172,11 @@ class Attachment:
         """The cache-aware routing of training forwards, or None."""
         return None if self._trained is None else self._trained.routing
 
+    @property
+    def trained_routing(self) -> TrainedRouting | None:
+        """The routing of training forwards with its schedule, or None."""
+        return self._trained
+
     def begin_step(self, step: int) -> None:
         """Give the routing the strength and the cache of an optimizer step; without effect where there is none."""
         if self._trained is not None:

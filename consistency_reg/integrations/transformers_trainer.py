@@ -173,7 +173,8 @@ class ConsistencyCallback(TrainerCallback):
         assert self._attachment is not None
         self._attachment.weight = self.schedule.at(state.global_step)
         self._attachment.begin_step(state.global_step)
-        self._attachment.begin(micro_batches(args, state, train_dataloader), getattr(optimizer, "scaler", None))
+        count = micro_batches(args, state, train_dataloader, self._trainer)
+        self._attachment.begin(count, getattr(optimizer, "scaler", None))
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
         """Check and keep what a micro-batch had."""

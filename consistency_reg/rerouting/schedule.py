@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -96,6 +96,17 @@ class RoutingSchedule:
             "guaranteed": self.guaranteed,
             "method": self.method,
         }
+
+    def deployed(self) -> "RoutingSchedule":
+        """Return the routing that the model is deployed with: after the ramp, with the mean of its cache ratios.
+
+        Example:
+            >>> deployed = RoutingSchedule(0.2, start_step=100, ramp_steps=50, cache_ratio=(1, 4)).deployed()
+            >>> deployed.strength_at(0), deployed.cache_ratio_at(0)
+            (0.2, 2.5)
+        """
+        ratios = self.cache_ratios
+        return replace(self, start_step=0, ramp_steps=0, cache_ratio=sum(ratios) / len(ratios))
 
     def routing(
         self,
