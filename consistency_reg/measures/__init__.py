@@ -15,6 +15,7 @@ from consistency_reg.measures.reading import (
     AGREEMENT_CALLBACK,
     AS_PAIR,
     DIFFERENCE,
+    DISTILLATION,
     DOMAIN,
     DOWN,
     EVALUATE,
@@ -60,6 +61,25 @@ PERPLEXITY = Measure(
 )
 CROSS_ENTROPY = Measure(
     "ce", "cross-entropy", "mean loss of a predicted token", DOWN, "Training", NATS, 3, stages=_BOTH, logged_by=MODULE
+)
+DENSE_PERPLEXITY = Measure(
+    "dense/ppl",
+    "dense model's perplexity",
+    "perplexity on the same text of the dense model that a mixture was made from",
+    AS_PAIR,
+    "Training",
+    digits=1,
+    logged_by=DISTILLATION,
+)
+DENSE_DIVERGENCE = Measure(
+    "dense/kl",
+    "divergence from the dense model",
+    "KL(dense model ‖ mixture) of the distribution of the next token",
+    DOWN,
+    "Training",
+    NATS,
+    3,
+    logged_by=DISTILLATION,
 )
 SRP = Measure(
     "srp/{segment}",
@@ -316,6 +336,8 @@ TERM_WEIGHTED = Measure(
 MEASURES = (
     PERPLEXITY,
     CROSS_ENTROPY,
+    DENSE_PERPLEXITY,
+    DENSE_DIVERGENCE,
     SRP,
     SIZE_RATIO,
     THRESHOLD,

@@ -16,7 +16,7 @@ SHARE, POINTS, RATIO, NATS, USES, NUMBER = "%", "percentage points", "x", "nats"
 MODEL, LAYER, DOMAIN, EXPERT = "model", "layer", "domain", "expert"  # what is measured
 VALIDATION, TRAINING = "val", "train"  # where it is logged
 MONITOR, REGULARIZER, AGREEMENT_CALLBACK = "RoutingMonitor", "ConsistencyRegularizer", "ExpertAgreement"  # who logs
-MODULE, EVALUATE = "the module", "evaluate"
+MODULE, EVALUATE, DISTILLATION = "the module", "evaluate", "Distillation"
 # How a run stands next to its baseline: by a relative change, a difference, as a multiple of it, or by itself.
 RELATIVE, DIFFERENCE, MULTIPLE, ITSELF = "relative", "difference", "multiple", "itself"
 

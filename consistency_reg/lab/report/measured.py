@@ -5,6 +5,7 @@ from consistency_reg.measures import USUAL_LENGTH
 from consistency_reg.measures.reading import VALIDATION, Reading
 
 PERPLEXITY = measures.PERPLEXITY.at().within(VALIDATION)
+DENSE_PERPLEXITY = measures.DENSE_PERPLEXITY.at().within(VALIDATION)
 HITS = measures.HIT_RATE.at(share=0.25).within(VALIDATION)
 SRP = measures.SRP.at(USUAL_LENGTH).within(VALIDATION)
 STATIC_SRP = measures.STATIC_SRP.at().within(VALIDATION)

@@ -9,7 +9,7 @@ from typing import Any
 
 from consistency_reg.lab.files import write_atomically
 from consistency_reg.lab.pricing import rows as prices
-from consistency_reg.lab.report.measured import PERPLEXITY
+from consistency_reg.lab.report.measured import DENSE_PERPLEXITY, PERPLEXITY
 from consistency_reg.lab.report.runs import Run, attach, refuse_different_data
 from consistency_reg.measures.reading import VALIDATION
 from consistency_reg.optional import require
@@ -175,7 +175,8 @@ def fingerprint(runs: Sequence[Run]) -> str:
 def _kept_metrics(run: Run) -> list[str]:
     """Return the names of the metrics over all domains, also each layer's, and of each domain's perplexity."""
     of_domains = tuple(f"/{domain}" for domain in run.domains)
-    return [name for name in run.metrics if name.startswith(f"{PERPLEXITY.name}/") or not name.endswith(of_domains)]
+    kept = tuple(f"{measure.name}/" for measure in (PERPLEXITY, DENSE_PERPLEXITY))
+    return [name for name in run.metrics if name.startswith(kept) or not name.endswith(of_domains)]
 
 
 def _identity(run: Run) -> tuple[Any, ...]:
