@@ -230,3 +230,10 @@ def test_the_picture_and_the_charts_hold_every_cell(found):
     )
     assert whole == set(DEPLOYED)
     assert cheap == set(DEPLOYED)
+
+
+def test_no_text_of_a_chart_is_empty(found):
+    figure = next(one for one in explored(found) if one.name == "deployed")
+    texts = [part for chart in figure.charts for part in chart.spec["layer"] if part["mark"].get("type") == "text"]
+    assert texts
+    assert all(value.get("text") for part in texts for value in part["data"]["values"])
