@@ -22,7 +22,7 @@ write_text("my.jsonl")
 
 # The command, with its control, on text of one's own.
 short = "--data my.jsonl --trainer.max_steps 4 --data.sequence_length 64 --data.batch_size 2 --trainer.accelerator cpu"
-short += " --data.validation_tokens 512"
+short += " --data.validation_tokens 512 --model.warmup_steps 1 --consistency.warmup_steps 1"
 shell(f"consistency-reg fit --config recipes/finetune.yaml --model runs/base --run_dir runs/tuned {short}")
 shell(
     f"consistency-reg fit --config recipes/finetune.yaml --model runs/base --run_dir runs/control {short} "

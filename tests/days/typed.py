@@ -12,7 +12,7 @@ SMALL = (
     "--data.batch_size 2 --data.validation_tokens 256 --model.model.init_args.hidden_size 32 "
     "--model.model.init_args.num_layers 2 --model.model.init_args.num_heads 2 --model.model.init_args.expert_size 8 "
     "--trainer.max_steps 4 --trainer.val_check_interval 2 --consistency.start_step 1 --consistency.warmup_steps 1 "
-    "--trainer.accelerator cpu"
+    "--model.warmup_steps 1 --trainer.accelerator cpu"
 )
 
 

@@ -68,6 +68,11 @@ class Evaluation:
         """Usage of the least used expert of all layers, as a share of the fair share."""
         return self.get(MIN_SHARE.at())
 
+    @property
+    def is_of_one_domain(self) -> bool:
+        """Whether the text is of one domain, where experts for other text are idle without having collapsed."""
+        return len(self.recording.domains) == 1
+
     @cached_property
     def caches(self) -> dict[str, ModelHitRates]:
         """The hit rates of every simulated cache, by its name in a log: "sch_m16", "lru" and so on."""

@@ -110,6 +110,8 @@ def balance(evaluations: Sequence[Evaluation]) -> Table:
         "means over layers; max/mean and smallest share (of the fair share) are the worst layer's; "
         f"below {COLLAPSED_BELOW} a model counts as collapsed"
     )
+    if any(one.is_of_one_domain for one in evaluations):
+        note += "; on text of one domain it may be for lack of other text that experts are idle: measure on several"
     return Table("Balance", ["model", *(reading.header for reading in readings)], rows, note)
 
 
@@ -184,8 +186,10 @@ def meanings(measures: Sequence[Measure]) -> str:
 
 
 def _name(one: Evaluation) -> str:
-    """The model's name, with a mark when an expert collapsed."""
-    return f"{one.recording.model} (collapsed)" if one.min_share < COLLAPSED_BELOW else one.recording.model
+    """Return the model's name, with a mark when an expert is hardly used: collapsed, or idle on a single domain."""
+    if not one.min_share < COLLAPSED_BELOW:
+        return one.recording.model
+    return f"{one.recording.model} ({'idle experts' if one.is_of_one_domain else 'collapsed'})"
 
 
 def _interval(interval: Tensor | None) -> str:
