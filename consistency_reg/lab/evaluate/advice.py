@@ -33,20 +33,20 @@ class CacheChoice:
 
 
 def ratios(rates: ModelHitRates) -> list[float]:
-    """Cache ratios that give the widest layer each of its sizes, from K slots to E: fewer cannot serve one token."""
+    """Return the cache ratios of every size of the widest layer, from K slots, which one token needs, to E."""
     widest = max(rates.layers, key=lambda layer: len(layer.hit_rate) / layer.top_k)
     return [slots / widest.top_k for slots in range(widest.top_k, len(widest.hit_rate) + 1)]
 
 
 def knee_ratio(rates: ModelHitRates) -> float | None:
-    """The cache ratio at the knee of the mean of the layers' hit rates, from K slots to E; None where there is none."""
+    """Return the cache ratio at the knee of the layers' mean hit rates, from K slots to E; None where there is none."""
     sizes = ratios(rates)
     found = knee(sizes, [float(rates.at(ratio)) for ratio in sizes])
     return None if found is None else sizes[found]
 
 
 def choose(rates: ModelHitRates, ratio: float, expert_bytes: Sequence[int] | None) -> CacheChoice:
-    """What a cache of ``ratio`` times K slots for each layer costs and saves.
+    """Return what a cache of ``ratio`` times K slots for each layer costs and saves.
 
     A token misses ``K (1 - hit rate)`` experts of a layer. First loads into slots that are still free are hits by the
     rules of counting, so that a device loads a little more at the start of a document.

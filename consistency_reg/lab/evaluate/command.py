@@ -133,7 +133,7 @@ def write(
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, without those that could only fail after the models have run."""
+    """Return the options, without those that could only fail after the models have run."""
     options = parser().parse_args(argv)
     for name in ("segment_lengths", "cache_ratios", "domains", "cache_aware"):  # with spaces or commas between them
         given = getattr(options, name)
@@ -176,7 +176,7 @@ def _check_cache_aware(options: argparse.Namespace) -> None:
 
 
 def _documents(options: argparse.Namespace) -> dict[str, datasets.Dataset]:
-    """The text of each domain."""
+    """Return the text of each domain."""
     domains = list(DOMAINS) if options.domains is None and not options.data else options.domains or []
     documents: dict[str, datasets.Dataset] = dict(corpus_documents(domains, options.corpus_bytes))
     for path in options.data:

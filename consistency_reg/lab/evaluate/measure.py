@@ -1,4 +1,4 @@
-"""From a recording to all that is measured of it."""
+"""Measure all that a recording says of a model."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -60,7 +60,7 @@ class Evaluation:
 
     @property
     def segment_length(self) -> int:
-        """The m to name where there is room for one."""
+        """Return the m to name where there is room for one."""
         return one_length(self.srp)
 
     @property
@@ -197,18 +197,18 @@ def measure(
 
 
 def one_length(segment_lengths: Iterable[int]) -> int:
-    """The m to name where there is room for one: 16 if it is among them, else the first."""
+    """Return the m to name where there is room for one: 16 if it is among them, else the first."""
     lengths = list(segment_lengths)
     return 16 if 16 in lengths else lengths[0]
 
 
 def _of_windows(metric: SegmentRoutingPerformance) -> dict[int, ModelSRP]:
-    """The results that are of any segment at all: without one SRP is unknown, not 0."""
+    """Return the results that are of any segment at all: without one SRP is unknown, not 0."""
     return {m: result for m, result in metric.results().items() if result.histogram.any()}
 
 
 def _words(recording: Recording) -> tuple[int | None, torch.Tensor | None]:
-    """How many different token ids the text has, and the text with each as its number among them: [N, T].
+    """Return how many different token ids the text has, and the text as their numbers: [N, T].
 
     An expert's favourites do not depend on how token ids are numbered, and a vocabulary is far larger than a text's.
     """

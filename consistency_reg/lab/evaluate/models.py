@@ -60,7 +60,7 @@ class Candidate:
         return int(self.model.config.get_text_config().vocab_size)
 
     def text_of(self, token: int) -> str:
-        """One token as text."""
+        """Return one token as text."""
         return str(self.tokenizer.decode([token]))
 
     @property
@@ -156,7 +156,7 @@ def _check_complete(place: str, model: PreTrainedModel, missing: Collection[str]
 
 
 def expert_bytes(model: nn.Module, routers: Sequence[str], num_experts: Sequence[int]) -> list[int] | None:
-    """Parameter bytes of one routed expert of each layer: those of the experts beside the router, divided by E.
+    """Return the parameter bytes of one routed expert of each layer: those of all its experts, divided by E.
 
     The experts are the module ``experts`` of the block that the router stands in. None where a block has none.
     """

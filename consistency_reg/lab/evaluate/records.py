@@ -21,7 +21,7 @@ SHARED = "shared by all"  # in the place of a layer: one cache for all of them
 
 
 def to_csv(evaluations: Sequence[Evaluation]) -> str:
-    """A row for each number; ``low`` and ``high`` are its 95% interval where there is one."""
+    """Return a row for each number; ``low`` and ``high`` are its 95% interval where there is one."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -32,7 +32,7 @@ def to_csv(evaluations: Sequence[Evaluation]) -> str:
 
 
 def to_json(evaluations: Sequence[Evaluation], about: dict[str, Any]) -> str:
-    """All that was measured, down to the hit rate of every layer's cache at every size."""
+    """Return all that was measured, down to the hit rate of every layer's cache at every size."""
     return json.dumps(_without_nan({**about, "models": [_model(one) for one in evaluations]}), indent=1) + "\n"
 
 
@@ -135,7 +135,7 @@ def _hit_rates(rates: ModelHitRates, cache_ratios: Sequence[float]) -> dict[str,
 
 
 def _specialization(evaluation: Evaluation) -> dict[str, Any] | None:
-    """By kind the mean, the correlations with the experts' own SRP, and the value of every expert."""
+    """Return by kind the mean, the correlations with the experts' own SRP, and the value of every expert."""
     found = evaluation.specialization
     if found is None:
         return None

@@ -108,7 +108,7 @@ def record(
 
 
 def in_batches(items: Tensor, run: Callable[[Tensor], Result], size: int) -> Iterator[tuple[Tensor, Result]]:
-    """(batch, result of ``run``) for batches of ``size`` items, halved for good whenever memory does not suffice.
+    """Yield (batch, result of ``run``) for batches of ``size`` items, halved for good whenever memory does not suffice.
 
     Raises:
         RuntimeError: there is not enough memory for one item.

@@ -1,4 +1,4 @@
-"""What was measured as tables for the terminal."""
+"""Show what was measured as tables for the terminal."""
 
 from collections.abc import Callable, Sequence
 
@@ -21,7 +21,7 @@ SHARED_RULES = "as many slots in all as a cache for each layer has; K is the sum
 
 
 def tables(evaluations: Sequence[Evaluation]) -> list[Table]:
-    """All tables; the ranking comes first where there are several models."""
+    """Return all tables; the ranking comes first where there are several models."""
     ranked = [ranking(evaluations)] if len(evaluations) > 1 else []
     parts = [consistency(evaluations), hit_rates(evaluations)]
     if any(cache.shared for one in evaluations for cache in one.policies.values()):
@@ -37,7 +37,7 @@ def tables(evaluations: Sequence[Evaluation]) -> list[Table]:
 
 
 def common_length(evaluations: Sequence[Evaluation]) -> int:
-    """The m to compare models by: 16 where all have it, else the shortest that all have, else that of the first."""
+    """Return the m to compare models by: 16 where all have it, else the shortest in common, else the first's."""
     shared = set.intersection(*(set(one.srp) for one in evaluations))
     return 16 if 16 in shared else min(shared, default=evaluations[0].segment_length)
 
@@ -71,7 +71,7 @@ def consistency(evaluations: Sequence[Evaluation]) -> Table:
 
 
 def hit_rates(evaluations: Sequence[Evaluation]) -> Table:
-    """Each simulated cache at each size, a cache for each layer."""
+    """Return each simulated cache at each size, a cache for each layer."""
 
     def cell(rates: ModelHitRates, ratio: float) -> str:
         return _with_interval(rates.at(ratio), rates.intervals.get(ratio))
@@ -80,7 +80,7 @@ def hit_rates(evaluations: Sequence[Evaluation]) -> Table:
 
 
 def shared_hit_rates(evaluations: Sequence[Evaluation]) -> Table:
-    """Each simulated cache at each size, one cache for all layers; models of which it was simulated."""
+    """Return each simulated cache at each size, one for all layers, of the models of which it was simulated."""
 
     def cell(rates: ModelHitRates, ratio: float) -> str:
         shared = rates.shared
@@ -116,7 +116,7 @@ def balance(evaluations: Sequence[Evaluation]) -> Table:
 
 
 def domains(evaluations: Sequence[Evaluation]) -> Table:
-    """SRP of each domain by itself."""
+    """Return SRP of each domain by itself."""
     names = list(dict.fromkeys(domain for one in evaluations for domain in one.domain_srp))
     m = common_length(evaluations)
     rows = []
@@ -141,7 +141,7 @@ def _perplexity(value: float | None) -> str:
 
 
 def specialization(evaluations: Sequence[Evaluation]) -> Table:
-    """What experts are for, and whether that goes with their own SRP."""
+    """Return what experts are for, and whether that goes with their own SRP."""
     header = ["model", "in", "measure", "mean", "Pearson", "Spearman"]
     note = "means over the experts that are used; correlations with the experts' own SRP, over all experts of a model"
     lengths = sorted({one.segment_length for one in evaluations})
@@ -156,7 +156,7 @@ def specialization(evaluations: Sequence[Evaluation]) -> Table:
 
 
 def advice(evaluations: Sequence[Evaluation]) -> Table:
-    """Cache sizes to choose from."""
+    """Return cache sizes to choose from."""
     header = ["model", "cache", "slots a layer", "hits (%)", "fast memory", "misses a token", "loads a token"]
     note = "the first load of an expert into a free slot is not counted: a document loads up to its slots once more"
     table = Table(f"Advice: an {cache_label(ADVISED_POLICY)} cache for each layer", header, note=note)

@@ -111,7 +111,7 @@ class Recording:
         return int(positions.max()) + 1 if positions.numel() else 0
 
     def trace(self, rows: Tensor | slice = slice(None), device: torch.device | str = "cpu") -> RoutingTrace:
-        """Some rows, for the metrics."""
+        """Return some rows as a trace, for the metrics."""
         return RoutingTrace(
             [ids[rows].to(device).long() for ids in self.expert_ids],
             tuple(self.num_experts),
@@ -123,13 +123,13 @@ class Recording:
     def chunks(
         self, rows: Tensor | None = None, device: torch.device | str = "cpu"
     ) -> Iterator[tuple[RoutingTrace, Tensor]]:
-        """Rows, all unless their numbers are given, some at a time: their routing and their numbers [B]."""
+        """Yield rows some at a time, all unless numbers are given: their routing and their numbers [B]."""
         rows = torch.arange(len(self.valid)) if rows is None else rows
         for part in rows.split(CHUNK_ROWS):
             yield self.trace(part, device), part.to(device)
 
     def stacks(self) -> Iterator["Recording"]:
-        """The encoder and the decoder of an encoder-decoder as models of their own; any other model as it is."""
+        """Return the encoder and the decoder of an encoder-decoder as models of their own; any other model as it is."""
         of_stack = {stack: [i for i, name in enumerate(self.layer_names) if _is_of(stack, name)] for stack in STACKS}
         if not all(of_stack.values()) or sum(map(len, of_stack.values())) != len(self.layer_names):
             yield self
@@ -148,7 +148,7 @@ class Recording:
 
 
 def compact(num_experts: int) -> torch.dtype:
-    """The smallest integer dtype for the ids of so many experts.
+    """Return the smallest integer dtype for the ids of so many experts.
 
     Example:
         >>> compact(256), compact(257)

@@ -1,4 +1,4 @@
-"""The verdict of an evaluation: which model misses least, and how large a cache it needs."""
+"""Write the verdict of an evaluation: which model misses least, and how large a cache it needs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
