@@ -342,5 +342,6 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
         >>> named_arguments(nn.Linear(2, 2), (1,), {})
         {'input': 1}
     """
-    given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | dict(kwargs)
+    names = inspect.signature(module.forward).parameters if args else ()  # a signature takes as long as a small layer
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
     return {name: value for name, value in given.items() if value is not None}

@@ -17,6 +17,7 @@ MOVED = {  # former path below consistency_reg -> present path; a package takes 
     "ablation": "lab.ablate",
     "callbacks.pictures": "tracking.pictures",
     "callbacks.tradeoff": "tracking.tradeoff",
+    "capture.joining": "capture.traces",
     "capture.rerouting": "capture.weighing",
     "cli": "lab.cli",
     "documents": "routing.documents",

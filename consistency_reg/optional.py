@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def require(extra: str) -> Iterator[None]:
-    """Around imports that need an extra: ``ImportError`` names the package and how to install it.
+    """Guard imports that need an extra: ``ImportError`` names the package and how to install it.
 
     Example:
         >>> with require("lightning"):

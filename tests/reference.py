@@ -535,3 +535,9 @@ def packed_rows(documents, sequence_length, pad_id):
         if predicted or not padding:
             rows.append(row)
     return rows
+
+
+def softmax(logits):
+    """The softmax over the last dimension."""
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)

@@ -9,6 +9,7 @@ SMALL = {
     "data.sequence_length": 64,
     "data.batch_size": 2,
     "data.validation_tokens": 256,
+    "data.num_workers": 0,
     "model.model.init_args.hidden_size": 32,
     "model.model.init_args.num_layers": 2,
     "model.model.init_args.num_heads": 2,
@@ -17,6 +18,7 @@ SMALL = {
     "consistency.start_step": 0,
     "trainer.max_steps": 2,
     "trainer.accelerator": "cpu",
+    "trainer.precision": 32,
     "trainer.log_every_n_steps": 1,
     "trainer.enable_progress_bar": False,
     "wandb_project": "",
@@ -24,6 +26,7 @@ SMALL = {
 
 
 def small_run(run_dir, recipe="quickstart", changes=None):
-    """The arguments of ``fit`` for a recipe made small, with other keys changed."""
+    """The arguments of ``fit`` for a recipe made small, with other keys changed; None leaves a key to the recipe."""
     keys = SMALL | {"run_dir": run_dir} | (changes or {})
-    return ["--config", str(ROOT / "recipes" / f"{recipe}.yaml"), *(f"--{key}={value}" for key, value in keys.items())]
+    given = [f"--{key}={value}" for key, value in keys.items() if value is not None]
+    return ["--config", str(ROOT / "recipes" / f"{recipe}.yaml"), *given]

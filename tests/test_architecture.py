@@ -1,6 +1,7 @@
 """The library never imports the lab: whoever imports the library needs no run folder, corpus or command line."""
 
 import ast
+import re
 
 import pytest
 from places import ROOT
@@ -90,3 +91,10 @@ def test_no_module_imports_one_that_imports_it():
 def test_a_cycle_is_found():
     assert first_cycle({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c"]
     assert first_cycle({"a": ["b", "c"], "b": ["c"], "c": []}) is None
+
+
+def test_the_page_on_architecture_names_every_room():
+    rows = (ROOT / "docs" / "architecture.md").read_text().split("## Rooms")[1].splitlines()
+    named = {name for row in rows for name in re.findall(r"`([\w.]+)/?`", row.split("|")[1] if "|" in row else "")}
+    there = {path.name for path in PACKAGE.iterdir() if not path.name.startswith("_") and path.suffix in ("", ".py")}
+    assert named == there

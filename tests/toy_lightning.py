@@ -3,7 +3,6 @@
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from consistency_reg import ConsistencyRegularizer, LocalConsistencyLoss, RouterCapture
@@ -85,11 +84,6 @@ def regularizer(**options) -> ConsistencyRegularizer:
         segment_lengths=(3, 5), scope=options.pop("scope", "global")
     )
     return ConsistencyRegularizer(loss, **({"weight": 2.0} | options))
-
-
-def parameters(module) -> torch.Tensor:
-    whole = (p.full_tensor() if isinstance(p, DTensor) else p for p in module.parameters())
-    return torch.cat([parameter.detach().flatten() for parameter in whole])
 
 
 class Validated(ToyMoE):

@@ -1,4 +1,4 @@
-"""How far fine-tuning takes a model's routing from what it was, as a Lightning callback."""
+"""A Lightning callback that measures how far fine-tuning takes a model's routing from what it was."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack

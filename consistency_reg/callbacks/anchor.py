@@ -104,7 +104,7 @@ class RouterAnchor(TrainingStepTerm):
         return {} if self.loss is None else {"loss": self.loss.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Resume from :meth:`state_dict`."""
         if self.is_on() and "loss" in state_dict:
             if self.loss is None:
                 self._resumed = state_dict["loss"]

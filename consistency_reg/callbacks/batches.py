@@ -7,7 +7,10 @@ with require("lightning"):
 
 
 def domain_names(trainer: Trainer) -> list[str]:
-    """Return the names of the validation loaders: the data module's ``domains``, if one for each, or else numbers."""
-    loaders = len(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
+    """Return the names of validation or test loaders: the data module's ``domains``, if one for each, or numbers."""
+    if trainer.testing:
+        loaders = len(trainer.num_test_batches)
+    else:
+        loaders = len(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
     names = getattr(getattr(trainer, "datamodule", None), "domains", None) or []
     return list(names) if len(names) == loaders else [str(index) for index in range(loaders)]

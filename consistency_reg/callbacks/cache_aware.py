@@ -11,13 +11,11 @@ from torch import Tensor
 from consistency_reg.callbacks.batches import domain_names
 from consistency_reg.callbacks.monitor import RoutingMonitor
 from consistency_reg.capture import RouterAdapter, RouterCapture
-from consistency_reg.functional.agreement import agreement_mean
 from consistency_reg.losses.distributed import all_sum
 from consistency_reg.masks import Masks, batch_masks
 from consistency_reg.optional import require
 from consistency_reg.rerouting import CacheAwareRouting, RoutingSchedule
-from consistency_reg.routing import RoutingTrace
-from consistency_reg.tracking.accumulate import RoutingMeasures
+from consistency_reg.tracking.accumulate import RoutingMeasures, agreed_choices
 
 with require("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -190,7 +188,7 @@ class CacheAwareTraining(Callback):
                 sums_D2[domain] += torch.stack([losses.double().sum(), losses.new_tensor(losses.numel()).double()])
                 trace = capture.trace(*masks)
                 measures.add(trace, domain)
-                agreed_2 += _agreed(trace)
+                agreed_2 += agreed_choices(trace)
         measured = measures.results(names, device)
         if measured is None:
             return {}
@@ -219,16 +217,6 @@ def _measures(trainer: Trainer) -> RoutingMeasures:
     monitors = [one for one in trainer.callbacks if isinstance(one, RoutingMonitor)]  # type: ignore[attr-defined]
     core = (monitors[0] if monitors else RoutingMonitor()).core
     return RoutingMeasures(core.segment_lengths, core.cache_ratios, core.cache_shares)
-
-
-def _agreed(trace: RoutingTrace) -> Tensor:
-    """Return how many of the chosen experts are among the K that the router itself prefers, and how many there are."""
-    means = [
-        agreement_mean(layer.expert_ids, layer.scores.topk(layer.top_k).indices, trace.valid)
-        for layer in trace
-        if layer.scores is not None
-    ]
-    return torch.stack([torch.stack([mean.total, mean.count]) for mean in means]).sum(dim=0)
 
 
 def _double(device: torch.device) -> torch.device:

@@ -1,4 +1,4 @@
-"""What stands between a trainer and the controller of a weight: where its measurements come from."""
+"""The measurements that the controller of a weight works with, taken from a trainer."""
 
 from typing import Any
 
@@ -94,7 +94,7 @@ class GoalKeeper:
             )
 
     def logged(self) -> dict[str, float]:
-        """What is logged beside the weight: the goal, what was measured (smoothed), and by how much it is missed."""
+        """Return what is logged next to the weight: the goal, the smoothed measurement, and how much is missing."""
         if self.controller.last_step is None:
             return {}
         push = self.controller.push
@@ -105,16 +105,16 @@ class GoalKeeper:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """All that :meth:`load_state_dict` needs to go on."""
+        """Return all that :meth:`load_state_dict` needs to resume."""
         return {"controller": self.controller.state_dict(), "complained": self._complained}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Resume from :meth:`state_dict`."""
         self.controller.load_state_dict(state_dict["controller"])
         self._complained = state_dict["complained"]
 
     def _is_due(self, step: int) -> bool:
-        """Whether the goal counts by now, and the step has not been measured already."""
+        """Return whether the goal counts by now, and the step has not been measured already."""
         last = self.controller.last_step
         return step >= self.first_step and (last is None or step > last)
 

@@ -22,10 +22,14 @@ from consistency_reg.tracking.tradeoff import TradeOff
 
 with require("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 
 class RoutingMonitor(Callback):
     """Measure routing, in validation over each dataloader (domain) and over all, and show it in every logger.
+
+    ``trainer.test`` is measured in the same way, under ``test/``, without pictures, alarms and trade-off. In
+    ``trainer.predict``, where Lightning logs nothing, nothing is measured, which is said once.
 
     Under ``val/``, of the model: ``srp/m16``, ``rho_hat/m16``, ``threshold/m16``, ``local_gain/m16``, ``static_srp``,
     ``overlap``, ``cache/lru_k``, ``cache/lru_2k``, ``cache/lru_25pct`` (hit rates), ``balance/cv``, ``balance/sd``,
@@ -101,6 +105,7 @@ class RoutingMonitor(Callback):
         self._fitting = False
         self._recording = ExitStack()
         self._records_training = False
+        self._said = False
         self._unheard = False  # a batch of a validation, without a forward
 
     @property
@@ -203,22 +208,14 @@ class RoutingMonitor(Callback):
                 dataloader_idx,
                 name=domain_names(trainer)[dataloader_idx],
                 token_ids=token_ids(batch),
-                draw=batch_idx == 0,
+                draw=batch_idx == 0 and not trainer.testing,
                 board=TrainerBoard(trainer),
             )
         self._listener.done()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the measures of the domains, and of all of them as one."""
-        if self._listener is None or trainer.sanity_checking:
-            return
-        values = self.core.end_validation(domain_names(trainer), pl_module.device)
-        if not values:
-            if self._unheard:
-                self._listener.trace()  # says why no batch at all was heard
-            return
-        pl_module.log_dict({f"val/{name}": value.float() for name, value in values.items()})
-        if self.tokens:
+        if not trainer.sanity_checking and self._log_measures(trainer, pl_module, "val") and self.tokens:
             pl_module.log(TOKENS, float(self.tokens))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -233,6 +230,43 @@ class RoutingMonitor(Callback):
         if not self._fitting:
             self._release()
 
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the routers."""
+        self.on_validation_start(trainer, pl_module)
+
+    def on_test_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        """Record what runs until the batch ends."""
+        self.on_validation_batch_start(trainer)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Measure the batch."""
+        self.on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the measures of the domains, and of all of them as one."""
+        self._log_measures(trainer, pl_module, "test")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the hooks off the model."""
+        self._release()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say once that nothing is measured."""
+        if not self._said:
+            self._said = True
+            rank_zero_warn(
+                "RoutingMonitor measures nothing in trainer.predict, where Lightning logs nothing: use "
+                "trainer.validate or trainer.test on the same data"
+            )
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the hooks off the model."""
         self._release()
@@ -242,7 +276,7 @@ class RoutingMonitor(Callback):
         return {"tokens": self.tokens} | self.core.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Resume from :meth:`state_dict`."""
         self._tokens = state_dict["tokens"]
         self.core.load_state_dict(state_dict)
 
@@ -254,6 +288,16 @@ class RoutingMonitor(Callback):
             tokens=self.counted,
             optimizers=lambda: trainer.optimizers,
         )
+
+    def _log_measures(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> bool:
+        """Log what was measured, under the name of a stage; return whether there is something."""
+        if self._listener is None:
+            return False
+        values = self.core.end_validation(domain_names(trainer), pl_module.device)
+        if not values and self._unheard:
+            self._listener.trace()  # says why no batch at all was heard
+        pl_module.log_dict({f"{stage}/{name}": value.float() for name, value in values.items()})
+        return bool(values)
 
     def _trace(self, batch: Any) -> RoutingTrace:
         assert self._listener is not None

@@ -184,7 +184,7 @@ class ConsistencyRegularizer(TrainingStepTerm):
         return {"loss": self.loss.state_dict()} | ({} if keeper is None else {"goal_keeper": keeper.state_dict()})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Resume from :meth:`state_dict`."""
         self.loss.load_state_dict(state_dict["loss"])
         if self.goal_keeper is not None and "goal_keeper" in state_dict:
             self.goal_keeper.load_state_dict(state_dict["goal_keeper"])

@@ -1,7 +1,8 @@
 """Find the routers of a model, listen to them during a forward pass, and hand over what they decided.
 
 All knowledge of model internals lives here: which module is a router (:mod:`.finding`), what it returns
-(:mod:`.adapters`, :mod:`.known`), what it selects by (:mod:`.selection`), and when it counts (:mod:`.recording`).
+(:mod:`.adapters`, :mod:`.known`), what it selects by (:mod:`.selection`), when it
+counts (:mod:`.recording`), and how its choice is replaced (:mod:`.changing`, :mod:`.weighing`).
 """
 
 from consistency_reg.capture.adapters import RouterAdapter

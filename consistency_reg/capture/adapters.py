@@ -1,4 +1,4 @@
-"""How to read one kind of router."""
+"""Adapters: each says how to read one kind of router."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ Reader = int | Callable[[Any], Tensor] | None
 
 @dataclass(frozen=True)
 class RouterAdapter:
-    """How to read one kind of router from its forward output.
+    """Says how to read one kind of router from its forward output.
 
     Args:
         pattern: regular expression that the name of the router's class, or of a class that it inherits from, must
@@ -54,12 +54,12 @@ class RouterAdapter:
     fixed: str = ""
 
     def matches(self, module: nn.Module, name: str = "") -> bool:
-        """Whether ``module``, which stands at ``name`` in its model, is of this kind."""
+        """Return whether ``module``, which stands at ``name`` in its model, is of this kind."""
         classes = (kind.__name__ for kind in type(module).__mro__)
         return any(re.search(self.pattern, kind) for kind in classes) and re.search(self.path, name) is not None
 
     def read(self, router: nn.Module, output: Any) -> tuple[Tensor, Tensor | None]:
-        """(logits, ids) of one call; ids are None where the experts were given them.
+        """Return (logits, ids) of one call; ids are None where the experts were given them.
 
         Raises:
             TypeError: the output holds no logits [..., E] or no integer ids [..., K] of the same tokens there.
@@ -77,11 +77,11 @@ class RouterAdapter:
         return logits, expert_ids
 
     def read_scores(self, router: nn.Module, logits: Tensor, expert_ids: Tensor, given: tuple[Any, ...]) -> Tensor:
-        """What the router selected by; ``given`` is what its forward was given after the hidden states."""
+        """Return what the router selected by; ``given``: what its forward was given after the hidden states."""
         return self.scores(router, logits)
 
     def read_score_function(self, router: nn.Module) -> str:
-        """How the router's logits become weights."""
+        """Return the name of the function by which the router turns logits into weights."""
         return self.score_function or score_function(router)
 
     def own_weights(self, call: RouterCall, expert_ids: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class RouterAdapter:
         return Rerouted((logits, weights, expert_ids.view(own_ids.shape).to(own_ids.dtype), *others), expert_ids)
 
     def logits_of(self, router: nn.Module, inputs: Tensor) -> Tensor:
-        """The logits of a router on [N, H] inputs of its own choice.
+        """Return the logits of a router on [N, H] inputs of its own choice.
 
         Raises:
             ValueError: its logits depend on more than its input.
@@ -123,7 +123,7 @@ def check(logits: Tensor, expert_ids: Tensor | None) -> None:
 
 
 def tensors_of(values: Any) -> list[Tensor]:
-    """The tensors among a module's arguments or in its output."""
+    """Yield the tensors among a module's arguments or in its output."""
     if isinstance(values, Tensor):
         return [values]
     if isinstance(values, Mapping):
@@ -134,7 +134,7 @@ def tensors_of(values: Any) -> list[Tensor]:
 
 
 def describe(output: Any) -> str:
-    """A router's output in words."""
+    """Return a router's output in words."""
     if isinstance(output, Tensor):
         return f"one tensor of shape {list(output.shape)}"
     if isinstance(output, (tuple, list)):

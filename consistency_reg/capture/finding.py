@@ -1,4 +1,4 @@
-"""Which modules of a model are its routers, and what to say where one is missing."""
+"""Find the routers of a model, and say what to do where one is missing."""
 
 import re
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class Router:
 
     @property
     def outer_name(self) -> str:
-        """Where it stood before PEFT's target_parameters wrapped it."""
+        """The name by which its model has it, from before PEFT's target_parameters wrapped it."""
         return re.sub(r"(\.base_layer)+$", "", self.name)
 
     @property
@@ -55,7 +55,7 @@ class ByShape(RouterAdapter):
     """
 
     def read(self, router: nn.Module, output: Any) -> tuple[Tensor, Tensor | None]:
-        """(logits, ids) of one call; ids are None where only the experts were given them."""
+        """Return (logits, ids) of one call; ids are None where only the experts were given them."""
         found = tensors_of(output)
         ids = [t for t in found if is_ids(t)]
         floats = [t for t in found if t.is_floating_point() and t.dim() >= 2]
@@ -70,12 +70,12 @@ class ByShape(RouterAdapter):
 
 
 def is_ids(tensor: Tensor) -> bool:
-    """Whether a tensor may be expert ids [..., K]."""
+    """Return whether a tensor may be expert ids [..., K]."""
     return tensor.dim() >= 2 and tensor.dtype in INTEGERS
 
 
 def find_routers(model: nn.Module, adapters: Sequence[RouterAdapter], layers: str | None = None) -> dict[str, Router]:
-    """The routers of a model by name, in its order.
+    """Return the routers of a model by name, in its order.
 
     Raises:
         ValueError: no router at all, experts without a router that can be told, no name of a router matches ``layers``.
@@ -97,7 +97,7 @@ def find_routers(model: nn.Module, adapters: Sequence[RouterAdapter], layers: st
 
 
 def how_to_register(class_name: str) -> str:
-    """The lines that make a router known."""
+    """Return the lines of code that make a router known."""
     return (
         "\nA RouterAdapter tells how to read it:\n"
         "    adapter = RouterAdapter(\n"
@@ -128,7 +128,7 @@ def _known_routers(model: nn.Module, adapters: Sequence[RouterAdapter]) -> dict[
 
 
 def _routers_by_shape(model: nn.Module, known: Sequence[Router]) -> dict[str, Router]:
-    """Routers of unknown classes: what looks like one beside experts that no known router serves."""
+    """Return routers of unknown classes: what looks like one next to experts that no known router serves."""
     served = [router.block_name for router in known]
     routers: dict[str, Router] = {}
     for name, experts in _routed_experts(model).items():
@@ -156,7 +156,7 @@ def _routers_by_shape(model: nn.Module, known: Sequence[Router]) -> dict[str, Ro
 
 
 def _routed_experts(model: nn.Module) -> dict[str, nn.Module]:
-    """The outermost modules of routed experts, by name."""
+    """Return the outermost modules of routed experts, by name."""
     found: dict[str, nn.Module] = {}
     last = ""
     for name, module in model.named_modules():

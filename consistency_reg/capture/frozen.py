@@ -22,9 +22,9 @@ class FrozenRouter(nn.Module):
 
     @torch.no_grad()
     def forward(self, inputs: Tensor) -> Tensor:
-        """The logits of the router as it was."""
+        """Return the logits of the router as it was."""
         return self._adapter.logits_of(self.router, inputs)
 
     def train(self, mode: bool = True) -> "FrozenRouter":
-        """Without effect: the copy stays in evaluation mode."""
+        """Do nothing: the copy stays in evaluation mode."""
         return self

@@ -23,12 +23,12 @@ class BiasGiven(RouterAdapter):
     score_function: str | None = "sigmoid"
 
     def read_scores(self, router: nn.Module, logits: Tensor, expert_ids: Tensor, given: tuple[Any, ...]) -> Tensor:
-        """Weights plus bias; the logits where no bias was given."""
+        """Return weights plus bias; the logits where no bias was given."""
         bias = next((value for value in given if isinstance(value, Tensor)), None)
         return logits if bias is None else biased_weights(logits, bias, self.read_score_function(router))
 
     def logits_of(self, router: nn.Module, inputs: Tensor) -> Tensor:
-        """The bias has no part in the logits."""
+        """Return the logits, in which the bias has no part."""
         no_bias = inputs.new_zeros(router.num_experts)  # type: ignore[call-overload]
         return self.read(router, router(inputs, no_bias))[0]
 
@@ -38,7 +38,7 @@ class BiasGivenRows(BiasGiven):
     """The same for a router that takes rows, [B, T, H]."""
 
     def logits_of(self, router: nn.Module, inputs: Tensor) -> Tensor:
-        """One row of them."""
+        """Return one row of logits."""
         return super().logits_of(router, inputs[None])
 
 
@@ -47,11 +47,11 @@ class TableRouter(RouterAdapter):
     """The token's id alone decides, by a table: no score moves the choice, so a loss on the scores has no gradient."""
 
     def read_scores(self, router: nn.Module, logits: Tensor, expert_ids: Tensor, given: tuple[Any, ...]) -> Tensor:
-        """1 for the experts that the table names."""
+        """Return 1 for the experts that the table names and 0 for the others."""
         return members(expert_ids, logits.shape[-1])
 
     def logits_of(self, router: nn.Module, inputs: Tensor) -> Tensor:
-        """The token has no part in the logits."""
+        """Return the logits, in which the token has no part."""
         return self.read(router, router(inputs, torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device)))[0]
 
 
@@ -60,24 +60,24 @@ class ContextRouter(RouterAdapter):
     """A router whose logits depend on more than its own input."""
 
     def logits_of(self, router: nn.Module, inputs: Tensor) -> Tensor:
-        """Refused."""
+        """Raise: logits of other inputs cannot be told."""
         raise ValueError(f"{type(router).__name__} routes by more than its own input: it has no reference to anchor to")
 
 
 def best_groups_of_one(router: nn.Module, logits: Tensor) -> Tensor:
-    """DeepSeek-V2: the experts of the groups whose best expert is highest, if it limits groups at all."""
+    """Return the scores of DeepSeek-V2: of the groups whose best expert is highest, if it limits groups at all."""
     if router.topk_method != "group_limited_greedy":
         return logits
     return in_best_groups(logits, router.num_group, router.topk_group, best_of=1)  # type: ignore[arg-type]
 
 
 def best_groups_of_softmax(router: nn.Module, logits: Tensor) -> Tensor:
-    """Mistral 4: softmax, then the groups whose two best experts have the highest sum."""
+    """Return the scores of Mistral 4: a softmax, then the groups whose two best experts have the highest sum."""
     return in_best_groups(logits.softmax(dim=-1), router.num_group, router.topk_group)  # type: ignore[arg-type]
 
 
 def groups_at_zero(router: nn.Module, logits: Tensor) -> Tensor:
-    """A.X K2: as DeepSeek-V3, but experts outside the best groups score 0 and not minus infinity."""
+    """Return the scores of A.X K2: DeepSeek-V3's, but experts outside the best groups score 0, not minus infinity."""
     scores = biased_weights(logits, router.e_score_correction_bias, "sigmoid")  # type: ignore[arg-type]
     if router.num_group is None:
         return scores
@@ -85,35 +85,35 @@ def groups_at_zero(router: nn.Module, logits: Tensor) -> Tensor:
 
 
 def softmax_plus_bias(router: nn.Module, logits: Tensor) -> Tensor:
-    """Ernie 4.5 (which keeps its bias in a module of its own) and LongCat-Flash."""
+    """Return the scores of LongCat-Flash and of Ernie 4.5, which keeps its bias in a module of its own."""
     owner = getattr(router, "moe_statics", router)
     return biased_weights(logits, owner.e_score_correction_bias, "softmax")  # type: ignore[arg-type]
 
 
 def logits_plus_bias(router: nn.Module, logits: Tensor) -> Tensor:
-    """Kolibri."""
+    """Return the scores of Kolibri: logits plus a bias."""
     return logits + router.e_score_correction_bias.detach()  # type: ignore[operator]
 
 
 def zaya_scores(router: nn.Module, logits: Tensor) -> Tensor:
-    """Zaya: softmax plus a bias of another name."""
+    """Return the scores of Zaya: a softmax plus a bias of another name."""
     return biased_weights(logits, router.balancing_biases, "softmax")  # type: ignore[arg-type]
 
 
 def zaya_ids(output: Any) -> Tensor:
-    """Zaya's last class skips the experts; the router hands it on as expert 0 with weight 0."""
+    """Return the ids of Zaya, whose last class skips the experts; the router returns it as expert 0 with weight 0."""
     logits, weights, expert_ids = output[:3]
     return expert_ids.masked_fill(weights == 0, logits.shape[-1] - 1)
 
 
 def log_probabilities(output: Any) -> Tensor:
-    """Gemma 4 returns probabilities; their logarithms are its logits up to a constant of each token."""
+    """Return Gemma 4's logits up to a constant of each token: logarithms of the probabilities that it returns."""
     probabilities = output[0]
     return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
 
 
 def doge_logits(output: Any) -> Tensor:
-    """Doge's experts are the cells of a grid, [2, N, E^(1/2)] logits for rows and columns; a cell's is their sum."""
+    """Return the logits of Doge, whose experts are cells of a grid: the sum of a row's and a column's logit each."""
     rows, columns = output[1]
     return (rows[:, :, None] + columns[:, None, :]).flatten(-2)
 
@@ -123,7 +123,7 @@ class SwitchRouter(RouterAdapter):
     """``(mask [B, T, E], weight [B, T, 1], logits)``; the mask lacks the tokens beyond an expert's capacity."""
 
     def reroute(self, call: RouterCall, expert_ids: Tensor, weights: Tensor) -> Rerouted:
-        """The mask of another choice, within the capacity."""
+        """Return the router's output with the mask of another choice, within the capacity."""
         mask, weight, logits = call.output
         chosen = nn.functional.one_hot(expert_ids.view(mask.shape[:-1]), mask.shape[-1])
         router: Any = call.router
@@ -140,7 +140,7 @@ class Llama4Router(RouterAdapter):
         return call.output[0].gather(-1, expert_ids)
 
     def reroute(self, call: RouterCall, expert_ids: Tensor, weights: Tensor) -> Rerouted:
-        """The weights of another choice."""
+        """Return the router's output with the weights of another choice."""
         own, logits = call.output
         return Rerouted((torch.zeros_like(own).scatter(-1, expert_ids, weights.to(own.dtype)), logits), expert_ids)
 
@@ -150,12 +150,12 @@ class JetMoeRouter(RouterAdapter):
     """``(order of the accesses by expert, their tokens, their weights, tokens of each expert, logits)``."""
 
     def own_weights(self, call: RouterCall, expert_ids: Tensor) -> Tensor:
-        """The weights in the order of the tokens."""
+        """Return the router's own weights in the order of the tokens."""
         order, _, weights, *_ = call.output
         return torch.empty_like(weights).scatter(0, order, weights).view(expert_ids.shape)
 
     def reroute(self, call: RouterCall, expert_ids: Tensor, weights: Tensor) -> Rerouted:
-        """The order of another choice."""
+        """Return the router's output with the order of another choice."""
         logits = call.output[-1]
         order = expert_ids.flatten().sort(0).indices  # as the router sorts them
         tokens = order.div(expert_ids.shape[-1], rounding_mode="trunc")
@@ -169,7 +169,7 @@ class InklingRouter(RouterAdapter):
     """``(logits, weights, ids, weights of the shared experts)``: the shared experts are weighed with the chosen."""
 
     def reroute(self, call: RouterCall, expert_ids: Tensor, weights: Tensor) -> Rerouted:
-        """What all share stays, so the shared experts' weights grow by as much as the chosen ones' sigmoids shrink."""
+        """Return the output for another choice; the sum stays, so shared experts gain what the chosen ones lose."""
         logits, own_weights, own_ids, shared = call.output
         sigmoids = call.logits.sigmoid()
         total = sigmoids.gather(-1, own_ids).sum(dim=-1, keepdim=True) + _shared_sigmoids(call).sum(-1, keepdim=True)
@@ -187,7 +187,7 @@ def _shared_sigmoids(call: RouterCall) -> Tensor:
 
 
 def inkling_weights(call: RouterCall, expert_ids: Tensor) -> Tensor:
-    """Inkling: the share of the sigmoids of chosen and shared experts."""
+    """Return the weights of Inkling: shares of the sigmoids of chosen and shared experts together."""
     router: Any = call.router
     weights = call.logits.sigmoid().gather(-1, expert_ids)
     total = weights.sum(dim=-1, keepdim=True) + _shared_sigmoids(call).sum(dim=-1, keepdim=True)
@@ -195,29 +195,29 @@ def inkling_weights(call: RouterCall, expert_ids: Tensor) -> Tensor:
 
 
 def gemma_weights(call: RouterCall, expert_ids: Tensor) -> Tensor:
-    """Gemma 4: normalized, times a scale of each expert."""
+    """Return the weights of Gemma 4: normalized, times a scale of each expert."""
     return Weighing(normalized=True)(call, expert_ids) * call.router.per_expert_scale[expert_ids]  # type: ignore[index]
 
 
 def privacy_filter_weights(call: RouterCall, expert_ids: Tensor) -> Tensor:
-    """OpenAI's privacy filter: normalized, divided by K."""
+    """Return the weights of OpenAI's privacy filter: normalized, divided by K."""
     return Weighing(normalized=True)(call, expert_ids) / expert_ids.shape[-1]
 
 
 def dbrx_weights(call: RouterCall, expert_ids: Tensor) -> Tensor:
-    """DBRX: divided by their norm, whose order the block knows."""
+    """Return the weights of DBRX: divided by their norm, whose order the block knows."""
     weights = Weighing(normalized=False)(call, expert_ids)
     order: Any = call.block.moe_normalize_expert_weights
     return weights if order is None else weights / weights.norm(p=order, dim=-1, keepdim=True)
 
 
 def cohere_weights(call: RouterCall, expert_ids: Tensor) -> Tensor:
-    """Cohere 2: a softmax over the chosen, or sigmoids that are normalized if the router says so."""
+    """Return the weights of Cohere 2: a softmax over the chosen, or sigmoids, normalized if the router says so."""
     return Weighing(normalized=True if call.score_function == "softmax" else None)(call, expert_ids)
 
 
 def ernie_weights(call: RouterCall, expert_ids: Tensor) -> Tensor:
-    """Ernie 4.5: divided by their sum or a least value, whichever is higher."""
+    """Return the weights of Ernie 4.5: divided by their sum or a least value, whichever is higher."""
     weights = Weighing(normalized=False)(call, expert_ids)
     return weights / weights.sum(dim=-1, keepdim=True).clamp_min(call.router.norm_min)  # type: ignore[arg-type]
 
@@ -227,11 +227,11 @@ class ZayaRouter(ContextRouter):
     """The class behind the experts skips them: it is handed on as expert 0 with weight 0."""
 
     def own_weights(self, call: RouterCall, expert_ids: Tensor) -> Tensor:
-        """0 where the experts are skipped."""
+        """Return the router's own weights, 0 where the experts are skipped."""
         return call.output[1]
 
     def reroute(self, call: RouterCall, expert_ids: Tensor, weights: Tensor) -> Rerouted:
-        """The same for another choice."""
+        """Return the router's output for another choice, 0 where the experts are skipped."""
         logits, own_weights, _, states = call.output
         handed_on = expert_ids.masked_fill(_skips(call, expert_ids), 0)
         return Rerouted((logits, weights.to(own_weights.dtype), handed_on, states), expert_ids)
@@ -242,7 +242,7 @@ def _skips(call: RouterCall, expert_ids: Tensor) -> Tensor:
 
 
 def zaya_weights(call: RouterCall, expert_ids: Tensor) -> Tensor:
-    """Zaya: a softmax, 0 for skipping the experts."""
+    """Return the weights of Zaya: a softmax, 0 for skipping the experts."""
     return Weighing(normalized=False)(call, expert_ids).masked_fill(_skips(call, expert_ids), 0)
 
 

@@ -15,6 +15,7 @@ from consistency_reg.capture.frozen import FrozenRouter
 from consistency_reg.capture.hooks import OwnedHook
 from consistency_reg.capture.known import DEFAULT_ADAPTERS
 from consistency_reg.capture.readings import Forward, Reading, shape_of, warn_of_lost_graphs
+from consistency_reg.capture.traces import check_selection, trace_of
 from consistency_reg.masks import Shape
 from consistency_reg.routing import RoutingTrace
 
@@ -167,7 +168,7 @@ class RouterCapture:
             self._recordings -= 1
 
     def trace(self, valid: Tensor | None = None, document_ids: Tensor | None = None) -> RoutingTrace:
-        """The routing of the last forward, graph kept where there was one.
+        """Return the routing of the last forward, graph kept where there was one.
 
         Args:
             valid: [B, T] bool, True for real tokens; all when None.
@@ -213,28 +214,11 @@ class RouterCapture:
         self, forward: Forward, shape: Shape, valid: Tensor | None = None, document_ids: Tensor | None = None
     ) -> RoutingTrace:
         """Return the routing of a forward of [B, T] tokens; see :meth:`trace`."""
-        B, T = shape
-        if unread := [str(self._routers[name]) for name, reading in forward.items() if reading.expert_ids is None]:
-            kind = type(self._routers[next(iter(forward))].module).__name__
-            raise RuntimeError(
-                f"the expert ids are not known of {unread}, which return none: the experts beside them were given "
-                f"none either.{how_to_register(kind)}"
-            )
         warn_of_lost_graphs(forward, stacklevel=4)
-        routers = [self._routers[name] for name in forward]
-        trace = RoutingTrace(
-            expert_ids=[reading.ids.reshape(B, T, -1) for reading in forward.values()],
-            num_experts=[reading.logits.shape[-1] for reading in forward.values()],
-            scores=[self._scores(name, reading).reshape(B, T, -1) for name, reading in forward.items()],
-            logits=[reading.logits.reshape(B, T, -1) for reading in forward.values()],
-            valid=valid,
-            document_ids=document_ids,
-            layer_names=tuple(forward),
-            score_functions=[router.adapter.read_score_function(router.module) for router in routers],
-            inputs=self._inputs(forward, shape) if self.keep_inputs else None,
-        )
+        trace = trace_of(self._routers, forward, shape, valid, document_ids, with_inputs=self.keep_inputs)
         if self._unchecked:
-            self._check_selection(trace)
+            check_selection(trace, {name: self._routers[name] for name in self._unchecked})
+            self._unchecked.clear()
         return trace
 
     def clear(self) -> None:
@@ -245,36 +229,6 @@ class RouterCapture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-    def _scores(self, name: str, reading: Reading) -> Tensor:
-        """What the router selected by. Not for the hook: within a checkpointed layer it would change what is saved."""
-        router = self._routers[name]
-        return router.adapter.read_scores(router.module, reading.logits, reading.ids, reading.given)
-
-    def _inputs(self, forward: Forward, shape: Shape) -> list[Tensor]:
-        inputs = {name: reading.inputs for name, reading in forward.items()}
-        missing = [name for name, value in inputs.items() if value is None]
-        if missing:
-            raise RuntimeError(
-                "keep_inputs needs routers that take their input as the first positional argument, "
-                f"which {missing} did not"
-            )
-        return [value.reshape(*shape, -1) for value in inputs.values() if value is not None]
-
-    @torch.no_grad()
-    def _check_selection(self, trace: RoutingTrace) -> None:
-        """A router that was read by shape alone must select by its logits: looked at once, as it reads the data."""
-        for layer in trace:
-            if layer.name in self._unchecked:
-                assert layer.scores is not None
-                best = layer.scores.topk(layer.top_k).indices.sort().values
-                if not torch.equal(best[trace.valid_mask], layer.expert_ids.sort().values[trace.valid_mask]):
-                    router = self._routers[layer.name]
-                    raise ValueError(
-                        f"{router} is of no class that is known, and its choice is not the top of its logits."
-                        f"{how_to_register(type(router.module).__name__)}"
-                    )
-        self._unchecked.clear()
 
     def _begin(self) -> None:
         self._readings.clear()
@@ -349,7 +303,7 @@ class RouterCapture:
         self._readings.setdefault(name, []).append(reading)
 
     def _read_experts(self, name: str, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """What the experts are given, of a router that does not return it."""
+        """Read the ids that the experts are given, where the router does not return them."""
         readings = self._readings.get(name)
         if not self._listening or not readings or readings[-1].expert_ids is not None:
             return
@@ -372,7 +326,7 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _is_step_of_generation(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a forward goes on from a cache, or fills one that it was given, without autograd."""
+    """Return whether a forward continues a cache, or fills one that it was given, without autograd."""
     if torch.is_grad_enabled():
         return False  # tuned prefixes are given as a cache, too
     return any(kwargs.get(name) is not None for name in CACHES) or any(hasattr(arg, "get_seq_length") for arg in args)

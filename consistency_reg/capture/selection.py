@@ -1,4 +1,4 @@
-"""What a router selects by: the scores whose top K are the chosen experts, from the logits and their graph."""
+"""The scores that a router selects by, whose top K are the chosen experts, from the logits and their graph."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from consistency_reg.routing import WEIGHTS
 
 
 def selection_scores(router: nn.Module, logits: Tensor) -> Tensor:
-    """What a top-k router selects by, [..., E] with the graph of the logits, as its attributes tell it.
+    """Return what a top-k router selects by, [..., E] with the graph of the logits, as its attributes tell.
 
     A softmax or a sigmoid keeps the order of the logits, so these are the scores. With a correction bias (DeepSeek-V3)
     selection is by ``weight(logits) + bias``, and experts outside the best groups are ruled out (minus infinity).
@@ -21,7 +21,7 @@ def selection_scores(router: nn.Module, logits: Tensor) -> Tensor:
 
 
 def score_function(router: nn.Module) -> str:
-    """How a router turns logits into weights, as far as its attributes tell: a key of :data:`~.routing.WEIGHTS`."""
+    """Return how a router turns logits into weights, by its attributes: a key of ``routing.WEIGHTS``."""
     named = getattr(router, "expert_selection_fn", None)  # Cohere2-MoE
     if named is not None:
         return str(named)
@@ -35,14 +35,14 @@ ACTIVATIONS = {"SqrtSoftplusActivation": "sqrtsoftplus", "Sigmoid": "sigmoid", "
 
 
 def biased_weights(logits: Tensor, bias: Tensor, weights: str) -> Tensor:
-    """``weights(logits) + bias``, no gradient to the bias: it is moved by the balance of load, not by a loss."""
+    """Return ``weights(logits) + bias``, no gradient to the bias: it is moved by the balance of load, not by a loss."""
     return WEIGHTS[weights](logits) + bias.detach().flatten()
 
 
 def in_best_groups(
     scores: Tensor, groups: int, kept: int, *, best_of: int = 2, outside: float = -float("inf")
 ) -> Tensor:
-    """Scores in which only the ``kept`` best of equal groups of neighbours take part; [..., E].
+    """Return scores in which only the ``kept`` best of equal groups of neighbours take part; [..., E].
 
     A group is as good as the sum of its ``best_of`` highest scores; the others' scores become ``outside``.
 
@@ -61,6 +61,6 @@ def in_best_groups(
 
 
 def members(expert_ids: Tensor, num_experts: int) -> Tensor:
-    """1 for the chosen experts, 0 for the others: what a choice without scores selects by; [..., K] -> [..., E]."""
+    """Return 1 for the chosen experts and 0 for the others, which selects the same; [..., K] -> [..., E]."""
     chosen = torch.zeros(*expert_ids.shape[:-1], num_experts, device=expert_ids.device)
     return chosen.scatter(-1, expert_ids, 1.0)

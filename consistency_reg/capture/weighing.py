@@ -1,4 +1,4 @@
-"""How a router's answer is changed to another choice of experts: the weights of these, and where they go.
+"""The weights of another choice of experts, and the router's output that holds them.
 
 The experts of another choice are weighed by the router's own rule from its unchanged logits. A :class:`Weighing` is the
 rule of most architectures; :mod:`.known` has those of the others.

@@ -67,7 +67,7 @@ class WeightController:
 
     @property
     def stuck_steps(self) -> int:
-        """For how many steps the factor has been at a limit and pushed against it."""
+        """The number of steps for which the factor has been at a limit and pushed against it."""
         return 0 if self._stuck_since is None or self._step is None else self._step - self._stuck_since
 
     def observe(self, step: int, push: float) -> None:
@@ -90,18 +90,18 @@ class WeightController:
             self._stuck_since = step
 
     def state_dict(self) -> dict[str, Any]:
-        """All that :meth:`load_state_dict` needs to go on."""
+        """Return all that :meth:`load_state_dict` needs to resume."""
         return {name: getattr(self, name) for name in ("push", "_lasting", "_passing", "_step", "_stuck_since")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; the limit and the response are those of this controller."""
+        """Resume from :meth:`state_dict`; the limit and the response are those of this controller."""
         for name, value in state_dict.items():
             setattr(self, name, value)
         self._lasting = _clip(self._lasting, 0.0, self.limit)
 
 
 def _approach(steps: float, constant: float) -> float:
-    """What share of its way an exponential approach with this constant has gone after some steps."""
+    """Return the share of its way that an exponential approach with this constant has gone after some steps."""
     return 1 - math.exp(-steps / constant)
 
 

@@ -1,4 +1,4 @@
-"""What may be wanted of a consistency term instead of giving its weight: a measure to reach, or a cost to keep to."""
+"""Goals of a consistency term, in place of its weight: a measure to reach, or a cost to keep to."""
 
 import math
 from collections.abc import Mapping
@@ -66,23 +66,23 @@ class Target:
         return "routing" if self.segment_length else "validation"
 
     def is_comparable(self, step: int) -> bool:
-        """At every step."""
+        """Return True: a target can be compared at every step."""
         return True
 
     def push(self, step: int, value: float) -> float:
-        """Positive below the bound: more weight is wanted."""
+        """Return how far the value is from the bound; positive below it, where more weight is wanted."""
         return (self.bound - value) / self.scale
 
     def measured(self, push: float) -> float:
-        """The value that gave this push."""
+        """Return the value that gave this push."""
         return self.bound - push * self.scale
 
     def violation(self, push: float) -> float:
-        """How much is lacking; negative above the bound."""
+        """Return how much is lacking; negative above the bound."""
         return push * self.scale
 
     def complaint(self, push: float, max_weight: float, steps: int) -> str:
-        """The weight is at its limit, and it is not enough."""
+        """Return the message for a weight at its limit that is not enough."""
         return (
             f"the target {self.name}={self.bound:g} is not reached: it is {self.measured(push):.3f} after "
             f"{steps} steps at max_weight={max_weight:g}. Raise max_weight, or ask for less"
@@ -121,7 +121,7 @@ class Budget:
 
     @property
     def scale(self) -> float:
-        """The whole budget."""
+        """The bound: the whole budget."""
         return self.bound
 
     @property
@@ -130,22 +130,22 @@ class Budget:
         return "validation" if self.name.startswith("val") else "training"
 
     def is_comparable(self, step: int) -> bool:
-        """Whether the reference says what to expect at a step."""
+        """Return whether the reference says what to expect at a step."""
         return self._expected(step) is not None
 
     def push(self, step: int, value: float) -> float:
-        """The share of the budget that is left, for the term to take; negative where it is overspent."""
+        """Return the share of the budget that is left, for the term to take; negative where it is overspent."""
         expected = self._expected(step)
         if expected is None:
             raise ValueError(f"the reference of {self.name} must have a value at step {step}")
         return 1 - (value / expected - 1) / self.bound
 
     def measured(self, push: float) -> float:
-        """The relative increase that gave this push."""
+        """Return the relative increase that gave this push."""
         return self.bound - push * self.scale
 
     def violation(self, push: float) -> float:
-        """The increase beyond the budget; negative within it."""
+        """Return the increase beyond the budget; negative within it."""
         return -push * self.scale
 
     def _expected(self, step: int) -> float | None:
@@ -153,7 +153,7 @@ class Budget:
         return self.curve.at(step, interpolate=self.source == "validation")
 
     def complaint(self, push: float, max_weight: float, steps: int) -> str:
-        """It is overspent without the term."""
+        """Return the message for a budget that is overspent without the term."""
         return (
             f"the budget {self.name}={self.bound:g} is overspent with the weight at 0 for {steps} steps: the increase "
             f"over the reference is {self.measured(push):.4f}. Is the reference a run of another recipe or "
@@ -167,7 +167,7 @@ Goal = Target | Budget
 def make_goal(
     target: Mapping[str, float] | None, budget: Mapping[str, float] | None, reference: str | Path | None
 ) -> Goal | None:
-    """The goal that a user gave as mappings of one entry each; None if there is none.
+    """Return the goal that a user gave as mappings of one entry each; None if there is none.
 
     Raises:
         ValueError: both or several at once, a budget without a reference or the reverse, what the goals refuse.

@@ -1,4 +1,4 @@
-"""What a logged value was over the steps of another run."""
+"""The values that another run logged, by step."""
 
 import csv
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ReferenceCurve:
-    """What a logged value was at some steps of another run.
+    """The values that another run logged, at some of its steps.
 
     Args:
         steps: in ascending order.
@@ -65,7 +65,7 @@ class ReferenceCurve:
         return cls(sorted(points), [points[step] for step in sorted(points)])
 
     def at(self, step: int, *, interpolate: bool) -> float | None:
-        """The value at a step; None outside of the curve, and between its points unless it is to be interpolated."""
+        """Return the value at a step; None outside of the curve, and between its points unless ``interpolate``."""
         index = bisect_left(self.steps, step)
         if index == len(self.steps):
             return None
@@ -78,7 +78,7 @@ class ReferenceCurve:
 
 
 def metrics_files(folder: Path) -> list[Path]:
-    """What a run logged, in its order: metrics-1.csv, metrics-2.csv, ... until interruptions, then metrics.csv."""
+    """Return the files of a run's log in order: metrics-1.csv, ... until interruptions, then metrics.csv."""
     numbers = {path: path.stem.removeprefix("metrics-") for path in folder.glob("metrics-*.csv")}
     earlier = sorted((path for path in numbers if numbers[path].isdecimal()), key=lambda path: int(numbers[path]))
     return [path for path in (*earlier, folder / "metrics.csv") if path.exists()]

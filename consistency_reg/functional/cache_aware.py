@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from consistency_reg.devices import is_on_host
+from consistency_reg.functional.cache_aware_next import next_on_host
 from consistency_reg.functional.cache_aware_scan import scan
 from consistency_reg.routing import check_masks
 from consistency_reg.routing.documents import document_positions
@@ -66,7 +67,7 @@ class CacheAwareState:
         return cls(last_use, tokens.double(), tokens, tokens.clone())
 
     def select(self, rows: Tensor) -> Self:
-        """Return the state of some rows [B'] int64, in that order: beams that were kept, or rows that go on.
+        """Return the state of some rows [B'] int64, in that order: beams that were kept, or rows that continue.
 
         Example:
             >>> CacheAwareState.empty(2, num_experts=3).select(torch.tensor([1, 1, 0])).tokens.tolist()
@@ -233,6 +234,8 @@ def _choose_next(
     z: Tensor, top_k: int, slots: int, strength: float, guaranteed: int, state: CacheAwareState
 ) -> CacheAwareChoice:
     """Return the choice of "prior" for one token that goes on with each row's document: what decoding waits for."""
+    if is_on_host(z):
+        return _choose_next_on_host(z, top_k, slots, strength, guaranteed, state)
     E, tokens = z.shape[-1], state.tokens + 1
     residents = state.residents(slots)[..., None, :]
     score_range = state.score_range + _score_range(z)[..., 0]
@@ -244,6 +247,23 @@ def _choose_next(
     key = (tokens * E)[..., None] - rank[..., 0, :]
     last_use = state.last_use.scatter(-1, chosen[..., 0, :], key)
     return CacheAwareChoice(chosen, residents, CacheAwareState(last_use, score_range, tokens, state.document_ids))
+
+
+def _choose_next_on_host(
+    z: Tensor, top_k: int, slots: int, strength: float, guaranteed: int, state: CacheAwareState
+) -> CacheAwareChoice:
+    """Return the same as :func:`_choose_next` from tensors on a CPU."""
+    *rows, _, E = z.shape
+    before = state.last_use.view(-1, E), state.score_range.view(-1), state.tokens.view(-1)
+    chosen, residents, *after = next_on_host(
+        z.view(-1, E), *before, top_k=top_k, slots=slots, strength=strength, guaranteed=guaranteed
+    )
+    last_use, score_range, tokens = after[0].view(*rows, E), after[1].view(rows), after[2].view(rows)
+    return CacheAwareChoice(
+        chosen.view(*rows, 1, -1),
+        residents.view(*rows, 1, E),
+        CacheAwareState(last_use, score_range, tokens, state.document_ids),
+    )
 
 
 def check_cache_aware(

@@ -132,7 +132,7 @@ class EngineReplay:
 
     @property
     def hits(self) -> int:
-        """The look-ups that hit."""
+        """The number of look-ups that hit."""
         return sum(int((held & asked).sum()) for held, asked in zip(self.held, self.looked_up, strict=True))
 
     @property
@@ -142,7 +142,7 @@ class EngineReplay:
 
     @property
     def hit_rate(self) -> float:
-        """Hits by look-ups."""
+        """The share of look-ups that hit."""
         return self.hits / max(self.hits + self.misses, 1)
 
 

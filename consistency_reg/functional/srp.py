@@ -31,7 +31,7 @@ KERNEL_CHUNK_TOKENS = 2**22  # enough to fill a GPU
 
 @dataclass(frozen=True)
 class SRPCounts:
-    """All that SRP needs to know of one layer: integers, so that they add up over batches and processes exactly.
+    """Counts that determine the SRP of one layer: integers, so that they add up over batches and processes exactly.
 
     Attributes:
         windows: for each segment length m, [E, m+1] int64; ``[e, j]`` is the number of windows with ``f[e] = j``.

@@ -1,4 +1,4 @@
-"""One pass over a trace that gives the hits of every cache size: cache policies as priority stacks.
+"""Priority stacks of cache policies: one pass over a trace gives the hits of every cache size.
 
 A *priority stack* holds the experts that were used so far such that a cache of C slots holds the first C of them. When
 x is used, each size that does not hold x evicts the lowest of its residents. So x goes to the top, and the others

@@ -172,6 +172,11 @@ class Attachment:
         """The cache-aware routing of training forwards, or None."""
         return None if self._trained is None else self._trained.routing
 
+    @property
+    def trained_routing(self) -> TrainedRouting | None:
+        """The routing of training forwards with its schedule, or None."""
+        return self._trained
+
     def begin_step(self, step: int) -> None:
         """Give the routing the strength and the cache of an optimizer step; without effect where there is none."""
         if self._trained is not None:
@@ -241,7 +246,7 @@ class Attachment:
             self._listener.expect()
 
     def _check_call(self, router: nn.Module, *_: Any) -> None:
-        """A model that is trained without being called itself would silently train without the term."""
+        """Raise if a model is trained without being called itself, which would train without the term."""
         if not self._called and router.training and torch.is_grad_enabled():
             raise RuntimeError(
                 f"a router ran in training outside of a forward of the {type(self._model).__name__} that the "
@@ -278,7 +283,7 @@ class Attachment:
 
 
 def attachments(model: nn.Module) -> list[Attachment]:
-    """Those that add a term to the model's loss now."""
+    """Return the attachments that add a term to the model's loss now."""
     owners = [hook.owner for hook in model._forward_hooks.values() if isinstance(hook, OwnedHook)]
     return [owner for owner in owners if isinstance(owner, Attachment)]
 

@@ -105,6 +105,6 @@ def _refuse() -> None:
 
 
 def _is_simple(ratio: float, largest: int, tolerance: float) -> bool:
-    """Whether a ratio is p / q times a power of two, with p and q up to ``largest``."""
+    """Return whether a ratio is p / q times a power of two, with p and q up to ``largest``."""
     mantissa = math.frexp(ratio)[0]
     return any(abs(mantissa * q - round(mantissa * q)) <= tolerance * q * mantissa for q in range(1, largest + 1))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from consistency_reg.capture import RouterAdapter
 from consistency_reg.integrations.attach import attachments
+from consistency_reg.integrations.deployed import DeployedEvaluation
 from consistency_reg.integrations.listening import ForwardListener, Given
 from consistency_reg.integrations.optimizer_step import StepTerm
 from consistency_reg.integrations.reporters import ReporterBoard
@@ -23,8 +24,10 @@ from consistency_reg.integrations.trainer_state import (
 )
 from consistency_reg.masks import Masks
 from consistency_reg.optional import require
+from consistency_reg.rerouting import RoutingSchedule
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.session import Which, check_tokens
+from consistency_reg.tracking.accumulate import RoutingMeasures
 from consistency_reg.tracking.alarms import Alarms
 from consistency_reg.tracking.monitor import MonitorCore
 
@@ -47,6 +50,11 @@ class RoutingMonitorCallback(TrainerCallback):
     (extra ``plots``) and ``best/`` in its summary, TensorBoard the pictures. A router that collapses is warned of once,
     and wandb's user is alerted.
 
+    Where the model is trained with cache-aware routing (``ConsistencyCallback(routing=...)``), or ``deployed`` is
+    given, each batch of an evaluation is run once more with it: ``eval_deployed/srp/m16``, ``.../cache/lru_2k`` and so
+    on of the model, ``eval_deployed/loss`` where the model returns a loss, ``/agreement`` (the share of the chosen
+    experts that the routers prefer by themselves), ``/strength`` and ``/cache_ratio``.
+
     :meth:`add_to` puts the callback before the reporters and tells it the names of the datasets.
 
     Args:
@@ -61,6 +69,8 @@ class RoutingMonitorCallback(TrainerCallback):
         quality: the logged metric of an evaluation, lower is better, that the trade-off and ``best/`` are about;
             ``eval_loss`` when None.
         training: measure training steps too.
+        deployed: the routing of ``eval_deployed/``, with the mean of its cache ratios; that of the training when None.
+            ``RoutingSchedule(0.0)`` leaves these evaluations out.
         samples: how many texts to draw, the first row of as many datasets.
         alarms: the bounds to warn at, see :class:`~consistency_reg.tracking.alarms.Alarms`; the usual ones when None.
 
@@ -84,13 +94,20 @@ class RoutingMonitorCallback(TrainerCallback):
         tokens: Which = "all",
         quality: str | None = None,
         training: bool = True,
+        deployed: RoutingSchedule | None = None,
         samples: int = 2,
         alarms: Alarms | None = None,
     ) -> None:
+        if deployed is not None and not isinstance(deployed, RoutingSchedule):
+            raise TypeError(f"deployed must be a RoutingSchedule, such as RoutingSchedule(0.1), got {deployed!r}")
         self.core = MonitorCore(
             segment_lengths, cache_ratios, cache_shares, quality=quality, samples=samples, alarms=alarms
         )
         self.training = training
+        self.deployed = deployed
+        self._deployed: DeployedEvaluation | None = None
+        self._of_deployed: RoutingTrace | None = None
+        self._deploying = False
         self._options: dict[str, Any] = {
             "masks": masks,
             "adapters": adapters,
@@ -103,7 +120,7 @@ class RoutingMonitorCallback(TrainerCallback):
         self._processes = 1
         self._records = False  # whether the present training step will be logged
         self._of_step: RoutingTrace | None = None
-        self._of_batch: tuple[RoutingTrace, Tensor | None] | None = None
+        self._of_batch: tuple[RoutingTrace, Given] | None = None
         self._batches = 0  # of the dataset that is evaluated
         self._evaluated: dict[str, dict[str, float]] = {}  # datasets of an evaluation that has more, and their logs
         self._logged: dict[str, float] = {}
@@ -133,7 +150,7 @@ class RoutingMonitorCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Listen to the model; go on from a checkpoint."""
+        """Listen to the model; resume from a checkpoint."""
         self._processes = args.world_size
         self._listen(model)
         saved = checkpoint_of(args, state) / STATE_FILE
@@ -180,7 +197,9 @@ class RoutingMonitorCallback(TrainerCallback):
             self._say_that_nothing_is_measured()
         if self._of_batch is None:
             return
-        (trace, token_ids), self._of_batch = self._of_batch, None
+        (trace, given), self._of_batch = self._of_batch, None
+        token_ids = given.get("input_ids")
+        token_ids = token_ids if isinstance(token_ids, Tensor) else None
         board = self._board(args, state)
         if board.shows_pictures:
             self.core.draw(board, getattr(processing_class, "decode", None))
@@ -189,6 +208,7 @@ class RoutingMonitorCallback(TrainerCallback):
         name = names[domain] if domain < len(names) else "eval"
         self.core.validation_batch(trace, domain, name=name, token_ids=token_ids, draw=self._batches == 0, board=board)
         self._batches += 1
+        self._evaluate_deployed(given, domain)
 
     def on_log(
         self,
@@ -250,9 +270,15 @@ class RoutingMonitorCallback(TrainerCallback):
         self._model = model
         self._told: dict[str, tuple[str, ...]] = {}
         self._listener = ForwardListener(model, self._hear, **self._options)
+        measures = RoutingMeasures(self.core.segment_lengths, self.core.cache_ratios, self.core.cache_shares)
+        options = {name: self._options[name] for name in ("masks", "adapters", "layers")}
+        self._deployed = DeployedEvaluation(model, self.deployed, measures, **options)
 
     def _hear(self, given: Given) -> None:
         assert self._listener is not None
+        if self._deploying:
+            self._of_deployed = self._listener.trace(given)
+            return
         learns = torch.is_grad_enabled()
         if self._options["masks"] is None and self._trainer is not None:
             which = "train_dataset" if self._model.training else "eval_dataset"
@@ -262,8 +288,19 @@ class RoutingMonitorCallback(TrainerCallback):
             if self._records:
                 self._of_step = self._listener.trace(given)
         elif not self._model.training and not learns and self._of_batch is None:
-            ids = given.get("input_ids")  # a second forward of the same batch is not counted
-            self._of_batch = self._listener.trace(given), ids if isinstance(ids, Tensor) else None
+            self._of_batch = self._listener.trace(given), given  # a second forward of the same batch is not counted
+
+    def _evaluate_deployed(self, given: Given, domain: int) -> None:
+        """Run a batch of an evaluation once more with the routing of deployment, if there is one."""
+        assert self._deployed is not None
+        self._deploying, self._of_deployed = True, None
+        try:
+            ran = self._deployed.run(given)
+        finally:
+            self._deploying = False
+        trace, self._of_deployed = self._of_deployed, None
+        if ran is not None and trace is not None:
+            self._deployed.add(trace, *ran, domain)
 
     def _boundaries(self, which: str) -> tuple[str, ...]:
         """Return the columns of the trainer's datasets that tell where documents begin, looked at once."""
@@ -276,7 +313,7 @@ class RoutingMonitorCallback(TrainerCallback):
     def _release(self) -> None:
         if self._listener is not None:
             self._listener.release()
-        self._listener = None
+        self._listener = self._deployed = None
         self._of_step = self._of_batch = None
         self._training_values = {}
         self._begin_evaluation()
@@ -291,6 +328,8 @@ class RoutingMonitorCallback(TrainerCallback):
 
     def _begin_evaluation(self) -> None:
         self._evaluated, self._batches, self._of_batch = {}, 0, None
+        if self._deployed is not None:
+            self._deployed.forget()
 
     def _end_dataset(self, prefix: str, logs: Mapping[str, Any], device: torch.device) -> dict[str, float]:
         """Return the measures of an evaluation, if this was the last of its datasets."""
@@ -308,10 +347,12 @@ class RoutingMonitorCallback(TrainerCallback):
             prefix = "eval"
         else:
             names = [f"{number}" for number in range(domain)] + [dataset]
-        values = self.core.end_validation(names, device)
+        values = {name: float(value) for name, value in self.core.end_validation(names, device).items()}
+        if self._deployed is not None:
+            values |= {f"deployed/{name}": value for name, value in self._deployed.results(names, device).items()}
         self._begin_evaluation()
         self._logged = numbers if values else {}
-        return {f"{prefix}_{name}": float(value) for name, value in values.items()}
+        return {f"{prefix}_{name}": value for name, value in values.items()}
 
     def _say_that_nothing_is_measured(self) -> None:
         if not self._said:

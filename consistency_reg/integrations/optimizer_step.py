@@ -43,7 +43,12 @@ class StepTerm(Attachment):
         Args:
             micro_batches: how many the step has.
             scaler: the ``GradScaler`` that scales its losses, or None.
+
+        Raises:
+            RuntimeError: the step before ended without moving the parameters, with fewer micro-batches than was said.
         """
+        if 0 < self._seen < self._micro_batches:
+            self.end()
         self._micro_batches, self._scaler, self._seen = micro_batches, scaler, 0
         self._forget()
 
@@ -83,8 +88,10 @@ class StepTerm(Attachment):
             raise RuntimeError(
                 f"the optimizer step had {self._seen} micro-batches where {self._micro_batches} were expected from "
                 "gradient_accumulation_steps and the length of the dataloader, so the consistency term was divided by "
-                "the wrong number: set gradient_accumulation_steps=1, or give a dataloader whose len() is right"
+                "the wrong number: add the callback by ConsistencyCallback(...).add_to(trainer), which asks the "
+                "trainer, set gradient_accumulation_steps=1, or give a dataloader whose len() is right"
             )
+        self._seen = 0
 
     def _join(self, output: Any, term: Term, trace: RoutingTrace, given: Mapping[str, Any]) -> Any:
         if self.told_boundaries:

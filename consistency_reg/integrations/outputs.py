@@ -31,6 +31,23 @@ def change_loss(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return output
 
 
+def loss_of(output: Any) -> Tensor | None:
+    """Return the loss, a scalar, in what a model returned; None where there is none.
+
+    Example:
+        >>> import torch
+        >>> loss_of({"loss": torch.tensor(1.0)}), loss_of({"logits": torch.ones(2, 3)})
+        (tensor(1.), None)
+    """
+    if isinstance(output, tuple):
+        loss = output[0] if output else None
+    elif isinstance(output, Mapping):
+        loss = output.get("loss")
+    else:
+        loss = output if isinstance(output, Tensor) else getattr(output, "loss", None)
+    return loss if isinstance(loss, Tensor) and not loss.dim() else None
+
+
 def trained_tensors(output: Any) -> list[Tensor]:
     """Return the tensors of an output through which a backward pass can go, each one once, in its order.
 
@@ -85,7 +102,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def _attributes(output: Any) -> dict[str, Any]:
-    """The attributes of an object that a model may return; none of a cache, which is no output to be trained."""
+    """Return the attributes of an object that a model may return; none of a cache, which is no output to be trained."""
     if hasattr(output, "get_seq_length") or isinstance(output, type):
         return {}
     return dict(getattr(output, "__dict__", {}))

@@ -1,10 +1,12 @@
 """Read a transformers ``Trainer``: where it stands, what its data tell, where its reporters are."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from consistency_reg.hints import OF_BOUNDARIES, is_hint
 from consistency_reg.optional import require
 
 with require("accelerate"):
@@ -23,17 +25,26 @@ def join_before_reporters(trainer: Trainer, callback: TrainerCallback) -> None:
 
 
 def told_boundaries(dataset: Any) -> tuple[str, ...]:
-    """Return the columns of a dataset that may tell where documents begin.
+    """Return the columns of a dataset that tell, or may tell, where documents begin.
 
     Example:
-        >>> told_boundaries([{"input_ids": [1, 2], "document_ids": [0, 1]}])
-        ('document_ids',)
+        >>> told_boundaries([{"input_ids": [1, 2], "document_ids": [0, 1], "doc_id": "a name", "seq_lengths": [1, 1]}])
+        ('document_ids', 'seq_lengths')
     """
     names = getattr(dataset, "column_names", None)
-    if names is None and hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset):
-        row = dataset[0]
-        names = list(row) if isinstance(row, Mapping) else None
-    return tuple(name for name in BOUNDARIES if name in (names or ()))
+    row: Mapping[str, Any] = {}
+    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset):
+        first = dataset[0]
+        row = first if isinstance(first, Mapping) else {}
+    known = tuple(name for name in BOUNDARIES if name in (names or row))
+    hints = (name for name, value in row.items() if isinstance(name, str) and OF_BOUNDARIES.search(name.lower()))
+    return known + tuple(name for name in hints if name not in known and _is_row(name, row[name]))
+
+
+def _is_row(name: str, value: Any) -> bool:
+    """Return whether a column holds numbers for tokens or documents, not one thing for a row."""
+    values = value.tolist() if hasattr(value, "tolist") else value
+    return is_hint(name, value) and isinstance(values, list | tuple) and all(isinstance(one, int) for one in values)
 
 
 def check_boundaries(told: tuple[str, ...], given: Mapping[str, Any]) -> None:
@@ -45,13 +56,25 @@ def check_boundaries(told: tuple[str, ...], given: Mapping[str, Any]) -> None:
 
     Raises:
         RuntimeError: the trainer, or its collator, dropped them.
+
+    Warns:
+        UserWarning: the dataset has a column that may tell them, in a form that is not read.
     """
-    if told and not any(name in given for name in BOUNDARIES):
+    if not told or any(name in given for name in (*BOUNDARIES, *told)):
+        return
+    dropped = (
+        f"but the model was given {sorted(given)} alone: a Trainer drops columns that the model's forward does not "
+        "name, unless remove_unused_columns=False, and a collator may drop them too. "
+    )
+    if any(name in BOUNDARIES for name in told):
         raise RuntimeError(
-            f"the dataset tells by {list(told)} where documents begin, but the model was given {sorted(given)} alone: "
-            "a Trainer drops columns that the model's forward does not name, unless remove_unused_columns=False, and a "
-            "collator may drop them too. Let the model have them, or give masks="
+            f"the dataset tells by {list(told)} where documents begin, {dropped}Let the model have them, or give masks="
         )
+    warnings.warn(
+        f"the dataset may tell by {list(told)} where documents begin, {dropped}Each row counts as one document: let "
+        "the model have document_ids or position_ids, or give masks=",
+        stacklevel=2,
+    )
 
 
 def checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
@@ -67,8 +90,14 @@ def steps_of_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
         return None
 
 
-def micro_batches(args: TrainingArguments, state: TrainerState, dataloader: Any) -> int:
-    """Return the micro-batches of the present optimizer step: the last one of an epoch may have fewer."""
+def micro_batches(args: TrainingArguments, state: TrainerState, dataloader: Any, trainer: Trainer | None) -> int:
+    """Return the micro-batches of the present optimizer step: the last one of an epoch may have fewer.
+
+    The trainer knows, where it is given; without it the end of a stream is not foreseen.
+    """
+    known = getattr(trainer, "current_gradient_accumulation_steps", None)
+    if known:
+        return int(known)
     accumulated = args.gradient_accumulation_steps
     steps = steps_of_epoch(args, dataloader)
     if steps is None or (state.global_step + 1) % steps:

@@ -118,7 +118,7 @@ class ConsistencyCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Attach to the model; go on from a checkpoint's state of the loss."""
+        """Attach to the model; resume the state of the loss from a checkpoint."""
         if args.n_gpu > 1:
             raise ValueError(
                 f"ConsistencyCallback needs one device for each process, got DataParallel over {args.n_gpu}: launch "
@@ -173,7 +173,8 @@ class ConsistencyCallback(TrainerCallback):
         assert self._attachment is not None
         self._attachment.weight = self.schedule.at(state.global_step)
         self._attachment.begin_step(state.global_step)
-        self._attachment.begin(micro_batches(args, state, train_dataloader), getattr(optimizer, "scaler", None))
+        count = micro_batches(args, state, train_dataloader, self._trainer)
+        self._attachment.begin(count, getattr(optimizer, "scaler", None))
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
         """Check and keep what a micro-batch had."""

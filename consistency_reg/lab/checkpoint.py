@@ -1,4 +1,4 @@
-"""Where the checkpoint of a model is, and its configuration: for fine-tuning, ``evaluate`` and ``offload``."""
+"""Find the checkpoint of a model and its configuration: for fine-tuning, ``evaluate`` and ``offload``."""
 
 from pathlib import Path
 

@@ -108,10 +108,10 @@ def damage(path: Path) -> str | None:
 
 
 def refuse_damaged(path: Path) -> None:
-    """Raise ValueError if a checkpoint is there and damaged; the message says how to go on.
+    """Raise ValueError if a checkpoint is there and damaged; the message says how to resume.
 
     Args:
-        path: of the checkpoint that a run would go on from.
+        path: of the checkpoint that a run would resume from.
     """
     if not path.exists() or (problem := damage(path)) is None:
         return

@@ -64,7 +64,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _interrupted(code: int = INTERRUPTED) -> int:
-    print("\ninterrupted: run the same command again to go on where it stopped", file=sys.stderr)
+    print("\ninterrupted: run the same command again to resume where it stopped", file=sys.stderr)
     return code
 
 

@@ -1,4 +1,4 @@
-"""Where a curve of hit rates by cache size bends."""
+"""The knee of a curve of hit rates by cache size: where it bends."""
 
 from collections.abc import Sequence
 

@@ -61,7 +61,7 @@ class CausalMoE(LightningModule):
         check_attention(self.model)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """[B, T, V] next-token logits."""
+        """Return [B, T, V] next-token logits."""
         return self.model(**model_inputs(batch)).logits
 
     def token_losses(self, batch: dict[str, Tensor]) -> Tensor:
@@ -69,7 +69,7 @@ class CausalMoE(LightningModule):
         return next_token_losses(self(batch), batch["labels"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of the next token plus the balance terms."""
+        """Return the cross-entropy of the next token plus the balance terms."""
         listener = RoutingSession.of(self).listen()
         try:
             with listener.recording():
@@ -97,7 +97,7 @@ class CausalMoE(LightningModule):
         self.balance.end_step()
 
     def on_validation_start(self) -> None:
-        """One mean for each domain and one for all tokens."""
+        """Prepare one mean for each domain and one for all tokens."""
         if len(self.nats) == 0:
             self.nats.extend(MeanMetric().to(self.device) for _ in range(len(domain_names(self.trainer)) + 1))
 
@@ -117,7 +117,7 @@ class CausalMoE(LightningModule):
             metric.reset()
 
     def configure_optimizers(self) -> Any:
-        """AdamW, linear warm-up, cosine decay over ``trainer.max_steps``."""
+        """Return AdamW with linear warm-up and cosine decay over ``trainer.max_steps``."""
         # estimated_stepping_batches would set the data up before a checkpoint is loaded: resuming would begin it anew
         total = self.trainer.max_steps
         check_warmup(total, self.warmup_steps)
@@ -145,7 +145,7 @@ def check_warmup(max_steps: int, warmup_steps: int) -> None:
 
 
 def next_token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy in nats of every predicted token: logits [B, T, V], labels [B, T] -> [predicted tokens].
+    """Return cross-entropy in nats of every predicted token: logits [B, T, V], labels [B, T] -> [predicted tokens].
 
     ``labels[:, t + 1]`` is what ``logits[:, t]`` predicts; -100 is not predicted.
 

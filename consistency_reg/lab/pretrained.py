@@ -1,4 +1,4 @@
-"""Which weights of a checkpoint learn when it is fine-tuned, and how it becomes a plain checkpoint again."""
+"""Choose which weights of a checkpoint learn in fine-tuning, and turn the result into a plain checkpoint again."""
 
 from collections.abc import Sequence
 from pathlib import Path

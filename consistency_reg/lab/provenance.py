@@ -1,4 +1,4 @@
-"""Where a result came from: the commit, the versions of the packages and the device that decide it."""
+"""The provenance of a result: the commit, the versions of the packages and the device that decide it."""
 
 import platform
 import re

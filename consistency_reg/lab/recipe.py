@@ -1,4 +1,4 @@
-"""What a recipe says about its run: the architecture, the consistency term, and what must agree in a pair."""
+"""Facts about a run that its recipe states: the architecture, the consistency term, and what must agree in a pair."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ STRENGTHS = ("weight", "target", "budget")  # how strong a term is, not what it 
 
 
 def consistency_term(config: Mapping[str, Any]) -> tuple[str, float]:
-    """Name and weight of a recipe's consistency term; "none" where nothing of it reaches the loss.
+    """Return name and weight of a recipe's consistency term; "none" where nothing of it reaches the loss.
 
     Cache-aware routing in training counts as one, of its strength, where it is alone.
 
@@ -64,7 +64,7 @@ def consistency_term(config: Mapping[str, Any]) -> tuple[str, float]:
 
 
 def term_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """All that a term is besides its class and its strength: options of the loss, and when it begins.
+    """Return all that a term is besides its class and its strength: options of the loss, and when it begins.
 
     Example:
         >>> loss = {"class_path": "a.StickyLoss", "init_args": {"window": 8}}
@@ -79,13 +79,13 @@ def term_options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _routing(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The cache-aware routing in training; empty where there is none. How it is deployed is no part of it."""
+    """Return the cache-aware routing in training, empty where there is none; how it is deployed is no part of it."""
     section = config.get("routing") or {}
     return {key: section[key] for key in ROUTING if key in section} if section.get("strength") else {}
 
 
 def architecture(config: Mapping[str, Any]) -> str:
-    """Routed experts/active of them, and the shared ones, which num_experts and top_k include; layers without any.
+    """Return the routed experts/active of them, and the shared ones, which num_experts and top_k include.
 
     Example:
         >>> sizes = {"num_experts": 32, "top_k": 4, "shared_experts": 1}
@@ -102,7 +102,7 @@ def architecture(config: Mapping[str, Any]) -> str:
 
 
 def routed_experts(architecture: str) -> tuple[int, int] | None:
-    """E and K of what :func:`architecture` gives; None where it does not know them.
+    """Return E and K of what :func:`architecture` gives; None where it does not know them.
 
     Example:
         >>> routed_experts("31/3 + 1 shared"), routed_experts("Mixtral")
@@ -113,7 +113,7 @@ def routed_experts(architecture: str) -> tuple[int, int] | None:
 
 
 def validation_limits(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the trainer that leave out validation data; empty where there are none.
+    """Return settings of the trainer that leave out validation data; empty where there are none.
 
     Example:
         >>> validation_limits({"trainer": {"limit_val_batches": 10, "overfit_batches": 0.0, "max_steps": 400}})
@@ -123,7 +123,7 @@ def validation_limits(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pair_digest(config: Mapping[str, Any]) -> str:
-    """Equal for two recipes that differ in the consistency term alone; one without an anchor's weight has no anchor.
+    """Return a digest that is equal for two recipes that differ in the consistency term alone.
 
     Example:
         >>> pair_digest({"consistency": {"weight": 0.1}, "anchor": {"weight": 0.0}}) == pair_digest({})
@@ -171,7 +171,7 @@ def _with_first_paths(value: Any) -> Any:
 
 
 def _more_of_trainer(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a recipe sets of the trainer that changes the run, besides what is always of a pair."""
+    """Return what a recipe sets of the trainer that changes the run, besides what is always part of a pair."""
     trainer = config.get("trainer") or {}
     known = {*NO_PART_OF_TRAINING, *(PAIRED_SETTINGS["trainer"] or ())}
     given = {key: value for key, value in trainer.items() if key not in known} | {"callbacks": _acting(trainer)}
@@ -179,7 +179,7 @@ def _more_of_trainer(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _acting(trainer: Mapping[str, Any]) -> list[Any]:
-    """The recipe's own callbacks, without those that only watch."""
+    """Return the recipe's own callbacks, without those that only watch."""
     given = trainer.get("callbacks") or []
     every = [given] if isinstance(given, Mapping) else given
     return [one for one in every if not str(one.get("class_path")).endswith(ONLY_WATCH)]

@@ -59,7 +59,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """What was logged since the run went on for the last time."""
+        """What was logged since the run was resumed for the last time."""
         return self.path / METRICS
 
     @property
@@ -69,7 +69,7 @@ class RunFolder:
 
     @property
     def last_checkpoint(self) -> Path:
-        """The checkpoint that a resumed run goes on from."""
+        """The checkpoint that a resumed run continues from."""
         return self.checkpoints / LAST
 
     @property
@@ -133,7 +133,7 @@ class RunFolder:
         write_atomically(self.config, config)
 
     def set_result_aside(self) -> None:
-        """Keep the result and the recipe of a finished run that is to go on for more steps, under other names."""
+        """Keep the result and the recipe of a finished run that is to be trained for more steps, under other names."""
         earlier, config = self.earlier_configs(), self.config.read_text()
         if config not in [path.read_text() for path in earlier]:  # else this was begun before, and killed
             write_atomically(self.path / f"config-{len(earlier) + 1}.yaml", config)
@@ -143,7 +143,7 @@ class RunFolder:
             self.prices.rename(self.path / f"prices-{len(self.earlier_configs())}.csv")
 
     def earlier_configs(self) -> list[Path]:
-        """Return the recipes that the run had before it was to go on for more steps."""
+        """Return the recipes that the run had before it was trained for more steps."""
         return sorted(self.path.glob("config-*.yaml"), key=_number)
 
     def set_metrics_aside(self) -> None:

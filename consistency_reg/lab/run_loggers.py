@@ -96,7 +96,7 @@ class MetricsFile(Logger):
 def run_loggers(folder: RunFolder, wandb_project: str) -> list[Logger]:
     """Return the loggers of a run: ``metrics.csv``, and wandb unless the project is empty.
 
-    wandb is offline where there is no login. A run that goes on has the wandb id that it began with, and what it logged
+    wandb is offline where there is no login. A resumed run has the wandb id that it began with, and what it logged
     before stays as ``metrics-1.csv`` and so on.
     """
     if is_first_process():

@@ -1,4 +1,4 @@
-"""How far a run is: ``progress.json`` in its folder, its throughput, and how Ctrl-C and SIGTERM end it."""
+"""The progress of a run: ``progress.json`` in its folder, its throughput, and how Ctrl-C and SIGTERM end it."""
 
 import math
 import signal
@@ -104,7 +104,7 @@ class RunProgress(Callback):
         """Count the batch, write now and then, and save where a signal came or the last step is done.
 
         Not within a step, as gradients are not kept, and not when training has ended: Lightning takes the epoch for
-        complete then, and a run that is made longer could not go on in it.
+        complete then, and a run that is made longer could not resume in it.
         """
         self.seconds += time.perf_counter() - self._batch_began
         self._tokens = self._tokens + RoutingSession.of(pl_module).count_tokens(batch) * trainer.world_size
@@ -124,7 +124,7 @@ class RunProgress(Callback):
         return {"tokens": self.tokens, "seconds": self.seconds, "wall_seconds": self.wall_seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Resume from :meth:`state_dict`."""
         self._tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
         self._earlier_seconds = state_dict.get("wall_seconds", self.seconds)  # older checkpoints have none
 

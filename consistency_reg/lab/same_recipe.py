@@ -1,4 +1,4 @@
-"""Whether the recipe of a run folder is the one that is asked for now."""
+"""Compare the recipe of a run folder with the one that is asked for now."""
 
 import contextlib
 from collections.abc import Callable

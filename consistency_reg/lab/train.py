@@ -30,7 +30,7 @@ __all__ = ["DEFAULTS", "check_config", "main"]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train, or go on with, the run that ``argv`` describes; 0 when it is finished.
+    """Train or resume the run that ``argv`` describes; return 0 when it is finished.
 
     Raises:
         ValueError: the recipe cannot be trained; nothing has been written then.

@@ -50,5 +50,20 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"{self.format_usage()}{self.prog}: error: {message}\n`{self.prog} --help` shows an example\n")
 
 
+def integers(text: str) -> list[int]:
+    """Return the integers between commas."""
+    return [int(value) for value in text.split(",") if value]
+
+
+def numbers(text: str) -> list[float]:
+    """Return the numbers between commas."""
+    return [float(value) for value in text.split(",") if value]
+
+
+def names(text: str) -> list[str]:
+    """Return the names between commas."""
+    return [value for value in text.split(",") if value]
+
+
 def _wide(prog: str) -> argparse.HelpFormatter:
     return argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=WIDTH)

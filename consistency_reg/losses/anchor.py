@@ -16,7 +16,7 @@ class RouterAnchorLoss(RoutingLoss):
 
     The reference sees the same hidden state as the router does, so it moves with the context: only what the router
     itself learned is held back. No gradient goes to the reference, nor through it to h_t. The references are part of
-    the state dict: a run that goes on from a checkpoint keeps the routers that it started from.
+    the state dict: a run that is resumed from a checkpoint keeps the routers that it started from.
 
     Args:
         references: for each layer's name a module that maps [N, H] router inputs to [N, E] logits, as

@@ -339,12 +339,12 @@ MEASURES = (
 
 
 def usual_length(segment_lengths: Sequence[int]) -> int:
-    """The m to name where there is room for one: the nearest to 16, the shorter of two."""
+    """Return the m to name where there is room for one: the nearest to 16, the shorter of two."""
     return min(segment_lengths, key=lambda m: (abs(m - USUAL_LENGTH), m))
 
 
 def of_metric(metric: str) -> tuple[Measure, ...]:
-    """The measures that the results of a metric hold."""
+    """Return the measures that the results of a metric hold."""
     return tuple(measure for measure in MEASURES if measure.metric == metric)
 
 
@@ -354,7 +354,11 @@ def of_panel(panel: str) -> tuple[Measure, ...]:
 
 
 def shown_in(place: str, panel: str | None = None) -> Iterator[Reading]:
-    """What is shown at a place ("overview", "runs", "pairs", "card"), in the table's order; of one panel, or of all.
+    """Yield what is shown at a place ("overview", "runs", "pairs", "card") in the table's order.
+
+    Args:
+        place: one of these.
+        panel: only what stands in this panel; all of them when None.
 
     Example:
         >>> [reading.label for reading in shown_in("card", "Caches")]

@@ -101,7 +101,7 @@ class Measure:
         share: float | None = None,
         kind: str = "domain",
     ) -> "Reading":
-        """The measure at what its key leaves open.
+        """Return the measure at what its key leaves open.
 
         Args:
             m: segment length; None for whole documents.
@@ -123,7 +123,7 @@ class Measure:
         return Reading(self, tuple(open_parts.items()))
 
     def metric_key(self, m: int | None = None) -> str:
-        """What the metric's ``compute()`` calls it.
+        """Return what the metric's ``compute()`` calls it.
 
         Example:
             >>> from consistency_reg.measures import GLOBAL_CV, LOCAL_CV, SIZE_RATIO
@@ -133,7 +133,7 @@ class Measure:
         return f"{self.record}_{segment_name(m)}" if self.by_segment else self.record
 
     def show(self, value: float, finer: int = 0) -> str:
-        """The value as text, without its unit; "" for NaN.
+        """Return the value as text, without its unit; "" for NaN.
 
         Args:
             value: as it is logged.
@@ -221,7 +221,7 @@ class Reading:
         return dict(self.parts).get("cache", "")
 
     def within(self, stage: str = "", layer: int | None = None, domain: str = "") -> "Reading":
-        """The same in a stage, of a layer or of a domain.
+        """Return the same reading in a stage, of a layer or of a domain.
 
         Example:
             >>> from consistency_reg.measures import HIT_RATE, SRP
@@ -283,17 +283,17 @@ class Reading:
 
 
 def segment_name(m: int | None) -> str:
-    """How a segment length stands in a name; None is a whole document."""
+    """Return how a segment length stands in a name; None is a whole document."""
     return "document" if m is None else f"m{m}"
 
 
 def layer_name(layer: int) -> str:
-    """How a layer, from 0, stands in a name."""
+    """Return how a layer, from 0, stands in a name."""
     return f"layer_{layer:02d}"
 
 
 def size_name(ratio: float | None = None, share: float | None = None) -> str:
-    """How the size of a cache stands in a name: ``ratio`` times K slots, or a ``share`` of a layer's experts.
+    """Return how a cache's size stands in a name: ``ratio`` times K slots, or a ``share`` of a layer's experts.
 
     Example:
         >>> size_name(1.0), size_name(1.5), size_name(share=0.25)

@@ -109,7 +109,7 @@ class RoutingMetric(Metric):
 
     @property
     def _layer_experts(self) -> list[slice]:
-        """Where each layer's experts stand when those of all layers lie side by side."""
+        """The place of each layer's experts when those of all layers lie side by side."""
         ends = list(accumulate(self.num_experts))
         return [slice(end - E, end) for end, E in zip(ends, self.num_experts, strict=True)]
 

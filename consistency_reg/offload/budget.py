@@ -1,42 +1,6 @@
 """How many slots a number of bytes pays for, and how to spread them over the layers."""
 
-import re
 from collections.abc import Sequence
-
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-
-
-def parse_bytes(text: str | int | float, name: str = "memory") -> int:
-    """Return a number of bytes.
-
-    Args:
-        text: such as 2000000000, "2GB" or "1.5 GiB".
-        name: what the user calls it.
-
-    Raises:
-        ValueError: it is none of these, or not positive.
-
-    Example:
-        >>> parse_bytes("2GB"), parse_bytes("1.5 MiB")
-        (2000000000, 1572864)
-    """
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(text))
-    if found is None or found[2].lower() not in UNITS or not float(found[1]) > 0:
-        raise ValueError(f"{name} must be a positive number of bytes such as 500MB, 2GB or 1.5GiB, got {text!r}")
-    return int(float(found[1]) * UNITS[found[2].lower()])
-
-
-def show_bytes(number: float) -> str:
-    """Return a number of bytes as people write it.
-
-    Example:
-        >>> show_bytes(1_179_648), show_bytes(500)
-        ('1.18 MB', '500 B')
-    """
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f} B"
 
 
 def equal_slots(available: int, expert_bytes: Sequence[int], most: Sequence[int]) -> int:

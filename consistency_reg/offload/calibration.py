@@ -1,6 +1,7 @@
 """What this machine needs for an expert and for a token: measured, and put together to a prediction."""
 
 import copy
+import math
 import time
 from dataclasses import dataclass
 from statistics import median
@@ -23,6 +24,7 @@ class Calibration:
         expert_bytes: that a miss reads, the mean over the layers.
         at_once: experts that were read together.
         way: how they were read, as in the statistics.
+        native_bandwidth: bytes per second of the same reads when no ``read_bandwidth`` holds them back.
     """
 
     bandwidth: float
@@ -30,6 +32,7 @@ class Calibration:
     expert_bytes: float
     at_once: int
     way: str
+    native_bandwidth: float = math.nan
 
     def seconds_per_token(self, misses: float) -> float:
         """Return what a token with so many misses takes at least: its reads and its computing, one after the other.
@@ -63,11 +66,13 @@ def calibrate(
         raise ValueError(f"ids must be one row of at least 2 tokens, got shape {list(ids.shape)}")
     at_once = at_once or offloaded.top_k or 1
     compute = _compute_seconds(offloaded, ids, passes)
-    bandwidth = _bandwidth(offloaded, at_once, reads)
+    with offloaded.reads_unhindered():
+        native = _bandwidth(offloaded, at_once, reads)
+    bandwidth = native if offloaded.read_bandwidth is None else _bandwidth(offloaded, at_once, reads)
     sizes = [offloaded.expert_bytes(layer) for layer in range(len(offloaded.slots))]
     way = offloaded.statistics().way
     offloaded.reset()
-    return Calibration(bandwidth, compute, sum(sizes) / len(sizes), at_once, way)
+    return Calibration(bandwidth, compute, sum(sizes) / len(sizes), at_once, way, native)
 
 
 @torch.no_grad()

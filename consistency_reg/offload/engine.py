@@ -1,6 +1,7 @@
 """Run a mixture-of-experts model whose experts are not in fast memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -8,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consistency_reg.offload.budget import parse_bytes
+from consistency_reg.byte_sizes import parse_bandwidth
 from consistency_reg.offload.cache import check_engine_policy
 from consistency_reg.offload.interface import Dispatch
-from consistency_reg.offload.kernel import compute
+from consistency_reg.offload.kernel import kernel_of
 from consistency_reg.offload.layers import experts_per_token
 from consistency_reg.offload.memory import FastMemory
 from consistency_reg.offload.origin import FromFolder, FromModel, Origin
 from consistency_reg.offload.plan import Need, plan_slots
 from consistency_reg.offload.reading import READS
 from consistency_reg.offload.statistics import Counts, OffloadStatistics, Recorder
-from consistency_reg.offload.stores import OntoGPU, Opening, Store
+from consistency_reg.offload.stores import DiskStore, OntoGPU, Opening, Store
 
 STORES = ("disk", "host")
 
@@ -61,7 +62,7 @@ class OffloadedExperts:
         dtype: of the loaded weights: "auto" (as saved), "float32", "bfloat16" or "float16".
         read_ahead: experts that may be on their way beyond the slots.
         threads: that read.
-        read_bandwidth: bytes per second such as "500MB", to see what a slower disk would cost: reads are held back.
+        read_bandwidth: bytes per second such as "500MB/s", to see what a slower disk would cost: reads are held back.
         record: whether :meth:`routing` can tell the experts of every token.
         best_last: whether a token's experts become resident in the reverse of the router's order, so that the best is
             the most recent, as :class:`~consistency_reg.CacheAwareRouting` has it: then its bias is for the experts
@@ -104,8 +105,8 @@ class OffloadedExperts:
         _check_options(store, reads, read_ahead, threads)
         check_engine_policy(policy, usage)
         self._policy, self._usage, self._spread = policy, usage, spread
-        limit = None if read_bandwidth is None else parse_bytes(read_bandwidth, "read_bandwidth")
-        self._opening = Opening(store, reads, threads, limit)
+        self.read_bandwidth = None if read_bandwidth is None else parse_bandwidth(read_bandwidth)
+        self._opening = Opening(store, reads, threads, self.read_bandwidth)
         self._read_ahead, self._record, self._best_last = read_ahead, record, best_last
         given = isinstance(model_or_folder, nn.Module)
         self._origin: Origin = FromModel(model_or_folder, store) if given else FromFolder(model_or_folder, dtype)  # type: ignore[arg-type]
@@ -148,6 +149,8 @@ class OffloadedExperts:
             self.model, layers = self._origin.take(store, self.device)
             if self.device.type == "cuda":
                 self._store = OntoGPU(store, self.device)
+            self._kernels = [kernel_of(layer.module) for layer in layers]
+            self._expert_bytes = [store.expert_bytes(number) for number in range(len(layers))]
             self._dispatch = Dispatch(layers, self._compute)
         except BaseException:
             store.close()
@@ -213,6 +216,19 @@ class OffloadedExperts:
         """Begin to read an expert into :meth:`empty_rows`, and return what waits for it; no slot changes."""
         return self._store.fetch(layer, expert, rows)
 
+    @contextmanager
+    def reads_unhindered(self) -> Iterator[None]:
+        """Let reads be as fast as the disk within a block, whatever ``read_bandwidth`` is."""
+        store = self._store
+        if not isinstance(store, DiskStore):
+            yield
+            return
+        limit, store.bandwidth = store.bandwidth, None
+        try:
+            yield
+        finally:
+            store.bandwidth = limit
+
     @property
     def dense_bytes(self) -> int:
         """The bytes of all weights that are no routed experts'."""
@@ -225,7 +241,7 @@ class OffloadedExperts:
 
     @property
     def num_experts(self) -> list[int]:
-        """E of each layer."""
+        """The number of routed experts of each layer, E."""
         return [layer.num_experts for layer in self._layers]
 
     def reset(self) -> None:
@@ -250,13 +266,13 @@ class OffloadedExperts:
         assert self._memory is not None
         visit = self._memory.visit(number, tokens, self._store)
         try:
-            output = compute(module, visit, hidden_NH, ids_NK, weights_NK)
+            output = self._kernels[number](module, visit, hidden_NH, ids_NK, weights_NK)
         except BaseException:
             visit.abandon()
             self.reset()  # slots may be half filled
             raise
         misses = len(visit.misses)
-        read = misses * self._store.expert_bytes(number)
+        read = misses * self._expert_bytes[number]
         counts = Counts(len(visit.experts) - misses, misses, read, visit.seconds_waiting)
         self._recorder.add(number, len(tokens), counts)
         if self._record:

@@ -12,24 +12,20 @@ from torch import Tensor, nn
 from consistency_reg.offload.memory import Visit
 from consistency_reg.optional import require
 
+Kernel = Callable[[Any, Visit, Tensor, Tensor, Tensor], Tensor]
 
-def compute(module: nn.Module, visit: Visit, hidden_NH: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
-    """Return the sum of each token's experts, [N, H].
 
-    Args:
-        module: the experts of the layer.
-        visit: brings their weights.
-        hidden_NH: hidden states.
-        ids_NK: chosen experts.
-        weights_NK: of the chosen experts.
+def kernel_of(module: nn.Module) -> Kernel:
+    """Return what computes the experts of a layer.
+
+    It is called with the module, a visit that brings the experts' weights, the hidden states [N, H], the chosen experts
+    [N, K] and their weights [N, K], and returns the sum of each token's experts, [N, H].
     """
-    if is_plain(module):
-        return _plain(module, visit, hidden_NH, ids_NK, weights_NK)
-    return _own_loop(module, visit, hidden_NH, ids_NK, weights_NK)
+    return _plain if is_plain(module) else _own_loop
 
 
 def is_plain(module: Any) -> bool:
-    """Whether an expert is a gated MLP without bias, with transformers' default gate: most architectures."""
+    """Return whether an expert is a gated MLP without bias, with transformers' default gate: most architectures."""
     with require("transformers"):
         from transformers.integrations.moe import _default_apply_gate
     return bool(

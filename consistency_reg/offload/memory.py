@@ -31,7 +31,7 @@ class Slots:
         self._weights = {
             name: torch.empty((number, *shape), dtype=dtype, device=device) for name, shape in layer.shapes.items()
         }
-        self._number = number
+        self._rows = [{name: weight[buffer] for name, weight in self._weights.items()} for buffer in range(number)]
         self.clear()
 
     @property
@@ -41,8 +41,7 @@ class Slots:
 
     def rows(self, expert: int) -> dict[str, Tensor]:
         """Return the weights of an expert."""
-        buffer = self._where[expert]
-        return {name: weight[buffer] for name, weight in self._weights.items()}
+        return self._rows[self._where[expert]]
 
     def put(self, expert: int) -> None:
         """Give a free buffer to an expert."""
@@ -57,7 +56,7 @@ class Slots:
 
     def clear(self) -> None:
         """Free all buffers."""
-        self.free = list(range(self._number))
+        self.free = list(range(len(self._rows)))
         self._where: dict[int, int] = {}
 
 

@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from consistency_reg.offload.budget import equal_slots, parse_bytes, show_bytes, spread_slots
+from consistency_reg.byte_sizes import parse_bytes, show_bytes
+from consistency_reg.offload.budget import equal_slots, spread_slots
 from consistency_reg.offload.layers import ExpertLayer
 
 SPREADS = ("equal", "shared", "auto")

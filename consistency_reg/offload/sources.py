@@ -191,7 +191,7 @@ def _check_dtype(source: WeightSource, full_name: str) -> None:
 
 
 def _is_joined(source: WeightSource, full_name: str, config: Any) -> bool:
-    """Whether a weight is its parts one after the other: tried on one expert whose numbers are all distinct."""
+    """Return whether a weight is its parts one after the other: tried on one expert whose numbers are all distinct."""
     parts = source.parts[0]
     sizes = [torch.Size(part.shape).numel() for part in parts]
     numbers = torch.arange(sum(sizes))

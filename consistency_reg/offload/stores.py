@@ -63,11 +63,14 @@ class DiskStore:
         config: of the model.
         layers: its layers of experts.
         opening: how to read.
+
+    Attributes:
+        bandwidth: bytes per second that reads are held back to; None for what the disk gives. May be set.
     """
 
     def __init__(self, sources: Sources, config: Any, layers: Sequence[ExpertLayer], opening: Opening) -> None:
         self._sources, self._config, self._layers = sources, config, layers
-        self._bandwidth, self._lock, self._busy_until = opening.bandwidth, threading.Lock(), 0.0
+        self.bandwidth, self._lock, self._busy_until = opening.bandwidth, threading.Lock(), 0.0
         paths = {
             part.path for weights in sources.experts for weight in weights for parts in weight.parts for part in parts
         }
@@ -115,8 +118,8 @@ class DiskStore:
     def _read(self, part: StoredTensor, destination: memoryview) -> None:
         began = time.monotonic()
         self._readers[part.path].read_into(destination, part.offset)
-        if self._bandwidth is not None:
-            self._hold_back(began, part.nbytes / self._bandwidth)
+        if (bandwidth := self.bandwidth) is not None:
+            self._hold_back(began, part.nbytes / bandwidth)
 
     def _hold_back(self, began: float, seconds: float) -> None:
         """Wait until a disk that takes so long, and does one read after the other, would be done."""
@@ -171,7 +174,7 @@ class HostStore:
 
 
 class OntoGPU:
-    """Copies to a CUDA device beside its computing: what another store brings to pinned memory goes on from there.
+    """Copies to a CUDA device beside its computing: what another store brings to pinned memory is copied on from there.
 
     Never run where this was written, which has no GPU.
 

@@ -7,7 +7,7 @@ is in :mod:`consistency_reg.capture`.
 |---|---|
 | :mod:`.cache_aware_routing` | :class:`CacheAwareRouting`, which changes the choice of every router of a model |
 | :mod:`.forwards` | which forward of the model a router's call belongs to |
-| :mod:`.running_caches` | caches of experts that go on beside a KV cache, for decoding |
+| :mod:`.running_caches` | caches of experts that are kept next to a KV cache, for decoding |
 | :mod:`.schedule` | the strength and the cache of each training step |
 | :mod:`.in_training` | the routing in training forwards alone |
 

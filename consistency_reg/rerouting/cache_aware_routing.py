@@ -168,12 +168,12 @@ class CacheAwareRouting:
     @property
     def layer_hits(self) -> dict[str, int]:
         """The uses of experts that were in the cache of their layer, by the router's name, since the last reset."""
-        return {name: int(self._counts[name][0]) if name in self._counts else 0 for name in self._routers}
+        return {name: int(self._hits.get(name, 0)) for name in self._routers}
 
     @property
     def layer_misses(self) -> dict[str, int]:
         """The uses of experts that were not, the first ones of a document included, by the router's name."""
-        return {name: int(self._counts[name][1]) if name in self._counts else 0 for name in self._routers}
+        return {name: int(self._uses.get(name, 0)) - hits for name, hits in self.layer_hits.items()}
 
     @property
     def hits(self) -> int:
@@ -188,11 +188,15 @@ class CacheAwareRouting:
     @property
     def counts(self) -> Tensor:
         """The hits and the misses of all layers since the last reset, [2] int64, where the model is: no wait for it."""
-        return torch.stack(list(self._counts.values())).sum(dim=0) if self._counts else torch.zeros(2).long()
+        if not self._hits:
+            return torch.zeros(2).long()
+        hits = torch.stack(list(self._hits.values())).sum()
+        return torch.stack([hits, sum(self._uses.values()) - hits])
 
     def reset(self) -> None:
         """Set the counts to zero and empty all caches: a KV cache that is gone on with begins with empty ones."""
-        self._counts: dict[str, Tensor] = {}
+        self._hits: dict[str, Tensor] = {}
+        self._uses: dict[str, Tensor | int] = {}  # numbers where no token is padding: nothing to wait for or to launch
         self._forwards.forget()
         self._remembered: dict[str, deque[tuple[Tensor, Tensor]]] = {
             name: deque(maxlen=REMEMBERED) for name in self._routers
@@ -348,11 +352,10 @@ class CacheAwareRouting:
     def _count(self, name: str, choice: CacheAwareChoice, forward: Forward) -> None:
         B, T, K = choice.expert_ids.shape
         valid, _ = forward.masks_of((B, T))
-        hits = choice.hits if valid is None else choice.hits & valid[:, :, None]
+        hits = (choice.hits if valid is None else choice.hits & valid[:, :, None]).sum()
         uses = B * T * K if valid is None else valid.sum() * K
-        hit = hits.sum()
-        counted = torch.stack([hit, uses - hit])
-        self._counts[name] = counted if name not in self._counts else self._counts[name] + counted
+        self._hits[name] = self._hits[name] + hits if name in self._hits else hits
+        self._uses[name] = self._uses.get(name, 0) + uses
 
 
 def _slots(cache_ratio: float, top_k: int) -> int:

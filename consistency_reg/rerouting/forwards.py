@@ -1,4 +1,4 @@
-"""Which forward a router's call belongs to: its batch, its masks, and the caches of experts that it goes on with."""
+"""The forward that a router's call belongs to: its batch, its masks, and the caches of experts that it continues."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -111,7 +111,7 @@ class Forwards:
         return self._stack_of[router].name
 
     def forget(self) -> None:
-        """Let no forward go on with caches that were kept so far."""
+        """Let no forward continue the caches that were kept so far."""
         self.owner = object()
 
     @torch.compiler.disable
@@ -165,7 +165,7 @@ class Forwards:
             mask = mask.get("full_attention", next(iter(mask.values()), None))
         before = 0 if cache is None else cached_tokens(cache)
         valid = last_tokens(mask, shape[1], before)
-        if cache is not None:  # each row is one document, which goes on
+        if cache is not None:  # each row is one document, which continues
             return valid, None
         return valid, batch_masks(given)[1]
 

@@ -1,6 +1,7 @@
 """Cache-aware routing in the training forwards of a model alone."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from consistency_reg.capture import RouterAdapter
 from consistency_reg.capture.hooks import OwnedHook
 from consistency_reg.masks import Masks, named_arguments
+from consistency_reg.rerouting.cache_aware_routing import CacheAwareRouting
 from consistency_reg.rerouting.schedule import RoutingSchedule
 
 
@@ -41,6 +43,7 @@ class TrainedRouting:
         self._model = model
         self._masks = masks
         self._handle: RemovableHandle | None = None
+        self._deployed = False
 
     def begin(self, step: int) -> None:
         """Give the routing the strength and the cache of an optimizer step."""
@@ -60,9 +63,26 @@ class TrainedRouting:
             self._handle = None
         self.routing.detach()
 
+    @contextmanager
+    def deployed(self, schedule: RoutingSchedule | None = None) -> Iterator[CacheAwareRouting]:
+        """Route the forwards inside as the deployed model would, whatever mode it is in; then go on as before.
+
+        Args:
+            schedule: the routing; that of the training, after its ramp, when None.
+        """
+        routing = self.routing
+        before = routing.strength, routing.cache_ratio
+        self._deployed = True
+        try:
+            (schedule or self.schedule.deployed()).begin(routing, 0)
+            yield routing
+        finally:
+            self._deployed, routing.active, routing.given_masks = False, False, None
+            routing.strength, routing.cache_ratio = before
+
     @torch.compiler.disable
     def _note_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        trains = model.training and torch.is_grad_enabled()
+        trains = self._deployed or (model.training and torch.is_grad_enabled())
         self.routing.active = trains and self.routing.strength > 0
         if self._masks is not None:
             self.routing.given_masks = self._masks(named_arguments(model, args, kwargs)) if trains else None

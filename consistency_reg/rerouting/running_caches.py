@@ -1,4 +1,4 @@
-"""Caches of experts that go on from one forward to the next, beside the KV cache of the same rows.
+"""Caches of experts that continue from one forward to the next, next to the KV cache of the same rows.
 
 A KV cache knows how far its rows have come, and which rows they are: beam search reorders them, a copy of it goes its
 own way. So the caches of experts are kept on it, by each router's name.
@@ -24,7 +24,7 @@ class RunningCaches:
     """The caches of experts of the rows of one KV cache.
 
     Attributes:
-        owner: whose they are; those of another are not gone on with.
+        owner: whose they are; the caches of another owner are not continued.
         states: by the router's name, after the last token.
         length: tokens that the KV cache held then, None where it cannot tell.
     """

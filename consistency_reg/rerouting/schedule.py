@@ -1,9 +1,9 @@
-"""How strong cache-aware routing is at each training step, and for which cache."""
+"""Schedules of cache-aware routing: its strength and its cache at each training step."""
 
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -20,7 +20,7 @@ class RoutingSchedule:
     """Cache-aware routing in training: its strength rises from 0, and its cache may be another one at each step.
 
     The strength is 0 before ``start_step``, then rises linearly over ``ramp_steps`` to ``strength``. What a step has
-    depends on its number and the seed alone: a run that is resumed goes on as one that was not, and all processes and
+    depends on its number and the seed alone: a resumed run continues as one that was not stopped, and all processes and
     micro-batches of a step have the same.
 
     Args:
@@ -96,6 +96,17 @@ class RoutingSchedule:
             "guaranteed": self.guaranteed,
             "method": self.method,
         }
+
+    def deployed(self) -> "RoutingSchedule":
+        """Return the routing that the model is deployed with: after the ramp, with the mean of its cache ratios.
+
+        Example:
+            >>> deployed = RoutingSchedule(0.2, start_step=100, ramp_steps=50, cache_ratio=(1, 4)).deployed()
+            >>> deployed.strength_at(0), deployed.cache_ratio_at(0)
+            (0.2, 2.5)
+        """
+        ratios = self.cache_ratios
+        return replace(self, start_step=0, ramp_steps=0, cache_ratio=sum(ratios) / len(ratios))
 
     def routing(
         self,

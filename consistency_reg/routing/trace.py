@@ -78,7 +78,7 @@ class RoutingTrace:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(B, T)."""
+        """The rows and the tokens of a row, (B, T)."""
         B, T = self.expert_ids[0].shape[:2]
         return B, T
 

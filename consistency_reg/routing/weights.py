@@ -1,4 +1,4 @@
-"""How routers turn logits into weights, and the distribution over experts that these make."""
+"""Weights of experts from a router's logits, and the distribution over experts that these make."""
 
 from collections.abc import Callable
 from functools import partial

@@ -23,7 +23,7 @@ def check_tokens(tokens: str) -> Which:
 
 
 class Listener:
-    """Who takes part in a :class:`RoutingSession`: what it wants to hear, and what was heard.
+    """One that listens in a :class:`RoutingSession`: which routers and tokens it wants, and what was heard.
 
     Attributes:
         session: what it takes part in.

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from consistency_reg.capture import RouterAdapter, RouterCapture
 from consistency_reg.capture.hooks import OwnedHook
-from consistency_reg.capture.joining import join
 from consistency_reg.capture.readings import Reading
 from consistency_reg.capture.stacks import Stack, counted_forwards, names_of, stacks_of, trained_stacks
+from consistency_reg.capture.traces import join
 from consistency_reg.masks import (
     KEYS,
     Masks,
@@ -70,7 +70,7 @@ class RoutingSession:
 
     @property
     def capture(self) -> RouterCapture:
-        """What listens."""
+        """The capture that listens to the routers."""
         assert self._capture is not None
         return self._capture
 

@@ -1,4 +1,4 @@
-"""Which tokens the routers of a step saw: their shape, which are real, and where documents begin."""
+"""The tokens that the routers of a step saw: their shape, which are real, and where documents begin."""
 
 import re
 import warnings

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from consistency_reg.functional.agreement import agreement_mean
 from consistency_reg.functional.srp import ModelSRP
 from consistency_reg.losses.distributed import world_size
 from consistency_reg.measures import HIT_RATE, SRP, usual_length
@@ -161,7 +162,7 @@ class RoutingMeasures:
 
     @property
     def trade_off_names(self) -> dict[str, str]:
-        """By :meth:`headline`'s names, those of the trade-off: "srp_m16" and "misses_25pct"."""
+        """The names of the trade-off by :meth:`headline`'s names: "srp_m16" and "misses_25pct"."""
         cache = dict(self.cache.parts)["size"] if self.cache else ""
         return {"SRP": self.srp.name.replace("/", "_"), "misses": f"misses_{cache}"}
 
@@ -180,6 +181,10 @@ class RoutingMeasures:
             self._measure(domain)
         self._waiting[domain].append(trace)
 
+    def forget(self) -> None:
+        """Forget all that was added."""
+        self._domains, self._waiting = {}, {}
+
     def results(self, names: Sequence[str], device: torch.device | str = "cpu") -> Measured | None:
         """Return the measures of all that was added, over all processes, and forget it; None where nothing was.
 
@@ -194,7 +199,7 @@ class RoutingMeasures:
             names[domain]: self._domains.get(domain) or _Metrics(num_experts, self.segment_lengths).to(device)
             for domain in sorted(seen)
         }
-        self._domains, self._waiting = {}, {}
+        self.forget()
         if not metrics:
             return None
         by_domain = {name: of_domain.results() for name, of_domain in metrics.items()}
@@ -290,3 +295,13 @@ def _below_each_other(traces: Sequence[RoutingTrace]) -> RoutingTrace:
         )
     layers = zip(*(trace.expert_ids for trace in traces), strict=True)
     return replace(first, expert_ids=[torch.cat(ids) for ids in layers], valid=valid, document_ids=document_ids)
+
+
+def agreed_choices(trace: RoutingTrace) -> Tensor:
+    """Return how many of the chosen experts are among the K that the router itself prefers, and how many there are."""
+    means = [
+        agreement_mean(layer.expert_ids, layer.scores.topk(layer.top_k).indices, trace.valid)
+        for layer in trace
+        if layer.scores is not None
+    ]
+    return torch.stack([torch.stack([mean.total, mean.count]) for mean in means]).sum(dim=0)

@@ -1,4 +1,4 @@
-"""Where a monitor shows what goes next to the numbers that a trainer logs: pictures, tables, a summary, alerts."""
+"""Boards: where a monitor shows what goes next to the logged numbers: pictures, tables, a summary, alerts."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -127,7 +127,7 @@ class Boards(Board):
 def define_axes(run: Any) -> None:
     """Tell a run of wandb that everything is over the trainer's step, and that the tokens seen are an axis too.
 
-    wandb's own step counts the calls of ``log`` and goes on where a run is resumed, so that nothing is dropped; these
+    wandb's own step counts the calls of ``log`` and continues where a run is resumed, so that nothing is dropped; these
     are the axes to read curves by.
     """
     run.define_metric(STEP)

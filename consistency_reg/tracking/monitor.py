@@ -178,7 +178,7 @@ class MonitorCore:
         return {"best": dict(self.tradeoff.best)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Resume from :meth:`state_dict`."""
         self.tradeoff.best = dict(state_dict["best"])
 
     def _raise_alarms(self, board: Board, measured: Measured) -> None:

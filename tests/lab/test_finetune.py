@@ -64,11 +64,9 @@ def options(values) -> list[str]:
 def checkpoint(tmp_path_factory):
     """The run folder of a small model, pretrained for two steps."""
     folder = tmp_path_factory.mktemp("pretrained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CONSISTENCY_REG_CACHE", str(folder / "corpus"))
-        recipe = ["--config", str(RECIPES / "baseline.yaml"), "--run_dir", str(folder / "seed0")]
-        fit.main(recipe + options(SMALL | SMALL_MODEL | {"trainer.max_steps": 2}))
-        yield folder / "seed0"
+    recipe = ["--config", str(RECIPES / "baseline.yaml"), "--run_dir", str(folder / "seed0")]
+    fit.main(recipe + options(SMALL | SMALL_MODEL | {"trainer.max_steps": 2}))
+    return folder / "seed0"
 
 
 @pytest.fixture

@@ -111,8 +111,7 @@ def test_the_full_size_is_the_papers():
 
 
 @pytest.mark.parametrize("design", ["DenseHlf", "2ShrExp"])
-def test_a_cell_of_the_papers_grid_trains_with_every_measure_of_its_routed_layers(design, tmp_path, monkeypatch):
-    monkeypatch.setenv("CONSISTENCY_REG_CACHE", str(tmp_path / "cache"))
+def test_a_cell_of_the_papers_grid_trains_with_every_measure_of_its_routed_layers(design, tmp_path):
     grid = load_grid(RECIPES / "ablations" / "paper.yaml")
     (cell,) = grid.select([f"design={design}", "term=on", "seed=0"])
     configs = [*grid.recipes, tmp_path / "small.yaml", tmp_path / "cell.yaml"]

@@ -16,6 +16,7 @@ from killed import mounted
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from places import ROOT
+from small_run import small_run
 from wandb_file import read_run, read_runs
 
 from consistency_reg.lab import train as fit
@@ -26,41 +27,11 @@ from consistency_reg.lab.run_progress import RunProgress
 
 RECIPES = sorted(ROOT.joinpath("recipes").glob("*.yaml"))
 RECIPES = [path for path in RECIPES if path.stem != "finetune"]  # which begins with a checkpoint: test_finetune.py
-SMALL = {  # the smallest run that has everything: two domains, documents shorter than rows, a validation
-    "data.domains": "[math, cpp]",
-    "data.corpus_bytes": 60_000,
-    "data.vocab_size": 300,
-    "data.sequence_length": 64,
-    "data.batch_size": 2,
-    "data.validation_tokens": 256,
-    "data.num_workers": 0,
-    "model.model.init_args.hidden_size": 32,
-    "model.model.init_args.num_layers": 2,
-    "model.model.init_args.num_heads": 2,
-    "model.model.init_args.expert_size": 8,
-    "model.warmup_steps": 1,
-    "consistency.start_step": 0,
-    "trainer.max_steps": 2,
-    "trainer.accelerator": "cpu",
-    "trainer.precision": 32,
-    "trainer.log_every_n_steps": 1,
-    "trainer.enable_progress_bar": False,
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def offline(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "offline")
-        patch.setenv("WANDB_SILENT", "true")
-        patch.setenv("CONSISTENCY_REG_CACHE", str(tmp_path_factory.mktemp("corpus")))
-        yield
 
 
 def arguments(run_dir, recipe="quickstart", **changes) -> list[str]:
-    path = ROOT / "recipes" / f"{recipe}.yaml"
-    options = SMALL | {"run_dir": run_dir} | {key.replace("__", "."): value for key, value in changes.items()}
-    return ["--config", str(path)] + [f"--{key}={value}" for key, value in options.items()]
+    given = {key.replace("__", "."): value for key, value in changes.items()}
+    return small_run(run_dir, recipe, {"wandb_project": None} | given)
 
 
 def result(run_dir) -> dict:

@@ -20,12 +20,10 @@ CHANGES = {"routing.strength": 0.3, "routing.start_step": 0, "routing.ramp_steps
 def runs(tmp_path_factory):
     """A folder with the runs "off", "deployed" (trained without) and "loop"."""
     folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CONSISTENCY_REG_CACHE", str(folder / "cache"))
-        assert fit.main(small_run(folder / "off")) == 0
-        assert fit.main(small_run(folder / "deployed", changes={"routing.deployed_strength": 0.3})) == 0
-        assert fit.main(small_run(folder / "loop", changes=CHANGES)) == 0
-        yield folder
+    assert fit.main(small_run(folder / "off")) == 0
+    assert fit.main(small_run(folder / "deployed", changes={"routing.deployed_strength": 0.3})) == 0
+    assert fit.main(small_run(folder / "loop", changes=CHANGES)) == 0
+    return folder
 
 
 def result(run):

@@ -5,11 +5,11 @@ import os
 import pytest
 import torch
 from accelerate import Accelerator
+from parameters import parameters
 from processes import on_processes
 from tiny_models import tiny_model, token_ids
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from consistency_reg import LocalConsistencyLoss
@@ -21,11 +21,6 @@ WAYS, SCOPES = ("ddp", "fsdp2", "accelerate"), ("global", "sequence")
 
 def batch(step):
     return token_ids(ROWS, T, seed=step)
-
-
-def parameters(model):
-    whole = (p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters())
-    return torch.cat([parameter.detach().flatten() for parameter in whole])
 
 
 def train(model, called, rows, optimizer=None, backward=torch.Tensor.backward):

@@ -1,4 +1,4 @@
-"""Where the processes of cells run: on this machine, or (in its own module) on the machines of a Ray cluster."""
+"""Launchers of the processes of cells: on this machine, or (in its own module) on the machines of a Ray cluster."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""How far an ablation is: what each cell says of itself, the remaining time, and the display of both."""
+"""The progress of an ablation: what each cell says of itself, the remaining time, and the display of both."""
 
 import math
 import sys

@@ -18,7 +18,7 @@ GRACE_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell ended.
+    """The end of a cell: finished, failed or interrupted.
 
     Attributes:
         ran: False when it had been finished before.
@@ -47,7 +47,7 @@ def run_cells(
     """Run the cells that are not finished, and say how each ended, in the order of ``cells``.
 
     A failing cell does not stop the others. A cell that another process works on is waited for. When this process is
-    interrupted or terminated, it ends its cells; they go on where they stopped when they are run again.
+    interrupted or terminated, it ends its cells; they resume where they stopped when they are run again.
 
     Args:
         grid: the ablation.
@@ -125,7 +125,7 @@ def _stop(processes: Sequence[Process]) -> None:
 
 @contextmanager
 def _termination_as_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise KeyboardInterrupt, so that no cell is left behind without anybody to watch it."""
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt, so that no cell is left running with nobody to watch it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

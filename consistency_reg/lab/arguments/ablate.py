@@ -10,7 +10,7 @@ example:
   consistency-reg report runs/demo
   RAY_ADDRESS=HOST:6379 consistency-reg ablate GRID --launcher ray --gpus 1  (shared files)
 
-Stopped, it goes on where it was when the same command runs again; finished cells are not run twice.
+Stopped, it resumes where it was when the same command runs again; finished cells are not run twice.
 """
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from consistency_reg.lab.corpus.names import DOMAIN_NAMES
-from consistency_reg.lab.usage import CommandParser
+from consistency_reg.lab.usage import CommandParser, integers, names, numbers
 
 SEQUENCE_LENGTH = 512
 METHODS = ("prior", "max_rank", "cumulative")  # of functional.cache_aware, not imported: it loads torch
@@ -79,18 +79,3 @@ def labelled(text: str) -> tuple[str, str]:
     """
     name, equals, place = text.partition("=")
     return (name, place) if equals and place and "/" not in name and not Path(text).exists() else ("", text)
-
-
-def integers(text: str) -> list[int]:
-    """Return the integers between commas."""
-    return [int(value) for value in text.split(",") if value]
-
-
-def numbers(text: str) -> list[float]:
-    """Return the numbers between commas."""
-    return [float(value) for value in text.split(",") if value]
-
-
-def names(text: str) -> list[str]:
-    """Return the names between commas."""
-    return [value for value in text.split(",") if value]

@@ -78,8 +78,8 @@ def recipe_words(argv: Sequence[str]) -> list[str]:
 def _own_words() -> CommandParser:
     command = CommandParser(
         "consistency-reg fit",
-        description="Train one recipe into one folder. Later recipes and keys override earlier ones. Stopped, it goes\n"
-        "on where it was when the same command runs again.",
+        description="Train one recipe into one folder. Later recipes and keys override earlier ones. Stopped, it\n"
+        "resumes where it was when the same command runs again.",
         epilog=EXAMPLE,
         allow_abbrev=False,
     )

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from consistency_reg.lab.usage import CommandParser
+from consistency_reg.lab.usage import CommandParser, numbers
 
 EXAMPLE = """\
 examples:
@@ -20,7 +20,7 @@ def parser() -> CommandParser:
         epilog=EXAMPLE,
     )
     command.add_argument("models", nargs="+", metavar="MODEL", help="folder, finished run, or hub id of a model")
-    command.add_argument("--prompt", action="append", type=Path, default=[], metavar="FILE", help="text to go on from")
+    command.add_argument("--prompt", action="append", type=Path, default=[], metavar="FILE", help="text to continue")
     command.add_argument("--tokens", type=int, default=256, metavar="N", help="to write for each prompt; default: 256")
     command.add_argument("--memory", metavar="SIZE", help="for weights and slots together, such as 2GB")
     command.add_argument("--slots", type=int, metavar="N", help="of every layer")
@@ -29,10 +29,10 @@ def parser() -> CommandParser:
         "--spread", default="equal", metavar="NAME", help="equal, auto (by measured hits) or shared; default: equal"
     )
     command.add_argument("--policy", default="lru", metavar="NAME", help="lru or lfu; default: lru")
-    command.add_argument("--cache-aware", type=strengths, metavar="S", help="bias to slots, such as 0,0.1; as trained")
+    command.add_argument("--cache-aware", type=numbers, metavar="S", help="bias to slots, such as 0,0.1; as trained")
     command.add_argument("--store", default="disk", metavar="NAME", help="disk or host memory; default: disk")
     command.add_argument("--reads", default="direct", metavar="NAME", help="direct or buffered; default: direct")
-    command.add_argument("--read-bandwidth", metavar="SIZE", help="of a slower disk, such as 500MB a second")
+    command.add_argument("--read-bandwidth", metavar="SIZE", help="of a slower disk, such as 500MB/s")
     command.add_argument("--device", default="cpu", metavar="NAME", help="such as cpu or cuda:0; default: cpu")
     command.add_argument("--dtype", default="auto", metavar="NAME", help="float32, bfloat16 or float16 (as saved)")
     command.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: the likeliest; default: 1")
@@ -42,8 +42,3 @@ def parser() -> CommandParser:
     command.add_argument("--out", type=Path, default=Path("offload"), metavar="DIR", help="default: offload")
     command.add_argument("--wandb", nargs="?", const="consistency-reg", metavar="PROJECT", help="log to wandb too")
     return command
-
-
-def strengths(text: str) -> list[float]:
-    """Return the numbers between commas."""
-    return [float(value) for value in text.split(",") if value]

@@ -1,4 +1,4 @@
-"""Whether files of text are in UTF-8."""
+"""Check that files of text are in UTF-8."""
 
 import codecs
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Where a file of JSON lines is not what it should be."""
+"""Find where a file of JSON lines is not what it should be."""
 
 import json
 from collections.abc import Callable, Iterable

@@ -11,7 +11,7 @@ Problem = tuple[str, list[str], str]  # question, steps of the solution, answer
 
 
 def worksheets(seed: str, problems: tuple[int, int] = (3, 8)) -> Iterator[str]:
-    """Endless worksheets; another ``seed`` gives other ones. Worksheet i depends on nothing but the seed and i.
+    """Yield endless worksheets; another ``seed`` gives other ones. Worksheet i depends on nothing but the seed and i.
 
     Args:
         seed: any text; train and validation take different ones.
@@ -344,7 +344,7 @@ def _nonzero(random: Random, bound: int) -> int:
 
 
 def _coefficients(random: Random, degree: int) -> list[int]:
-    """Lowest power first, the highest one not 0."""
+    """Return coefficients, the lowest power first, the highest one not 0."""
     return [random.randint(-9, 9) for _ in range(degree)] + [_nonzero(random, 9)]
 
 
@@ -372,7 +372,7 @@ def _paren(value: Number) -> str:
 
 
 def _terms(terms: Sequence[tuple[Number, str]]) -> str:
-    """``[(2, "x"), (-1, "y")]`` -> ``2x - y``."""
+    """Return a sum as text: ``[(2, "x"), (-1, "y")]`` -> ``2x - y``."""
     written = ""
     for coefficient, symbol in terms:
         if coefficient == 0:
@@ -384,7 +384,7 @@ def _terms(terms: Sequence[tuple[Number, str]]) -> str:
 
 
 def _polynomial(coefficients: Sequence[Number]) -> str:
-    """Lowest power first, written highest first."""
+    """Return a polynomial as text, the highest power first, from coefficients with the lowest first."""
     powers = [{0: "", 1: "x"}.get(power, f"x^{power}") for power in range(len(coefficients))]
     return _terms([*zip(coefficients, powers, strict=True)][::-1])
 

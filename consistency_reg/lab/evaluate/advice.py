@@ -1,4 +1,4 @@
-"""How large a cache of experts should be, what it costs and what it saves.
+"""Advice on the size of a cache of experts: what it costs and what it saves.
 
 L layers with a cache each, K active of E experts of a layer, C = rho * K slots.
 """

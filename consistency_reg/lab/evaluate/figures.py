@@ -1,4 +1,4 @@
-"""What was measured as pictures."""
+"""Pictures of an evaluation."""
 
 from collections.abc import Sequence
 

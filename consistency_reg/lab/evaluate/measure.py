@@ -36,7 +36,7 @@ FAVOURITES = 10  # token ids of an expert
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that is measured of one model.
+    """All measures of one model.
 
     Attributes:
         recording: what it is measured on.

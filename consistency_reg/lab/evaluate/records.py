@@ -1,4 +1,4 @@
-"""What was measured as JSON, in full, and as CSV, a row for each number."""
+"""An evaluation as JSON, in full, and as CSV, a row for each number."""
 
 import csv
 import io

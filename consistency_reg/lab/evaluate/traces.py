@@ -95,7 +95,7 @@ class Recording:
 
     @property
     def tokens(self) -> int:
-        """Real tokens of all rows."""
+        """The number of real tokens of all rows."""
         return int(self.valid.sum())
 
     def perplexity(self, domain: str | None = None) -> float | None:
@@ -106,7 +106,7 @@ class Recording:
 
     @property
     def longest_document(self) -> int:
-        """Tokens of the longest document."""
+        """The number of tokens of the longest document."""
         positions = document_positions((len(self.valid), self.valid.shape[1]), self.valid, self.document_ids)
         return int(positions.max()) + 1 if positions.numel() else 0
 

@@ -1,4 +1,4 @@
-"""One pass over a text by an offloaded model, timed token by token: written by the model, or read as it stands."""
+"""Passes of an offloaded model over a text, timed token by token: written by the model, or read as it stands."""
 
 import time
 from collections.abc import Callable

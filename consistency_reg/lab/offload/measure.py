@@ -1,4 +1,4 @@
-"""What was measured of one model, as the numbers that tables, files and wandb show."""
+"""The measures of one offloaded model, as the numbers that tables, files and wandb show."""
 
 import math
 from collections.abc import Sequence
@@ -61,11 +61,12 @@ class Measured:
             numbers["predicted_tokens_per_s"] = predicted
             numbers["measured_over_predicted"] = numbers["decode_tokens_per_s"] / predicted
             numbers["read_gb_per_s"] = self.calibration.bandwidth / 1e9
+            numbers["native_gb_per_s"] = self.calibration.native_bandwidth / 1e9
             numbers["compute_ms"] = 1e3 * self.calibration.compute_seconds
         return numbers
 
     def token_rows(self) -> list[dict[str, float | int | str]]:
-        """A row for each decoded token: what it took and what it read."""
+        """Return a row for each decoded token: what it took and what it read."""
         return [
             {
                 "model": self.name,

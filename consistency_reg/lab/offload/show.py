@@ -1,4 +1,4 @@
-"""What was measured as a table, as files and as a picture."""
+"""The measures of offloaded models as a table, as files and as a picture."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ NOTE = (
 )
 PREDICTED = (
     " Predicted: misses x bytes of an expert / bandwidth of random reads + a token's computing with every expert "
-    "there, both measured just before."
+    "there, both measured just before; 'disk' is what the same reads give when nothing holds them back."
 )
 
 
@@ -32,7 +32,7 @@ def tables(measured: Sequence[Measured]) -> list[Table]:
     calibrated = any(one.calibration is not None for one in measured)
     read = any("perplexity" in one.numbers for one in measured)
     header += ["perplexity"] if read else []
-    header += ["predicted tokens/s", "reads GB/s", "compute ms"] if calibrated else []
+    header += ["predicted tokens/s", "reads GB/s", "disk GB/s", "compute ms"] if calibrated else []
     first = measured[0].numbers["decode_tokens_per_s"]
     rows = [_row(one, first, read=read, calibrated=calibrated) for one in measured]
     memory = "; ".join(f"{one.name}: {_memory(one.about)}" for one in measured)
@@ -49,7 +49,7 @@ def _row(one: Measured, first: float, *, read: bool, calibrated: bool) -> list[s
     shown += [number(2)(found["mb_per_token"]), percent(found["hit_rate"]), percent(found["waiting_share"])]
     shown += [number(1)(found["prefill_tokens_per_s"])]
     shown += [number(2)(found.get("perplexity", math.nan))] if read else []
-    names = ((1, "predicted_tokens_per_s"), (2, "read_gb_per_s"), (2, "compute_ms"))
+    names = ((1, "predicted_tokens_per_s"), (2, "read_gb_per_s"), (2, "native_gb_per_s"), (2, "compute_ms"))
     return shown + ([number(digits)(found.get(name, math.nan)) for digits, name in names] if calibrated else [])
 
 

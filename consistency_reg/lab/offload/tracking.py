@@ -1,4 +1,4 @@
-"""What was measured in wandb: a run for each model."""
+"""The measures of offloaded models in wandb: a run for each model."""
 
 import math
 from collections.abc import Mapping, Sequence

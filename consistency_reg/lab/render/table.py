@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from consistency_reg.byte_sizes import show_bytes
+
 MARKS = ("(collapsed)", "(left out)")  # at the end of a row's first cell
 
 
@@ -73,12 +75,7 @@ def in_bytes(count: float | None) -> str:
         >>> in_bytes(1_234_000), in_bytes(12), in_bytes(None)
         ('1.23 MB', '12 B', 'unknown')
     """
-    if count is None:
-        return "unknown"
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.3g} B"
+    return "unknown" if count is None else show_bytes(count)
 
 
 def spread(show: Callable[[float], str], mean: float, low: float, high: float) -> str:

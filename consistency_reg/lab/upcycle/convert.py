@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """The number of experts of the mixture, ``splits * copies``."""
         return self.splits * self.copies
 
     @property

@@ -566,8 +566,7 @@ def test_few_documents_are_warned_of():
         cut({"long": numbered([50]), "short": numbered([3] * 20)}, encode, 10, 60)
 
 
-def test_a_finished_run_and_its_domains(place, tmp_path, monkeypatch):
-    monkeypatch.setenv("CONSISTENCY_REG_CACHE", str(tmp_path / "cache"))
+def test_a_finished_run_and_its_domains(place, tmp_path):
     run = tmp_path / "runs" / "first"
     shutil.copytree(place / "olmoe", run / "model")
     (run / "config.yaml").write_text("seed_everything: 0\n")
@@ -690,7 +689,6 @@ def test_a_model_can_be_loaded_in_another_dtype(place):
 
 
 def test_wandb_gets_numbers_and_pictures(place, olmoe, texts, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
     wandb.init(project="lab", mode="offline", dir=place).finish()  # wandb's process stays in the folder it began in
     monkeypatch.chdir(tmp_path)
     about = {"git_commit": "0123456789ab", "versions": {"torch": "2"}, "sequence_length": 40}

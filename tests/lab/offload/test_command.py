@@ -145,8 +145,7 @@ def test_a_calibration_predicts(folders, prompt, tmp_path, capsys):
     assert one["numbers"]["predicted_tokens_per_s"] == pytest.approx(1 / seconds)
 
 
-def test_a_run_of_wandb_for_each_model(folders, prompt, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
+def test_a_run_of_wandb_for_each_model(folders, prompt, tmp_path):
     out = tmp_path / "out"
     command = ["offload", folders[0], "--prompt", str(prompt), "--tokens", "3", "--wandb", "tests", "--out", str(out)]
     assert main(command) == 0

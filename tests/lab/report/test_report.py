@@ -73,7 +73,6 @@ def test_a_folder_of_cells_becomes_table_csv_json_pictures_and_page(drawing, cap
 
 
 def test_a_report_is_a_run_of_wandb_with_its_files_as_an_artifact(drawing, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
     wandb.init(project="moe", mode="offline", dir=drawing).finish()  # wandb's process stays in the folder it began in
     (drawing / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")

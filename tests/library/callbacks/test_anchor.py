@@ -2,12 +2,11 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import anchor_oracle
+from reference import anchor_oracle, softmax
 from strategies import routings
 from torch import nn
 
@@ -43,11 +42,6 @@ class Block(nn.Module):
 def model_of(layers=2, hidden=6, experts=4):
     torch.manual_seed(0)
     return nn.Sequential(*[Block(hidden, experts) for _ in range(layers)])
-
-
-def softmax(logits):
-    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
 
 
 def trace_on(capture, model, x, **masks):

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from lightning.pytorch import Callback, Trainer
+from parameters import parameters
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from toy_lightning import ToyMoE, Validated, fit, layer_ids, loader, parameters, regularizer, tokens, toy
+from toy_lightning import ToyMoE, Validated, fit, layer_ids, loader, regularizer, tokens, toy
 
 from consistency_reg import CacheAwareRouting, RouterCapture, RoutingMonitor, functional
 from consistency_reg.callbacks import CacheAwareTraining

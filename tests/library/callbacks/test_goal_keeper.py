@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
+from parameters import parameters
 from places import ROOT
 from torch import nn
 from torch.utils.data import DataLoader
@@ -71,10 +72,6 @@ def column(folder, name):
     """Step -> value."""
     with Path(folder, "metrics.csv").open() as file:
         return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
-
-
-def parameters(module):
-    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
 class PulledTopKRouter(nn.Linear):

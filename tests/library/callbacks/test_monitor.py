@@ -51,6 +51,29 @@ def test_domains_are_measured_apart_and_pooled():
         assert logged[f"val/srp/m3{name}"] == pytest.approx(expected)
 
 
+class Tested(Domains):
+    def test_step(self, batch, batch_idx, dataloader_idx):
+        return self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def predict_step(self, batch, batch_idx):
+        """Do nothing."""
+
+
+def test_a_test_is_measured_as_a_validation_and_a_prediction_is_not():
+    monitor = RoutingMonitor(segment_lengths=(3,))
+    module, loaders = validated(Tested), [loader(tokens(6, seed=4)), loader(tokens(5, seed=5))]
+    run = trainer([monitor])
+    validation = {name: v for of in run.validate(module, loaders, verbose=False) for name, v in of.items()}
+    test = {name: value for of in run.test(module, loaders, verbose=False) for name, value in of.items()}
+    measured = {name: value for name, value in validation.items() if name.startswith("val/") and "srp" in name}
+    assert {"val/srp/m3", "val/srp/m3/1", "val/srp/m3/layer_00"} <= set(measured)
+    for name, value in measured.items():
+        assert test[f"test/{name[4:]}"] == pytest.approx(value), name
+    assert not any(hooked._forward_hooks or hooked._forward_pre_hooks for hooked in module.modules())
+    with pytest.warns(UserWarning, match=r"measures nothing in trainer\.predict.*trainer\.test"):
+        run.predict(module, loaders[0])
+
+
 def results_of_a_rank(rank):
     """SRP by domain; ranks see the domains in another order, and one of them the third domain not at all."""
     measures = RoutingMeasures((2,), (1.0,), ())

@@ -28,12 +28,6 @@ class ByLoader(Validated):
         self.log("val_loss", loss, batch_size=len(ids))
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-
-
 def trainer(loggers, *callbacks, **options):
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     options = {"max_epochs": 1, "log_every_n_steps": 1, "num_sanity_val_steps": 0} | quiet | options

@@ -12,9 +12,10 @@ import torch
 import torch.multiprocessing as mp
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
+from parameters import parameters
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from toy_lightning import Sharded, ToyMoE, fit, parameters, regularizer, tokens, toy
+from toy_lightning import Sharded, ToyMoE, fit, regularizer, tokens, toy
 
 from consistency_reg import ConsistencyRegularizer, LocalConsistencyLoss, RouterCapture
 from consistency_reg.callbacks import RouterAnchor, batch_masks

@@ -370,13 +370,6 @@ def test_no_warning_where_no_gradient_is_asked_for():
 # --- torch.compile ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(
     "backend", ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor"))]

@@ -11,6 +11,7 @@ from reference import cache_aware_oracle
 from strategies import on_cases, routings
 
 from consistency_reg import functional
+from consistency_reg.functional import cache_aware
 from consistency_reg.functional.cache_aware import METHODS, CacheAwareState, cache_aware_choice, cache_aware_ids
 
 MASKS = ("valid", "document_ids")
@@ -212,3 +213,19 @@ def test_wrong_types_are_named():
     state = cache_aware_choice(torch.zeros(2, 3, 4), 2, 2, 0.1).state
     with pytest.raises(ValueError, match=r"state must be of rows \[1\] and 4 experts, got \[2, 4\]"):
         cache_aware_choice(torch.zeros(1, 3, 4), 2, 2, 0.1, state=state)
+
+
+@on_cases(100, cases())
+def test_the_next_token_is_chosen_the_same_on_every_kind_of_device(case):
+    options = case.options | {"method": "prior", "strength": 0.3}
+    scores = case.scores.nan_to_num(0.5)
+    before = cache_aware_choice(scores, **options).state
+    following = scores[:, :1].roll(1, dims=-1)
+    here = cache_aware_choice(following, **options, state=before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_aware, "is_on_host", lambda tensor: False)
+        there = cache_aware_choice(following, **options, state=before)
+    assert here.expert_ids.equal(there.expert_ids)
+    assert here.residents.equal(there.residents)
+    for name in ("last_use", "score_range", "tokens", "document_ids"):
+        assert getattr(here.state, name).equal(getattr(there.state, name))

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from parameters import parameters
 from tiny_models import COMMON, KINDS, tiny_model, token_ids
 from torch.utils.data import DataLoader
 
@@ -16,10 +17,6 @@ from consistency_reg.integrations import attach
 
 B, T = 4, 12
 LOSS = LocalConsistencyLoss((3, 5), scope="sequence")
-
-
-def parameters(model):
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 def step(model, loss):

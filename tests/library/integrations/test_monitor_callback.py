@@ -11,8 +11,9 @@ from plain_sgd import PLAIN_SGD
 from tiny_models import tiny_model, token_ids
 from wandb_file import read_run
 
-from consistency_reg import LocalConsistencyLoss, RouterCapture
+from consistency_reg import CacheAwareRouting, LocalConsistencyLoss, RouterCapture
 from consistency_reg.integrations import ConsistencyCallback, RoutingMonitorCallback
+from consistency_reg.rerouting import RoutingSchedule
 from consistency_reg.tracking.accumulate import RoutingMeasures
 from consistency_reg.tracking.alarms import Alarms
 from consistency_reg.tracking.monitor import MonitorCore
@@ -123,6 +124,54 @@ def test_datasets_are_measured_apart_and_pooled(tmp_path):
     assert trainer.callback_handler.callbacks[0].core.tradeoff.best["best/eval_loss"] == pytest.approx(quality)
 
 
+def deployed_by_hand(model, data, routing, batch_size=4):
+    """The loss of the rows and the measures of an evaluation with a routing, and how often routers would agree."""
+    measures, losses, agreed, uses = RoutingMeasures(LENGTHS, (1.0,), ()), [], 0, 0
+    for start in range(0, len(data), batch_size):
+        batch = {name: torch.stack([row[name] for row in data[start : start + batch_size]]) for name in data[0]}
+        valid = batch["attention_mask"].bool()
+        with routing, RouterCapture(model.eval()) as capture, torch.no_grad():
+            losses += [float(model(**batch).loss)] * len(valid)
+        trace = capture.trace(valid)
+        measures.add(trace)
+        for layer in trace:
+            own = layer.scores.topk(layer.top_k).indices
+            same = (layer.expert_ids[..., None] == own[..., None, :]).any(-1)[valid]
+            agreed, uses = agreed + int(same.sum()), uses + same.numel()
+    values = {name: float(value) for name, value in measures.results(["all"]).model.items()}
+    return values | {"loss": sum(losses) / len(losses), "agreement": agreed / uses}
+
+
+@pytest.mark.parametrize("way", ["deployed=", "the routing of the training"])
+def test_an_evaluation_is_measured_once_more_as_the_model_is_deployed(tmp_path, way):
+    model, schedule = tiny_model("olmoe"), RoutingSchedule(0.5, ramp_steps=50, cache_ratio=(1, 2))
+    callbacks = [monitor(deployed=schedule)]
+    if way != "deployed=":
+        routed = ConsistencyCallback(LocalConsistencyLoss(LENGTHS), 0.0, routing=schedule)
+        callbacks = [monitor(), routed]
+    trainer = trainer_of(model, tmp_path, callbacks, rows(6, seed=1))
+    trainer.train()
+    (log,) = evaluations(trainer)
+    expected = deployed_by_hand(model, rows(6, seed=1), CacheAwareRouting(model, 1.5, 0.5))
+    expected |= {"strength": 0.5, "cache_ratio": 1.5}
+    for name, value in expected.items():
+        assert log[f"eval_deployed/{name}"] == pytest.approx(value, rel=1e-5, nan_ok=True), name
+    assert log["eval_deployed/cache/lru_k"] > log["eval_cache/lru_k"]
+    for name, value in by_hand(model, rows(6, seed=1)).items():  # that of the model as it is, untouched
+        assert log[f"eval_{name}"] == pytest.approx(value, nan_ok=True), name
+
+
+def test_deployed_evaluations_may_be_left_out_and_are_not_there_without_a_routing(tmp_path):
+    schedule = RoutingSchedule(0.5)
+    routed = ConsistencyCallback(LocalConsistencyLoss(LENGTHS), 0.0, routing=schedule)
+    for callbacks in ([monitor()], [monitor(deployed=RoutingSchedule(0.0)), routed]):
+        trainer = trainer_of(tiny_model("olmoe"), tmp_path, callbacks, rows(4))
+        trainer.train()
+        assert not any("deployed" in name for log in trainer.state.log_history for name in log)
+    with pytest.raises(TypeError, match="deployed must be a RoutingSchedule"):
+        monitor(deployed=0.1)
+
+
 def test_what_evaluate_returns_has_the_measures_and_outside_of_training_listening_is_needed(tmp_path):
     model, callback = tiny_model("olmoe"), monitor()
     trainer = trainer_of(model, tmp_path, [callback], rows(4))
@@ -183,8 +232,6 @@ def test_wandb_has_numbers_tables_pictures_and_the_best(tmp_path, monkeypatch):
     import wandb
 
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
     wandb.teardown()  # it reads its environment once in a process
     sets = {"math": rows(4, seed=1), "prose": rows(2, seed=2)}
     trainer = trainer_of(

@@ -5,23 +5,18 @@ import os
 import pytest
 import torch
 import transformers
+from parameters import parameters
 from plain_sgd import PLAIN_SGD
 from processes import on_processes
 from tiny_models import tiny_model, token_ids
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from consistency_reg import LocalConsistencyLoss
 from consistency_reg.integrations import ConsistencyCallback, RoutingMonitorCallback, attach
 
 T = 12
-
-
-def parameters(model):
-    whole = (p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters())
-    return torch.cat([parameter.detach().flatten() for parameter in whole])
 
 
 class InOrder(transformers.Trainer):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from architectures import draw_routers
+from parameters import parameters
 from plain_sgd import PLAIN_SGD
 from tiny_models import tiny_model, token_ids
 
@@ -38,10 +39,6 @@ def by_hand(ids, settings, weight=0.0, batch_size=2):
         optimizer.step()
         optimizer.zero_grad()
     return parameters(trained)
-
-
-def parameters(trained):
-    return torch.cat([parameter.detach().flatten() for parameter in trained.parameters()])
 
 
 def test_attach_trains_with_the_routing_and_leaves_evaluation_and_generation_alone():

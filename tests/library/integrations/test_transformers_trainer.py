@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from parameters import parameters
 from plain_sgd import PLAIN_SGD
 from tiny_models import tiny_model, token_ids
 
@@ -41,10 +42,6 @@ def train(folder, data, batch_size, callbacks=(), *, model=None, accepts=True, *
     trainer = trainer_of(model, folder, data, batch_size, callbacks, **options)
     trainer.train()
     return model, trainer
-
-
-def parameters(model):
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 def callback(**options):
@@ -370,6 +367,65 @@ def test_boundaries_of_documents_that_the_trainer_drops_are_missed(tmp_path, rem
     trainer.train()
     expected = float(LOSS(capture.trace(None, documents.expand(4, -1))))
     assert trainer.state.log_history[0]["consistency/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_column_that_may_tell_boundaries_and_is_dropped_is_said(tmp_path):
+    data = [row | {"segment_ids": torch.arange(T) // 6, "doc_id": "of the row"} for row in rows(4)]
+    trainer = trainer_of(tiny_model("olmoe"), tmp_path, data, 4, [callback()])
+    with pytest.warns(UserWarning, match=r"may tell by \['segment_ids'\] where documents begin.*position_ids, or give"):
+        trainer.train()
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from rows(6)
+
+
+STREAM = {"gradient_accumulation_steps": 2, "max_steps": 2, "learning_rate": 0.0}
+
+
+def test_the_end_of_a_stream_is_missed_by_a_callback_that_cannot_ask_the_trainer(tmp_path):
+    trainer = trainer_of(tiny_model("olmoe"), tmp_path, Stream(), 2, [callback()], **STREAM)
+    with pytest.raises(RuntimeError, match=r"had 1 micro-batches where 2 were expected.*add_to"):
+        trainer.train()
+
+
+def test_the_end_of_a_stream_within_a_step(tmp_path):
+    """The Trainer adds the gradient of such a rest to that of the next step, each window normalized by itself."""
+    gradients = []
+    for weight in (0.0, 5.0):
+        trainer = trainer_of(tiny_model("olmoe"), tmp_path, Stream(), 2, **STREAM)
+        callback(weight=weight).add_to(trainer)
+        gradients.append(note_gradients(trainer))
+        trainer.train()
+    model, right = tiny_model("olmoe").train(), []
+    for windows in ([(0, 1)], [(2,), (0, 1)]):
+        model.zero_grad()
+        for window in windows:
+            for number in window:
+                part = rows(6)[2 * number : 2 * number + 2]
+                with RouterCapture(model) as capture:
+                    model(torch.stack([row["input_ids"] for row in part]))
+                (5.0 * LOSS(capture.trace()) / len(window)).backward()
+        right.append(gradient(model))
+    for off, on, expected in zip(*gradients, right, strict=True):
+        assert torch.allclose(on - off, expected, atol=1e-5)
+
+
+def gradient(model):
+    return torch.cat([(p * 0 if p.grad is None else p.grad).detach().flatten().clone() for p in model.parameters()])
+
+
+def note_gradients(trainer):
+    """The gradient of each optimizer step to come."""
+    noted = []
+
+    class Note(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            noted.append(gradient(model))
+
+    trainer.add_callback(Note())
+    return noted
 
 
 def test_terms_are_numbered_in_the_order_in_which_they_were_added(tmp_path):

@@ -6,6 +6,7 @@ import datasets
 import pytest
 import torch
 import transformers
+from parameters import parameters
 from peft import LoraConfig
 from plain_sgd import PLAIN_SGD
 from tiny_models import tiny_model, token_ids
@@ -47,10 +48,6 @@ def trainer_of(model, folder, *, rows=8, batch_size=4, callbacks=(), peft_config
         callbacks=list(callbacks),
         peft_config=peft_config,
     )
-
-
-def parameters(model):
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 def expected_steps(weight, rows=8, batch_size=4):

@@ -9,17 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import on_processes
-from reference import central_differences, load_balance_oracle, usage_share_oracle
+from reference import central_differences, load_balance_oracle, softmax, usage_share_oracle
 from strategies import routings
 
 from consistency_reg import LoadBalanceLoss, RouterZLoss, RoutingTrace
 
 SCOPES = ["global", "batch", "sequence"]
-
-
-def softmax(logits):
-    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
 
 
 def case(routing, seed=0):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import adjacent_oracle, bles_oracle, documents, melinoe_oracle, remoe_oracle, sticky_oracle
+from reference import adjacent_oracle, bles_oracle, documents, melinoe_oracle, remoe_oracle, softmax, sticky_oracle
 from strategies import routings
 
 from consistency_reg.functional.melinoe import discounted_sums, soft_cache
@@ -38,11 +38,6 @@ def trace_of(logits, expert_ids=None, top_k=1, **masks):
     """A one-layer trace; the router's own top-k where no ids are given."""
     ids = logits.topk(top_k).indices if expert_ids is None else expert_ids
     return RoutingTrace([ids], num_experts=logits.shape[-1], logits=[logits], **masks)
-
-
-def softmax(logits):
-    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
 
 
 def hard_requests(expert_ids, num_experts, valid):

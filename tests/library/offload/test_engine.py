@@ -13,6 +13,7 @@ from tiny_models import COMMON, KINDS, E, K, tiny_model, token_ids
 
 from consistency_reg import CacheAwareRouting, OffloadedExperts, RouterCapture, functional
 from consistency_reg.functional.cache_replay import cache_access_hits
+from consistency_reg.offload.calibration import calibrate
 
 
 @pytest.fixture
@@ -273,6 +274,20 @@ def test_the_bias_of_cache_aware_routing_is_for_the_experts_that_are_in_slots(ol
         for t in range(prompt, ids.shape[1]):
             output = model(ids[:, t : t + 1], past_key_values=output.past_key_values, use_cache=True)
         assert offloaded.statistics().decode.hits == routing.hits - before
+
+
+def test_a_calibration_tells_the_slower_disk_from_the_one_that_is_there(olmoe):
+    limit = 50 * 3 * 32 * 16 * 4
+    offloaded = OffloadedExperts(olmoe, read_bandwidth=f"{limit}/s")
+    with offloaded:
+        found = calibrate(offloaded, token_ids(1, 4), reads=10, passes=1)
+        assert found.bandwidth <= 1.05 * limit
+        assert found.native_bandwidth > found.bandwidth
+        with offloaded.reads_unhindered():
+            pass
+        began = time.perf_counter()
+        offloaded.fetch(0, 0, offloaded.empty_rows(0))()
+        assert time.perf_counter() - began >= 0.02
 
 
 def test_reads_can_be_held_back_to_those_of_a_slower_disk(olmoe):

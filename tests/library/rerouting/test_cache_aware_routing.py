@@ -309,13 +309,6 @@ def test_a_whole_model_within_a_checkpoint():
             torch.testing.assert_close(parameter.grad, plain[name])
 
 
-@pytest.fixture
-def compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("compiler")
 def test_a_compiled_router_chooses_the_same():
     model, x = nn.Sequential(OddTopKRouter(6, 5)), torch.randn(2, 7, 6)

@@ -9,10 +9,11 @@ import torch
 import transformers
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
+from parameters import parameters
 from tiny_models import tiny_model, token_ids
 from torch import nn
 from torch.utils.data import DataLoader
-from toy_lightning import fit, parameters, regularizer, tokens, toy
+from toy_lightning import fit, regularizer, tokens, toy
 
 from consistency_reg import ConsistencyRegularizer, LocalConsistencyLoss, RouterCapture, RoutingMonitor
 from consistency_reg.callbacks import ExpertAgreement, RouterAnchor

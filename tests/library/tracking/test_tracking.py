@@ -50,12 +50,6 @@ class Letters:
         return chr(97 + ids[0])
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-
-
 def trainer(loggers, *callbacks, **options):
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     options = {"max_epochs": 2, "log_every_n_steps": 1, "val_check_interval": 2} | quiet | options
@@ -66,18 +60,15 @@ def trainer(loggers, *callbacks, **options):
 def folder(tmp_path_factory):
     """Two epochs of four steps, a validation after every second, in three loggers."""
     folder = tmp_path_factory.mktemp("tracked")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "offline")
-        patch.setenv("WANDB_SILENT", "true")
-        three_loggers = [
-            WandbLogger(project="mine", save_dir=folder),
-            CSVLogger(folder, name="csv", version=""),
-            TensorBoardLogger(folder, name="tensorboard", version=""),
-        ]
-        monitor = RoutingMonitor(segment_lengths=(3, 8), tokenizer=Letters())
-        run = trainer(three_loggers, regularizer(), monitor)
-        run.fit(validated(Mine), loader(TRAIN), [loader(PROSE), loader(CODE)])
-        wandb.finish()
+    three_loggers = [
+        WandbLogger(project="mine", save_dir=folder),
+        CSVLogger(folder, name="csv", version=""),
+        TensorBoardLogger(folder, name="tensorboard", version=""),
+    ]
+    monitor = RoutingMonitor(segment_lengths=(3, 8), tokenizer=Letters())
+    run = trainer(three_loggers, regularizer(), monitor)
+    run.fit(validated(Mine), loader(TRAIN), [loader(PROSE), loader(CODE)])
+    wandb.finish()
     return folder
 
 

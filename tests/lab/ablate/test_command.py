@@ -407,9 +407,7 @@ def test_what_fit_would_refuse_is_refused_before_any_cell_is_trained(folder, val
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_real_runs_killed_in_the_middle_end_as_four_cells_none_run_twice(number, code, folder, monkeypatch):
-    monkeypatch.setenv("CONSISTENCY_REG_CACHE", str(folder / "cache"))
-    monkeypatch.setenv("WANDB_MODE", "offline")
+def test_real_runs_killed_in_the_middle_end_as_four_cells_none_run_twice(number, code, folder):
     weights = {"key": "consistency.weight", "values": {"without": 0.0, "with": 0.1}}
     grid = tiny_grid({"shared": {"key": "model.model.init_args.shared_experts", "values": [0, 1]}, "weight": weights})
     command = [sys.executable, "-m", "consistency_reg", "ablate", str(grid)]

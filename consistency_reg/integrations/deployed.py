@@ -1,0 +1,106 @@
+"""Evaluate a model a second time as it is deployed, with cache-aware routing."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from consistency_reg.integrations.attach import attachments
+from consistency_reg.integrations.outputs import loss_of
+from consistency_reg.losses.distributed import all_sum
+from consistency_reg.rerouting import CacheAwareRouting, RoutingSchedule
+from consistency_reg.routing import RoutingTrace
+from consistency_reg.tracking.accumulate import RoutingMeasures, agreed_choices
+
+
+class DeployedEvaluation:
+    """Runs the batches of an evaluation once more with the routing of deployment, and adds up what that gives.
+
+    The routing is ``schedule``, after its ramp and with the mean of its cache ratios; when None that which a term
+    attached to the model trains with, if any does.
+
+    Args:
+        model: is evaluated.
+        schedule: the routing, or None.
+        measures: those to add up.
+        options: of :meth:`~consistency_reg.rerouting.RoutingSchedule.routing`.
+
+    Raises:
+        ValueError: with a schedule, a model whose routers cannot be made to know a cache.
+    """
+
+    def __init__(
+        self, model: nn.Module, schedule: RoutingSchedule | None, measures: RoutingMeasures, **options: Any
+    ) -> None:
+        self._model = model
+        self._schedule = None if schedule is None else schedule.deployed()
+        self._own = self._schedule.routing(model, **options) if self._schedule and self._schedule.strength else None
+        self._measures = measures
+        self._used_settings = (0.0, 1.0)  # strength and cache ratio
+        self._losses: dict[int, Tensor] = {}  # by dataset: the sum over rows, and the rows
+        self._agreed: Tensor | None = None
+
+    def forget(self) -> None:
+        """Forget what was counted."""
+        self._measures.forget()
+        self._losses, self._agreed = {}, None
+
+    def routed(self) -> AbstractContextManager[CacheAwareRouting] | None:
+        """Return the context in which a forward is that of the deployed model; None where there is no routing."""
+        trained = next((one.trained_routing for one in attachments(self._model) if one.trained_routing), None)
+        if trained is not None and (self._schedule is None or self._schedule.strength):
+            return trained.deployed(self._schedule)
+        return self._own
+
+    @torch.no_grad()
+    def run(self, given: Mapping[str, Any]) -> tuple[Any, int] | None:
+        """Run a forward with the routing; return its output and the rows of the batch, or None without a routing.
+
+        Args:
+            given: the arguments of the forward by name.
+        """
+        context = self.routed()
+        if context is None or given.get("past_key_values") is not None:  # which the first forward has filled
+            return None
+        with context as routing:
+            routing.reset()
+            self._used_settings = routing.strength, routing.cache_ratio
+            output = self._model(**given)
+        rows = next((len(value) for value in given.values() if isinstance(value, Tensor) and value.dim()), 1)
+        return output, rows
+
+    def add(self, trace: RoutingTrace, output: Any, rows: int, dataset: int) -> None:
+        """Count a batch: its routing, and the model's own loss, weighted by rows as the Trainer's."""
+        self._measures.add(trace, dataset)
+        agreed = agreed_choices(trace)
+        self._agreed = agreed if self._agreed is None else self._agreed + agreed
+        if (loss := loss_of(output)) is not None:
+            sums = torch.stack([loss.detach().float() * rows, loss.new_tensor(rows).float()])
+            self._losses[dataset] = self._losses.get(dataset, torch.zeros_like(sums)) + sums
+
+    def results(self, names: Sequence[str], device: torch.device) -> dict[str, float]:
+        """Return the measures by name, over all processes, and begin anew; empty where nothing was counted.
+
+        Args:
+            names: of the datasets, by number.
+            device: of this process.
+        """
+        measured = self._measures.results(names, device)
+        agreed, losses = self._agreed, self._losses
+        self.forget()
+        if measured is None or agreed is None:
+            return {}
+        values: dict[str, Any] = dict(measured.model)
+        (agreed,) = all_sum(agreed)
+        values |= {"agreement": agreed[0] / agreed[1].clamp_min(1)}
+        values |= {"strength": self._used_settings[0], "cache_ratio": self._used_settings[1]}
+        if losses:
+            (sums,) = all_sum(torch.stack([losses[dataset] for dataset in sorted(losses)]))
+            values["loss"] = sums[:, 0].sum() / sums[:, 1].sum().clamp_min(1)
+            if len(losses) > 1:
+                values |= {
+                    f"loss/{names[n]}": of[0] / of[1].clamp_min(1) for n, of in zip(sorted(losses), sums, strict=True)
+                }
+        return {name: float(value) for name, value in values.items()}

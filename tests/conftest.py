@@ -1,0 +1,22 @@
+"""Fixtures of all tests: nothing leaves the machine, and what is downloaded or prepared stays in a temporary folder."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def offline(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
+        patch.setenv("CONSISTENCY_REG_CACHE", str(tmp_path_factory.mktemp("corpus")))
+        yield
+
+
+@pytest.fixture
+def compiler():
+    """A compiler that has compiled nothing yet."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
