@@ -21,7 +21,7 @@ with require("plots"):
     from matplotlib.ticker import MaxNLocator
 
 COLUMNS = 3
-NAMES = ("srp", "hit_rates", "layers", "specialization", "cache_aware", r"routing(_\d+)?")  # that a picture can have
+NAMES = ("srp", "hit_rates", "layers", "specialization", "cache_aware", "memory", r"routing(_\d+)?")
 
 
 def figures(evaluations: Sequence[Evaluation]) -> dict[str, bytes]:
