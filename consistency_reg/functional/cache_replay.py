@@ -145,6 +145,24 @@ class EngineReplay:
         """The share of look-ups that hit."""
         return self.hits / max(self.hits + self.misses, 1)
 
+    def bytes_of_calls(self, expert_bytes: Sequence[int], calls: Tensor) -> Tensor:
+        """Return the bytes that each call read: one number for each run of equal ``calls``, int64.
+
+        Args:
+            expert_bytes: bytes of an expert of each layer.
+            calls: [T] integers, as in :func:`replay_engine`.
+
+        Example:
+            >>> ids, calls = [torch.tensor([[0], [1], [0]])], torch.arange(3)
+            >>> replay = replay_engine(ids, 2, 20, expert_bytes=[10], calls=calls)
+            >>> replay.bytes_of_calls([10], calls).tolist()
+            [10, 10, 0]
+        """
+        missed = [(asked & ~held).sum(dim=1) for held, asked in zip(self.held, self.looked_up, strict=True)]
+        bytes_T = torch.stack([of_layer * size for of_layer, size in zip(missed, expert_bytes, strict=True)]).sum(dim=0)
+        number_T = calls.unique_consecutive(return_inverse=True)[1]
+        return bytes_T.new_zeros(int(number_T[-1]) + 1).index_add_(0, number_T, bytes_T)
+
 
 def replay_engine(
     expert_ids: Sequence[Tensor],

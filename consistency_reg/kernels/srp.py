@@ -1,4 +1,4 @@
-"""The window counts of :mod:`consistency_reg.functional.srp` on a GPU, from the ids as they are.
+"""The window counts of :mod:`consistency_reg.functional.srp_counts` on a GPU, from the ids as they are.
 
 A program walks along a row with f, the tokens of the window on which each expert is active, in registers, one expert a
 lane. From one window to the next only the experts that enter or leave it change: a run of windows with equal f is added

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from consistency_reg.functional.bootstrap import percentile_interval
 from consistency_reg.functional.segments import check_segment_lengths
-from consistency_reg.functional.srp import ModelSRP, best_f1, model_srp, srp_counts
+from consistency_reg.functional.srp import ModelSRP, best_f1, model_srp
+from consistency_reg.functional.srp_counts import srp_counts
 from consistency_reg.measures import of_metric
 from consistency_reg.metrics.base import Value
 from consistency_reg.metrics.plots import interval_plot

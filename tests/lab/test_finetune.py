@@ -192,6 +192,9 @@ def test_what_is_to_learn_gets_a_gradient_and_the_rest_none(kind, train):
     others = [name for name, parameter in learning.items() if id(parameter) not in routers]
     if train == "router":
         assert not others
+    elif train == "experts":
+        assert any(".experts" in name or "_linear" in name for name in others)
+        assert not any("attn" in name or "embed" in name or "norm" in name for name in others)
     elif train == "lora":
         assert len(others) == 2 * len(attention)
         assert all(".lora_" in name and "attn" in name for name in others)
@@ -239,12 +242,20 @@ def test_each_seed_can_have_a_checkpoint_of_its_own(tune, checkpoint):
     assert result(run)["config"]["model"]["model"]["init_args"]["path"] == str(checkpoint)
 
 
-def test_every_cell_of_the_grid_is_a_recipe_that_fit_takes(checkpoint, tmp_path, monkeypatch):
-    grid = load_grid(RECIPES / "ablations" / "finetune.yaml")
-    made = load_grid(RECIPES / "ablations" / "finetune_checkpoints.yaml")
+@pytest.mark.parametrize(
+    ("tuned", "pretrained", "baseline"),
+    [("finetune", "finetune_checkpoints", "baseline"), ("finetune_deployed", "deployed", "off")],
+)
+def test_every_cell_of_a_grid_is_a_recipe_that_fit_takes(
+    tuned, pretrained, baseline, checkpoint, tmp_path, monkeypatch
+):
+    grid = load_grid(RECIPES / "ablations" / f"{tuned}.yaml")
+    made = load_grid(RECIPES / "ablations" / f"{pretrained}.yaml")
     assert made.seeds == grid.seeds
     monkeypatch.chdir(tmp_path)
     for cell in made.cells:
+        if not cell.name.startswith(f"{baseline}-"):
+            continue
         cell.folder.parent.mkdir(parents=True, exist_ok=True)
         cell.folder.symlink_to(checkpoint)
     check_cells(grid, grid.cells, lambda arguments: fit.check_config([*arguments, *options(SMALL)]))

@@ -65,6 +65,15 @@ def parser() -> CommandParser:
         help="skip one cache for all layers: many layers",
     )
     command.add_argument("--replicates", type=int, default=200, metavar="R", help="of the bootstrap; 0: no intervals")
+    command.add_argument(
+        "--memory", nargs="+", type=names, metavar="SIZE", help="budgets to predict tokens/s for, such as 4GB,8GB"
+    )
+    command.add_argument("--read-bandwidth", metavar="SIZE", help="of the device, for --memory: such as 1.5GB/s")
+    command.add_argument("--compute-ms", type=float, metavar="MS", help="of a token whose experts are all there")
+    command.add_argument("--bytes-per-weight", type=float, metavar="B", help="of a quantization, such as 0.56")
+    command.add_argument("--context", type=int, metavar="T", help="tokens in the KV cache; default: those read at once")
+    command.add_argument("--dense-memory", metavar="SIZE", help="of all other weights, where a trace does not tell")
+    command.add_argument("--usage-profile", type=Path, metavar="FILE", help="write 'layer expert count' lines")
     command.add_argument("--wandb", nargs="?", const="consistency-reg", metavar="PROJECT", help="log to wandb too")
     command.set_defaults(segment_lengths=[[4, 16, 64]], cache_ratios=[[1.0, 2.0, 3.0, 4.0]])
     return command

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from consistency_reg.byte_sizes import parse_bandwidth, parse_bytes
 from consistency_reg.functional.cache_aware import check_cache_aware
 from consistency_reg.functional.segments import check_segment_lengths
 from consistency_reg.lab.arguments.evaluate import SEQUENCE_LENGTH, parser
@@ -18,6 +19,10 @@ from consistency_reg.lab.corpus.text import DOMAINS
 from consistency_reg.lab.evaluate.cache_aware import priced as price_on
 from consistency_reg.lab.evaluate.figures import NAMES, figures
 from consistency_reg.lab.evaluate.measure import Evaluation, measure
+from consistency_reg.lab.evaluate.memory import Device, Needs, Within, about_memory
+from consistency_reg.lab.evaluate.memory_show import figure as memory_figure
+from consistency_reg.lab.evaluate.memory_show import table as memory_table
+from consistency_reg.lab.evaluate.memory_show import to_csv as memory_csv
 from consistency_reg.lab.evaluate.models import Candidate, load
 from consistency_reg.lab.evaluate.records import to_csv, to_json
 from consistency_reg.lab.evaluate.run import record
@@ -25,6 +30,7 @@ from consistency_reg.lab.evaluate.tables import tables
 from consistency_reg.lab.evaluate.text import corpus_documents, cut, dataset_documents, sampled
 from consistency_reg.lab.evaluate.traces import Recording, load_trace, save_trace
 from consistency_reg.lab.evaluate.tracking import log_to_wandb
+from consistency_reg.lab.evaluate.usage_profile import usage_lines
 from consistency_reg.lab.evaluate.verdict import verdict
 from consistency_reg.lab.files import write_atomically
 from consistency_reg.lab.pricing.rows import to_csv as price_csv
@@ -40,6 +46,7 @@ with require("transformers"):
     import datasets
 
 CACHE_AWARE = "cache_aware.csv"
+WITHIN = "memory.csv"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,13 +54,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(argv)
     about = {"git_commit": git_commit(), "versions": package_versions()}
     recordings = [load_trace(path) for path in options.trace]
+    for recording in recordings if options.within is not None else ():
+        Needs(recording, options.within)
     priced: list[dict[str, Any]] = []
     recordings += record_models(options, about, priced) if options.models else []
     evaluations = evaluate(recordings, options)
-    print_tables([*tables(evaluations), *([price_table(priced)] if priced else [])])
+    within = [] if options.within is None else list(within_memory(evaluations, options))
+    shown = [*tables(evaluations), *([price_table(priced)] if priced else [])]
+    print_tables([*shown, *([memory_table(rows_of(within))] if within else [])])
     command = shlex.join(["consistency-reg", "evaluate", *(argv or ())])
-    pictures = write(options.out, evaluations, {"command": command, **about}, priced)
-    names = ["evaluation.json", "evaluation.csv", *([CACHE_AWARE] if priced else [])]
+    pictures = write(options.out, evaluations, {"command": command, **about}, priced, within)
+    names = ["evaluation.json", "evaluation.csv", *([CACHE_AWARE] if priced else []), *([WITHIN] if within else [])]
+    if options.usage_profile is not None:
+        write_atomically(options.usage_profile, usage_lines(evaluations[0].recording))
     print(f"{options.out}: {', '.join([*names, *(path.name for path in pictures.values())])}")
     if options.wandb is not None:
         log_to_wandb(options.wandb, evaluations, pictures, options.out)
@@ -80,9 +93,11 @@ def record_models(
             "max_tokens": options.max_tokens,
             "sample_seed": options.seed,
             "data": options.data or "default corpus",
+            **about_memory(candidate.model),
         }
         texts = cut(documents, candidate.encode, length, options.max_tokens)
         recording = record(candidate, texts, batch_size=options.batch_size, about={**about, **settings})
+        recording.about["moe_layers"] = len(recording.layer_names)
         if options.save_trace is not None:
             options.save_trace.parent.mkdir(parents=True, exist_ok=True)
             save_trace(recording, options.save_trace)
@@ -112,19 +127,29 @@ def evaluate(recordings: Sequence[Recording], options: argparse.Namespace) -> li
 
 
 def write(
-    folder: Path, evaluations: Sequence[Evaluation], about: dict[str, Any], priced: Sequence[dict[str, Any]] = ()
+    folder: Path,
+    evaluations: Sequence[Evaluation],
+    about: dict[str, Any],
+    priced: Sequence[dict[str, Any]] = (),
+    within: Sequence[Within] = (),
 ) -> dict[str, Path]:
     """Write ``evaluation.json``, ``evaluation.csv`` and the pictures, whose places are given back by name.
 
-    Rows of ``--cache-aware`` become ``cache_aware.csv`` and a picture, and are in the JSON.
+    Rows of ``--cache-aware`` and ``--memory`` become a CSV and a picture each, and are in the JSON.
     """
     drawn = figures(evaluations)
     if priced:
         drawn["cache_aware"] = png(price_figure(priced))
         about = {**about, "cache_aware": list(priced)}
+    if within:
+        drawn["memory"] = png(memory_figure(within, rows_of(within)))
+        about = {**about, "memory": rows_of(within)}
     texts = {"evaluation.json": to_json(evaluations, about), "evaluation.csv": to_csv(evaluations)}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CACHE_AWARE).unlink(missing_ok=True)  # of another evaluation
+    for name in (CACHE_AWARE, WITHIN):
+        (folder / name).unlink(missing_ok=True)  # of another evaluation
+    if within:
+        texts[WITHIN] = memory_csv(rows_of(within))
     if priced:
         texts[CACHE_AWARE] = price_csv(priced)
     for name, text in texts.items():
@@ -135,7 +160,13 @@ def write(
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options, without those that could only fail after the models have run."""
     options = parser().parse_args(argv)
-    for name in ("segment_lengths", "cache_ratios", "domains", "cache_aware"):  # with spaces or commas between them
+    for name in (
+        "segment_lengths",
+        "cache_ratios",
+        "domains",
+        "cache_aware",
+        "memory",
+    ):  # with spaces or commas between them
         given = getattr(options, name)
         setattr(options, name, None if given is None else list(chain.from_iterable(given)))
     if not options.models and not options.trace:
@@ -153,6 +184,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError(f"--cache-ratios must be positive numbers, got {options.cache_ratios}")
     if options.cache_aware is not None:
         _check_cache_aware(options)
+    options.within = _device_within(options)
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out must be a folder, got the file {options.out}")
     check_writable("--out", options.out)
@@ -161,6 +193,43 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.save_trace is not None and options.save_trace.is_dir():
         raise ValueError(f"--save-trace must be a file, got the folder {options.save_trace}")
     return options
+
+
+def within_memory(evaluations: Sequence[Evaluation], options: argparse.Namespace) -> Iterator[Within]:
+    """Yield each model on the device of ``--memory``; what the evaluation found is not lost where one has no bytes."""
+    for one in evaluations:
+        try:
+            yield Within(one.recording, options.within, _device(options.device))
+        except ValueError as error:
+            print(f"{one.recording.model} is left out: {error}")
+
+
+def rows_of(within: Sequence[Within]) -> list[dict[str, Any]]:
+    """Return the rows of every model."""
+    return [row for one in within for row in one.rows()]
+
+
+def _device_within(options: argparse.Namespace) -> Device | None:
+    """Return the device of ``--memory``; ValueError for options that are missing or that cannot be."""
+    of_device = ("compute_ms", "bytes_per_weight", "context", "dense_memory")
+    if options.memory is None or options.read_bandwidth is None:
+        given = [name for name in ("memory", "read_bandwidth", *of_device) if getattr(options, name) is not None]
+        if given:
+            shown = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise ValueError(f"--memory and --read-bandwidth go together, got {shown} alone")
+        return None
+    for name in of_device[:3]:
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be a positive number, got {value}")
+    return Device(
+        memory=[parse_bytes(size, "--memory") for size in options.memory],
+        bandwidth=parse_bandwidth(options.read_bandwidth, "--read-bandwidth"),
+        compute_seconds=None if options.compute_ms is None else options.compute_ms / 1e3,
+        bytes_per_weight=options.bytes_per_weight,
+        context=options.context,
+        dense_bytes=None if options.dense_memory is None else parse_bytes(options.dense_memory, "--dense-memory"),
+    )
 
 
 def _check_cache_aware(options: argparse.Namespace) -> None:

@@ -39,6 +39,7 @@ class RouteTrace:
         layer_names: of each layer.
         document_ids: [T] int64, the turn.
         calls: [T] int64, tokens that the engine computed in one call.
+        dense_bytes: of the weights of all layers that are no experts'; None where the file does not say.
         expert_bytes: bytes of an expert of each layer; None where the file does not say.
         residency: [T, K] bool for each layer, whether the cache held the expert; None where the file does not say.
     """
@@ -52,6 +53,7 @@ class RouteTrace:
     calls: Tensor
     expert_bytes: list[int] | None
     residency: list[Tensor] | None
+    dense_bytes: int | None = None
 
     def parts(self, domain: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the metadata and tensors of a saved routing, see :mod:`~consistency_reg.lab.evaluate.traces`.
@@ -60,13 +62,18 @@ class RouteTrace:
         """
         whole = [i for i, tokens in enumerate(self.routed) if bool(tokens.all())]
         left_out = [name for i, name in enumerate(self.layer_names) if i not in whole]
+        about: dict[str, Any] = {}
+        if left_out:
+            about["layers left out, as they did not compute every token"] = left_out
+        if self.dense_bytes is not None:
+            about["dense_bytes"] = self.dense_bytes
         metadata: dict[str, Any] = {
             "model": self.model,
             "num_experts": [self.num_experts[i] for i in whole],
             "layer_names": [self.layer_names[i] for i in whole],
             "domains": [domain],
             "expert_bytes": None if self.expert_bytes is None else [self.expert_bytes[i] for i in whole],
-            "about": {"layers left out, as they did not compute every token": left_out} if left_out else {},
+            "about": about,
         }
         tensors = {f"expert_ids.{place}": self.expert_ids[i][None] for place, i in enumerate(whole)}
         tensors |= {
@@ -131,12 +138,15 @@ class _RouteRows:
         self.residency = self._integers(rows, "residency") if "residency" in rows[0] else None
         self.model, self.num_experts = "unknown", 0
         self.bytes: dict[int, int] = {}
+        self.dense_bytes: int | None = None
         for comment in comments:
             said = dict(re.findall(r"(\w+)=(\S+)", comment))
             self.model = Path(said.get("model", self.model)).name
             self.num_experts = int(said.get("n_expert", self.num_experts))
             if "layer" in said and "expert_bytes" in said:
                 self.bytes[int(said["layer"])] = int(said["expert_bytes"])
+            if "layer" in said and "dense_bytes" in said:
+                self.dense_bytes = (self.dense_bytes or 0) + int(said["dense_bytes"])
 
     def _integers(self, rows: list[dict[str, str]], name: str) -> np.ndarray:
         try:
@@ -163,6 +173,7 @@ class _RouteRows:
             calls=torch.from_numpy(is_new_call.cumsum() - 1),
             expert_bytes=[self.bytes[number] for number in numbers] if set(numbers) <= set(self.bytes) else None,
             residency=None if self.residency is None else [held for _, _, held in layers],
+            dense_bytes=self.dense_bytes,
         )
 
     def _layer(self, number: int, token_of_row: np.ndarray, phase: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:

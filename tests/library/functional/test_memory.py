@@ -28,7 +28,7 @@ MEASURES = {
 def test_memory_does_not_grow_with_the_rows(measure, monkeypatch):
     for module, name, size in (
         ("routing.checks", "CHECKED_TOKENS", CHUNK_TOKENS),
-        ("functional.srp", "CHUNK_TOKENS", CHUNK_TOKENS),
+        ("functional.srp_counts", "CHUNK_TOKENS", CHUNK_TOKENS),
         ("functional.balance", "CHUNK_TOKENS", CHUNK_TOKENS),
         ("functional.cache_simulation", "CHUNK_ACCESSES", CHUNK_TOKENS * K),
     ):

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from reference import best_f1_oracle, documents, static_f1_oracle, usage_oracle, window_histograms_oracle
 from strategies import models, on_cases, routings
 
-from consistency_reg.functional.srp import _bincount, _scatter_count, best_f1, srp, srp_counts, static_srp
+from consistency_reg.functional.srp import best_f1, srp, static_srp
+from consistency_reg.functional.srp_counts import _bincount, _scatter_count, srp_counts
 
 SEGMENT_LENGTHS = st.sets(st.integers(1, 14), min_size=1, max_size=3).map(tuple)
 

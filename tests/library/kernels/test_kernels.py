@@ -18,7 +18,7 @@ from consistency_reg import devices
 from consistency_reg.functional.cache_aware import cache_aware_choice
 from consistency_reg.functional.cache_hits import cache_hit_counts
 from consistency_reg.functional.cache_simulation import Simulation, row_hit_rates, row_use_shares
-from consistency_reg.functional.srp import srp_counts
+from consistency_reg.functional.srp_counts import srp_counts
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.routing.documents import document_positions
 
