@@ -18,7 +18,8 @@ demo: .venv/installed
 # The tables and pictures of README and docs, from the committed rows; a test says when they are out of step.
 # Each file of rows, and the pages that hold its tables.
 RESULTS := demo:README.md,docs/results.md gate:docs/results.md frontier:docs/results.md medium:docs/results.md \
-	longer:docs/results.md,docs/choosing.md finetune:docs/finetuning.md paper:docs/ablations.md
+	longer:docs/results.md,docs/choosing.md finetune:docs/finetuning.md paper:docs/ablations.md \
+	$(if $(wildcard recipes/results/deployed.csv),deployed:docs/results.md)
 comma := ,
 
 results: .venv/installed

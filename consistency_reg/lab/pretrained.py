@@ -15,13 +15,13 @@ with require("transformers"):
     from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
     from transformers.utils import has_file
 
-PARTS = ("router", "lora", "all")
+PARTS = ("router", "experts", "lora", "all")
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 
 def pretrained_moe(
     path: str = "",
-    train: Literal["router", "lora", "all"] = "router",
+    train: Literal["router", "experts", "lora", "all"] = "router",
     lora_rank: int = 8,
     lora_alpha: float = 16.0,
     lora_targets: Sequence[str] | None = None,
@@ -32,8 +32,9 @@ def pretrained_moe(
 
     Args:
         path: a folder of ``save_pretrained``, the folder of a finished run of ``consistency-reg fit``, or a hub id.
-        train: what learns. "router": the routers alone. "lora": the routers, and a low-rank update of the attention's
-            matrices (PEFT's LoRA), which :func:`save_plain` merges into them. "all": every parameter.
+        train: what learns. "router": the routers alone. "experts": the blocks that routers are in, with all experts.
+            "lora": the routers, and a low-rank update of the attention's matrices (PEFT's LoRA), which
+            :func:`save_plain` merges into them. "all": every parameter.
         lora_rank: rank of the updates.
         lora_alpha: they are scaled by ``lora_alpha / lora_rank``.
         lora_targets: names, or ends of names, of the matrices to update; the attention's linear layers when None.
@@ -74,7 +75,7 @@ def trainable(
     lora_targets: Sequence[str] | None = None,
 ) -> nn.Module:
     """Let a part of a model learn and freeze the rest; see :func:`pretrained_moe`."""
-    routers = list(RouterCapture(model).routers.values())
+    routers = RouterCapture(model).routers
     model.requires_grad_(train == "all")
     wrapped: nn.Module = model
     if train == "lora":
@@ -83,8 +84,9 @@ def trainable(
         targets = list(lora_targets) if lora_targets is not None else attention_matrices(model)
         options: dict[str, Any] = {"r": lora_rank, "lora_alpha": lora_alpha, "target_modules": targets}
         wrapped = get_peft_model(model, LoraConfig(**options))
-    for router in routers:
-        router.requires_grad_(True)
+    for name, router in routers.items():
+        learns = model.get_submodule(name.rpartition(".")[0]) if train == "experts" else router
+        learns.requires_grad_(True)
     return wrapped
 
 

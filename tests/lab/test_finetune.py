@@ -192,6 +192,9 @@ def test_what_is_to_learn_gets_a_gradient_and_the_rest_none(kind, train):
     others = [name for name, parameter in learning.items() if id(parameter) not in routers]
     if train == "router":
         assert not others
+    elif train == "experts":
+        assert any(".experts" in name or "_linear" in name for name in others)
+        assert not any("attn" in name or "embed" in name or "norm" in name for name in others)
     elif train == "lora":
         assert len(others) == 2 * len(attention)
         assert all(".lora_" in name and "attn" in name for name in others)

@@ -26,7 +26,7 @@ from consistency_reg.lab.run_loggers import MetricsFile, run_loggers
 from consistency_reg.lab.run_progress import RunProgress
 
 RECIPES = sorted(ROOT.joinpath("recipes").glob("*.yaml"))
-RECIPES = [path for path in RECIPES if not path.stem.startswith("finetune")]  # of checkpoints: test_finetune.py
+RECIPES = [path for path in RECIPES if not path.stem.startswith(("finetune", "upcycle"))]  # of checkpoints
 
 
 def arguments(run_dir, recipe="quickstart", **changes) -> list[str]:

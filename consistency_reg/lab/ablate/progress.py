@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from consistency_reg.lab.ablate.grid import Cell
+from consistency_reg.lab.render.table import Table
+from consistency_reg.lab.render.terminal import drawn
 from consistency_reg.optional import require
 
 with require("lightning"):
     from rich.console import Console, Group
     from rich.live import Live
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
     from rich.text import Text
 
 ENDED = ("finished", "failed")
+BAR = 20  # letters
 
 
 @dataclass
@@ -173,11 +174,21 @@ class LiveDisplay:
         )
 
     def _bars(self, states: Sequence[CellState]) -> Group:
-        rows = Table.grid(padding=(0, 1))
         share = sum(1.0 if state.status in ENDED else state.share for state in states) / max(len(states), 1)
-        rows.add_row(Text("all"), ProgressBar(1.0, share, width=30), Text(self._summary(states)))
+        rows = [["all", *_bar(share), self._summary(states)]]
         for state in states:
             if state.status in ("running", "elsewhere"):
-                line = Text(state.line or "starting")
-                rows.add_row(Text(state.cell.name), ProgressBar(1.0, state.share, width=30), line)
-        return Group(rows)
+                rows.append([state.cell.name, *_bar(state.share), state.line or "starting"])
+        table = Table("", ["cell", "done", "bar", "now"], rows, gives_way=("bar",))
+        return drawn(table, self.console.width)
+
+
+def _bar(share: float) -> tuple[str, str]:
+    """Return a share of the steps as a number and as a bar.
+
+    Example:
+        >>> _bar(0.25)
+        ('25%', '━━━━━───────────────')
+    """
+    full = round(BAR * share)
+    return f"{100 * share:.0f}%", "━" * full + "─" * (BAR - full)

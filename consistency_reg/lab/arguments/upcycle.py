@@ -28,10 +28,14 @@ def parser() -> CommandParser:
     command.add_argument("--top-k", type=int, default=4, metavar="K", help="experts that a token uses; default: 4")
     command.add_argument("--shared", type=float, default=0.0, metavar="SHARE", help="of the neurons, always active")
     command.add_argument("--layers", metavar="RANGES", help="such as 0,2,10-12; default: all")
-    command.add_argument("--router-scale", type=float, default=0.5, metavar="SD", help="of the logits; default: 0.5")
+    command.add_argument("--router-scale", type=float, default=0.2, metavar="SD", help="of the logits; default: 0.2")
     command.add_argument("--calibration-tokens", type=int, default=8192, metavar="N", help="default: 8192")
     command.add_argument(
         "--domains", nargs="+", default=list(DOMAIN_NAMES), metavar="NAME", help=" ".join(DOMAIN_NAMES)
     )
+    command.add_argument(
+        "--no-refit", dest="refit", action="store_false", help="keep the output projections of the dense model"
+    )
+    command.add_argument("--bf16", action="store_true", help="read the calibration text with matrices in bfloat16")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the clustering; default: 0")
     return command

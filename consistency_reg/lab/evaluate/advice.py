@@ -33,7 +33,7 @@ class CacheChoice:
 
 
 def ratios(rates: ModelHitRates) -> list[float]:
-    """Return cache ratios that give the widest layer each of its sizes, from the K slots of one token to E."""
+    """Return the cache ratios of every size of the widest layer, from K slots, which one token needs, to E."""
     widest = max(rates.layers, key=lambda layer: len(layer.hit_rate) / layer.top_k)
     return [slots / widest.top_k for slots in range(widest.top_k, len(widest.hit_rate) + 1)]
 

@@ -25,7 +25,7 @@ NAMES = ("srp", "hit_rates", "layers", "specialization", "cache_aware", "memory"
 
 
 def figures(evaluations: Sequence[Evaluation]) -> dict[str, bytes]:
-    """Yield PNGs by name; a routing heatmap for each model."""
+    """Return PNGs by name; a routing heatmap for each model."""
     drawn = {
         "srp": srp_by_length(evaluations),
         "hit_rates": hit_rates(evaluations),
@@ -39,7 +39,7 @@ def figures(evaluations: Sequence[Evaluation]) -> dict[str, bytes]:
 
 
 def srp_by_length(evaluations: Sequence[Evaluation]) -> Figure:
-    """Draw SRP by segment length with its 95% interval; dashed: what one fixed set of experts reaches."""
+    """Draw SRP by segment length with its 95% interval; dashed what one fixed set of experts reaches."""
     figure, (axes,) = _panels(1, width=6.5)
     for one, colour in zip(evaluations, _colours(evaluations), strict=True):
         lengths, results = list(one.srp), list(one.srp.values())
@@ -63,7 +63,7 @@ def srp_by_length(evaluations: Sequence[Evaluation]) -> Figure:
 
 
 def hit_rates(evaluations: Sequence[Evaluation]) -> Figure:
-    """Draw hit rates by cache ratio, SCH and real policies, with the advised sizes; a panel for each model."""
+    """Draw hit rates by cache ratio: SCH and policies, the advised sizes on LRU's curve; a panel for each model."""
     m = common_length(evaluations)
     figure, panels = _panels(len(evaluations))
     for axes, one in zip(panels, evaluations, strict=True):
@@ -93,7 +93,7 @@ def hit_rates(evaluations: Sequence[Evaluation]) -> Figure:
 
 
 def srp_by_layer(evaluations: Sequence[Evaluation]) -> Figure:
-    """Draw SRP of each layer; dashed: what one fixed set of the layer's experts reaches."""
+    """Draw SRP of each layer; dashed what one fixed set of the layer's experts reaches."""
     m = common_length(evaluations)
     figure, (axes,) = _panels(1, width=8)
     for one, colour in zip(evaluations, _colours(evaluations), strict=True):
@@ -130,7 +130,7 @@ def specialization(evaluations: Sequence[Evaluation]) -> Figure:
 
 
 def routing(evaluation: Evaluation) -> Figure:
-    """Draw which experts one layer, the one of median SRP, uses on each token of a sample text."""
+    """Draw which experts the layer of median SRP uses on each token of a sample text."""
     recording, m = evaluation.recording, evaluation.segment_length
     of_layers = [float(layer.srp) for layer in evaluation.srp[m].layers]
     layer = sorted(range(len(of_layers)), key=of_layers.__getitem__)[len(of_layers) // 2]

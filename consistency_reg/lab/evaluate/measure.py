@@ -1,4 +1,4 @@
-"""From a recording to all that is measured of it."""
+"""Measure all that a recording says of a model."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -60,13 +60,18 @@ class Evaluation:
 
     @property
     def segment_length(self) -> int:
-        """The m to name where there is room for one."""
+        """Return the m to name where there is room for one."""
         return one_length(self.srp)
 
     @property
     def min_share(self) -> float:
         """Usage of the least used expert of all layers, as a share of the fair share."""
         return self.get(MIN_SHARE.at())
+
+    @property
+    def is_of_one_domain(self) -> bool:
+        """Whether the text is of one domain, where experts for other text are idle without having collapsed."""
+        return len(self.recording.domains) == 1
 
     @cached_property
     def caches(self) -> dict[str, ModelHitRates]:
@@ -203,7 +208,7 @@ def _of_windows(metric: SegmentRoutingPerformance) -> dict[int, ModelSRP]:
 
 
 def _words(recording: Recording) -> tuple[int | None, torch.Tensor | None]:
-    """Return how many different token ids the text has, and the text with each as its number among them: [N, T].
+    """Return how many different token ids the text has, and the text as their numbers: [N, T].
 
     An expert's favourites do not depend on how token ids are numbered, and a vocabulary is far larger than a text's.
     """

@@ -156,7 +156,7 @@ def _check_complete(place: str, model: PreTrainedModel, missing: Collection[str]
 
 
 def expert_bytes(model: nn.Module, routers: Sequence[str], num_experts: Sequence[int]) -> list[int] | None:
-    """Return parameter bytes of one routed expert of each layer: those of the experts beside the router, divided by E.
+    """Return the parameter bytes of one routed expert of each layer: those of all its experts, divided by E.
 
     The experts are the module ``experts`` of the block that the router stands in. None where a block has none.
     """

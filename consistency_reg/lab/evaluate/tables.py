@@ -1,4 +1,4 @@
-"""Tables of an evaluation for the terminal."""
+"""Show what was measured as tables for the terminal."""
 
 from collections.abc import Callable, Sequence
 
@@ -37,7 +37,7 @@ def tables(evaluations: Sequence[Evaluation]) -> list[Table]:
 
 
 def common_length(evaluations: Sequence[Evaluation]) -> int:
-    """Return the m to compare models by: 16 where all have it, else the shortest that all have, else the first's."""
+    """Return the m to compare models by: 16 where all have it, else the shortest in common, else the first's."""
     shared = set.intersection(*(set(one.srp) for one in evaluations))
     return 16 if 16 in shared else min(shared, default=evaluations[0].segment_length)
 
@@ -71,7 +71,7 @@ def consistency(evaluations: Sequence[Evaluation]) -> Table:
 
 
 def hit_rates(evaluations: Sequence[Evaluation]) -> Table:
-    """Return the hit rates of each simulated cache at each size, a cache for each layer."""
+    """Return each simulated cache at each size, a cache for each layer."""
 
     def cell(rates: ModelHitRates, ratio: float) -> str:
         return _with_interval(rates.at(ratio), rates.intervals.get(ratio))
@@ -80,7 +80,7 @@ def hit_rates(evaluations: Sequence[Evaluation]) -> Table:
 
 
 def shared_hit_rates(evaluations: Sequence[Evaluation]) -> Table:
-    """Return the hit rates of each simulated cache at each size, one cache for all layers, where it was simulated."""
+    """Return each simulated cache at each size, one for all layers, of the models of which it was simulated."""
 
     def cell(rates: ModelHitRates, ratio: float) -> str:
         shared = rates.shared
@@ -110,11 +110,13 @@ def balance(evaluations: Sequence[Evaluation]) -> Table:
         "means over layers; max/mean and smallest share (of the fair share) are the worst layer's; "
         f"below {COLLAPSED_BELOW} a model counts as collapsed"
     )
+    if any(one.is_of_one_domain for one in evaluations):
+        note += "; on text of one domain it may be for lack of other text that experts are idle: measure on several"
     return Table("Balance", ["model", *(reading.header for reading in readings)], rows, note)
 
 
 def domains(evaluations: Sequence[Evaluation]) -> Table:
-    """Return the SRP of each domain by itself."""
+    """Return SRP of each domain by itself."""
     names = list(dict.fromkeys(domain for one in evaluations for domain in one.domain_srp))
     m = common_length(evaluations)
     rows = []
@@ -184,8 +186,10 @@ def meanings(measures: Sequence[Measure]) -> str:
 
 
 def _name(one: Evaluation) -> str:
-    """Return the model's name, with a mark when an expert collapsed."""
-    return f"{one.recording.model} (collapsed)" if one.min_share < COLLAPSED_BELOW else one.recording.model
+    """Return the model's name, with a mark when an expert is hardly used: collapsed, or idle on a single domain."""
+    if not one.min_share < COLLAPSED_BELOW:
+        return one.recording.model
+    return f"{one.recording.model} ({'idle experts' if one.is_of_one_domain else 'collapsed'})"
 
 
 def _interval(interval: Tensor | None) -> str:

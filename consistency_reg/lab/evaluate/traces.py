@@ -123,7 +123,7 @@ class Recording:
     def chunks(
         self, rows: Tensor | None = None, device: torch.device | str = "cpu"
     ) -> Iterator[tuple[RoutingTrace, Tensor]]:
-        """Yield the routing of some rows at a time and their numbers [B]; all rows unless their numbers are given."""
+        """Yield rows some at a time, all unless numbers are given: their routing and their numbers [B]."""
         rows = torch.arange(len(self.valid)) if rows is None else rows
         for part in rows.split(CHUNK_ROWS):
             yield self.trace(part, device), part.to(device)

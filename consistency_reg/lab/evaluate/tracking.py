@@ -1,4 +1,4 @@
-"""An evaluation in wandb: a run for each model."""
+"""Log what was measured to wandb: a run for each model."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

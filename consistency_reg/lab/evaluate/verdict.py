@@ -1,4 +1,4 @@
-"""The verdict of an evaluation: which model misses least, and how large a cache it needs."""
+"""Write the verdict of an evaluation: which model misses least, and how large a cache it needs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +17,9 @@ def verdict(evaluations: Sequence[Evaluation], priced: Sequence[Mapping[str, Any
         evaluations: at least one.
         priced: rows of cache-aware routing; what +0.5% perplexity buys is said of each model and cache.
     """
-    said = of_models({one.recording.model: one.values for one in evaluations}, _advice(evaluations[0]))
+    one_domain = all(one.is_of_one_domain for one in evaluations)
+    values = {one.recording.model: one.values for one in evaluations}
+    said = of_models(values, _advice(evaluations[0]), one_domain=one_domain)
     return replace(said, found=" ".join([said.found, *bought(priced)]))
 
 

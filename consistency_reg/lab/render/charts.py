@@ -200,9 +200,10 @@ def spans(marks: Sequence[Mark], width: float = 1.0) -> Layers:
 
 
 def texts(marks: Sequence[Mark]) -> Layers:
-    """Return the marks' texts, above and to the right of their places."""
+    """Return the texts of the marks that have one, above and to the right of their places."""
     look: dict[str, Any] = {"dx": 8, "dy": -8, "align": "left", "fontSize": 10, "fill": INK}
-    return [layer.mark_text(**look, **LOOK).encode(text="text:N") for layer in _data(marks)]
+    named = [mark for mark in marks if mark.text]
+    return [layer.mark_text(**look, **LOOK).encode(text="text:N") for layer in _data(named)]
 
 
 def javascript() -> str:
@@ -250,7 +251,8 @@ def _number(field: str, title: str) -> Any:
     channel = alt.X if field == "x" else alt.Y
     side = f"ceil({'width' if field == 'x' else 'height'} / {80 if field == 'x' else 45})"
     axis = alt.Axis(title=title.splitlines(), grid=True, tickCount=alt.ExprRef(side))
-    return channel(f"{field}:Q", axis=axis, scale=alt.Scale(zero=False, nice=False, padding=14))
+    room = 32 if field == "x" else 14  # pixels; texts stand to the right of their places
+    return channel(f"{field}:Q", axis=axis, scale=alt.Scale(zero=False, nice=False, padding=room))
 
 
 def _tinted(area: Area) -> Layers:

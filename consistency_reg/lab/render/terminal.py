@@ -10,7 +10,7 @@ from consistency_reg.optional import require
 with require("plots"):
     from rich import box
     from rich.cells import cell_len
-    from rich.console import Console
+    from rich.console import Console, Group, RenderableType
     from rich.table import Table as RichTable
     from rich.text import Text
 
@@ -49,15 +49,27 @@ def print_table(table: Table, console: Console) -> None:
     whole = not console.is_terminal
     if whole:
         console.width = UNLIMITED
-    placed = layout(table, console.width, wrap=not whole)
-    console.print(Text(table.title, style="bold"))
-    console.print(_drawn(table, placed))
-    if placed.left_out:
-        said = f"no room at {console.width} letters for: {'; '.join(map(printable, placed.left_out))}"
-        console.print(Text(f"{said} (a wider terminal, a pipe and the files show all)", style="yellow"))
-    if table.note:
-        console.print(Text(table.note, style="dim"), soft_wrap=whole)
+    console.print(drawn(table, console.width, whole=whole), soft_wrap=whole)
     console.print()
+
+
+def drawn(table: Table, width: int, *, whole: bool = False) -> Group:
+    """Return a table as rich draws it: title, the columns that fit, a line that names the others, and the note.
+
+    Args:
+        table: to draw.
+        width: letters of a line.
+        whole: whether no cell takes several lines, as on a pipe.
+    """
+    placed = layout(table, width, wrap=not whole)
+    parts: list[RenderableType] = [Text(table.title, style="bold")] if table.title else []
+    parts.append(_grid(table, placed))
+    if placed.left_out:
+        said = f"no room at {width} letters for: {'; '.join(map(printable, placed.left_out))}"
+        parts.append(Text(f"{said} (a wider terminal, a pipe and the files show all)", style="yellow"))
+    if table.note:
+        parts.append(Text(table.note, style="dim"))
+    return Group(*parts)
 
 
 def print_verdict(verdict: Verdict, console: Console | None = None) -> None:
@@ -130,12 +142,12 @@ def _longest_word(text: str) -> int:
     return max(map(cell_len, text.split()), default=0)
 
 
-def _drawn(table: Table, placed: Layout) -> RichTable:
-    drawn = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP // 2, 0, 0))
+def _grid(table: Table, placed: Layout) -> RichTable:
+    grid = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP // 2, 0, 0))
     for place, width in placed.widths.items():
         title = Text(printable(table.header[place]))
-        drawn.add_column(title, justify="right" if place else "left", overflow="fold", width=width)
+        grid.add_column(title, justify="right" if place else "left", overflow="fold", width=width)
     for row in table.rows:
         cells = [Text(printable(row[place])) for place in placed.widths]
-        drawn.add_row(*cells, style="red" if is_marked(row) else None)
-    return drawn
+        grid.add_row(*cells, style="red" if is_marked(row) else None)
+    return grid

@@ -110,8 +110,13 @@ def compare(name: str, values: Values, against: str, baseline: Values) -> Outcom
     )
 
 
-def describe(name: str, values: Values) -> str:
+def describe(name: str, values: Values, *, one_domain: bool = False) -> str:
     """Return a sentence about a model that stands by itself: what it misses, and whether experts are dead.
+
+    Args:
+        name: name of the model.
+        values: its measures.
+        one_domain: whether the text was of one domain, which may leave experts idle that have not collapsed.
 
     Example:
         >>> values = {"val/cache/lru_2k": 0.75, "val/ppl": 71.0, "val/srp/m16": 0.6, "val/static_srp": 0.25}
@@ -128,6 +133,8 @@ def describe(name: str, values: Values) -> str:
     share = _get(values, MIN_SHARE.at())
     if math.isnan(share):
         balance = "and balance was not measured"
+    elif share < COLLAPSED_BELOW and one_domain:
+        balance = f"and on text of this domain alone an expert is used at {share:.2f} of its fair share"
     elif share < COLLAPSED_BELOW:
         balance = f"but its router collapsed: an expert is used at {share:.2f} of its fair share"
     else:
@@ -223,19 +230,20 @@ def as_deployed(name: str, values: Values, against: str, baseline: Values) -> st
     return f" As deployed ({how}) {name} has {saved} against {against}."
 
 
-def of_models(values: Mapping[str, Values], advice: str = "") -> Verdict:
+def of_models(values: Mapping[str, Values], advice: str = "", *, one_domain: bool = False) -> Verdict:
     """Return the verdict on models that were measured on the same text: the one that misses least, next to the first.
 
     Args:
         values: the measures of each model by its name; the first model is what the others are compared with.
         advice: what to try next; something general when empty.
+        one_domain: whether the text was of one domain.
     """
     names = list(values)
     cache = _cache(list(values.values()))
     misses = {name: 1 - _get(values[name], cache) if cache else math.nan for name in names}
     best = min(names, key=lambda name: misses[name] if misses[name] == misses[name] else math.inf)
     if best == names[0] or not cache:
-        return Verdict(describe(best, values[best]), advice)
+        return Verdict(describe(best, values[best], one_domain=one_domain), advice)
     outcome = compare(best, values[best], names[0], values[names[0]])
     return Verdict(str(outcome), advice or advise(outcome))
 

@@ -1,4 +1,4 @@
-"""``consistency-reg report``: runs beside each other, in tables, a figure and one page."""
+"""Compare runs with ``consistency-reg report``: in tables, figures and one page."""
 
 from consistency_reg.lab.report.command import main
 from consistency_reg.lab.report.pairs import Pair, pair_runs

@@ -1,4 +1,4 @@
-"""The cells of an ablation over their seeds: what each gains and costs, and which of them another one dominates."""
+"""Compare the cells of an ablation over their seeds: what each gains and costs, and which another one dominates."""
 
 from consistency_reg.lab.report.pairs import CHANGES, over_seeds
 from consistency_reg.optional import require
@@ -10,7 +10,7 @@ BASELINE = "the baseline"
 
 
 def cell_frame(pairs: pd.DataFrame) -> pd.DataFrame:
-    """A row for each cell: mean, lowest and highest over its seeds, and what dominates it.
+    """Return a row for each cell: mean, lowest and highest over its seeds, and what dominates it.
 
     Args:
         pairs: of :func:`~consistency_reg.lab.report.pairs.pair_frame`.
@@ -30,7 +30,7 @@ def cell_frame(pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 def chosen(cells: pd.DataFrame, perplexity: float = 0.01) -> pd.DataFrame:
-    """For figures that cannot hold every weight: of each loss the cell with the fewest misses for its perplexity.
+    """Return one cell of each loss, for figures that cannot hold all: the fewest misses within a perplexity.
 
     Args:
         cells: of :func:`cell_frame`.

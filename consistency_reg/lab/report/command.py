@@ -120,7 +120,7 @@ def is_prices(source: str) -> bool:
 
 
 def default_folder(sources: Sequence[str]) -> Path:
-    """Where the files go: into the only folder that is reported on, else into ``report``."""
+    """Return where the files go: into the only folder that is reported on, else into ``report``."""
     return Path(sources[0], "report") if len(sources) == 1 and Path(sources[0]).is_dir() else Path("report")
 
 
@@ -140,7 +140,7 @@ def write_report(folder: Path, source: str, findings: Findings, tables: Sequence
 
 
 def log_to_wandb(project: str, folder: Path, tables: Sequence[Table], drawn: Sequence[Picture]) -> None:
-    """One wandb run, in the folder, with tables, figures, the page, and all as an artifact; offline without a login."""
+    """Log tables, figures, the page and all files as an artifact to one wandb run; offline without a login."""
     with require("wandb"):
         import wandb
     name = f"report {folder.parent.name}"

@@ -1,4 +1,4 @@
-"""What was compared, as tables: cells, losses, the gate, design choices, the published ablation, cost by tokens."""
+"""Show what was compared as tables: cells, losses, the gate, design choices, the published ablation, cost by tokens."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +23,7 @@ LEFT_OUT = (
 
 
 def cell_table(cells: pd.DataFrame) -> Table:
-    """A row for each cell of :func:`~consistency_reg.lab.report.cells.cell_frame`."""
+    """Return a row for each cell of :func:`~consistency_reg.lab.report.cells.cell_frame`."""
     header = ["cell", "against", "term", "seeds", "LRU misses at 25%", "perplexity", "SRP m=16", "smallest share"]
     table = Table(
         "Frontier",
@@ -53,7 +53,7 @@ def cell_table(cells: pd.DataFrame) -> Table:
 
 
 def loss_table(losses: pd.DataFrame) -> Table:
-    """A row for each loss of :func:`~consistency_reg.lab.report.hypervolume.loss_frame`."""
+    """Return a row for each loss of :func:`~consistency_reg.lab.report.hypervolume.loss_frame`."""
     header = ["loss", "against", "weights", "seeds", "left out", "hypervolume (%)", "SD", "behind the first"]
     table = Table(
         "Losses over all their weights",
@@ -82,7 +82,7 @@ def loss_table(losses: pd.DataFrame) -> Table:
 
 
 def gate_table(cells: pd.DataFrame) -> Table:
-    """Each cell against the gate, the cells that pass first, then those with the fewest misses."""
+    """Return each cell against the gate, the cells that pass first, then those with the fewest misses."""
     table = Table(
         "Gate",
         ["cell", "seeds", *(_bound(criterion) for criterion in GATE), "gate", STUDY_TITLE],
@@ -103,7 +103,7 @@ def gate_table(cells: pd.DataFrame) -> Table:
 
 
 def effect_table(effects: pd.DataFrame) -> Table:
-    """A row for each value of :func:`~consistency_reg.lab.report.effects.effect_frame`."""
+    """Return a row for each value of :func:`~consistency_reg.lab.report.effects.effect_frame`."""
     table = Table(
         "Design choices at equal budget",
         [
@@ -141,7 +141,7 @@ def effect_table(effects: pd.DataFrame) -> Table:
 
 
 def published_tables(beside: pd.DataFrame, agreed: pd.DataFrame) -> list[Table]:
-    """Our designs beside the published ones, and how far the two agree."""
+    """Return our designs next to the published ones, and how far the two agree."""
     designs = Table(
         "The published designs",
         [
@@ -184,7 +184,7 @@ def published_tables(beside: pd.DataFrame, agreed: pd.DataFrame) -> list[Table]:
 
 
 def cost_table(costs: pd.DataFrame) -> Table:
-    """What each cell of :func:`~consistency_reg.lab.report.cost.cost_frame` costs and saves after so many tokens."""
+    """Return what each cell of :func:`~consistency_reg.lab.report.cost.cost_frame` costs and saves by tokens seen."""
     marks = sorted(costs["tokens"].unique())
     table = Table(
         "Perplexity and LRU misses by tokens seen",

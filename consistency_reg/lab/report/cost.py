@@ -1,4 +1,4 @@
-"""What a consistency term costs and saves as training goes on: pairs compared at each validation."""
+"""Follow what a consistency term costs and saves during training: pairs compared at each validation."""
 
 from collections.abc import Iterable, Sequence
 
@@ -13,7 +13,7 @@ COLUMNS = ["against", "cell", "seed", "tokens", "perplexity_change", "misses_cha
 
 
 def cost_frame(pairs: Sequence[Pair]) -> pd.DataFrame:
-    """Changes against the baseline after as many tokens, for each validation that both runs of a pair had.
+    """Return changes against the baseline after as many tokens, for each validation that both runs of a pair had.
 
     Returns:
         "against", "cell", "seed", "tokens", "perplexity_change" and "misses_change" (relative). Empty for pairs that
@@ -41,7 +41,7 @@ def cost_frame(pairs: Sequence[Pair]) -> pd.DataFrame:
 
 
 def _aligned(tokens: Iterable[int]) -> dict[int, int]:
-    """Each number of tokens and the least one that is within 1% of it, step by step upwards.
+    """Map each number of tokens to the least one that is within 1% of it, step by step upwards.
 
     Example:
         >>> _aligned([2000, 1000, 1004])

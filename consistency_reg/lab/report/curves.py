@@ -1,4 +1,4 @@
-"""The course of a run: what its validations measured, by the tokens seen until then."""
+"""Read the course of a run: what its validations measured, by the tokens seen until then."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ Curve = dict[str, list[float]]
 
 
 def read_curve(folder: Path, steps: int, tokens: int) -> Curve:
-    """Perplexity and LRU hit rate at each validation, from metrics.csv and those of the interruptions before it.
+    """Return perplexity and LRU hit rate at each validation, from metrics.csv and its predecessors.
 
     Args:
         folder: of the run.
@@ -27,7 +27,7 @@ def read_curve(folder: Path, steps: int, tokens: int) -> Curve:
 
 
 def curve(history: pd.DataFrame, steps: int, tokens: int) -> Curve:
-    """The curve of logged rows with a ``step``; {} where no validation was logged.
+    """Return the curve of logged rows with a ``step``; {} where no validation was logged.
 
     Lightning logs a validation between two steps under the number of steps before the last, one at the end under the
     number of all steps: both are mapped to the steps taken. A step that was logged twice counts as it was last.

@@ -1,4 +1,4 @@
-"""Design choices at equal budget: what one choice changes while all others, the seed and the tokens stay."""
+"""Compare design choices at equal budget: what one choice changes while all others, the seed and the tokens stay."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ COLUMNS = ["choice", "value", "reference", "among", "seed", "active_parameters",
 
 
 def effect_frame(runs: Sequence[Run], baseline: str | None = None) -> pd.DataFrame:
-    """A row for each value of each axis, among each choice of the other axes: differences to the axis' reference.
+    """Return a row for each value of each axis, among each choice of the others: differences to a reference.
 
     The reference of an axis is ``baseline`` where it is one of its values, else the first of :data:`REFERENCES` that
     is, in any case of letters, else the first value. Runs that belong to no ablation have one axis, their cell.
@@ -49,7 +49,7 @@ def effect_frame(runs: Sequence[Run], baseline: str | None = None) -> pd.DataFra
 
 
 def sign(low: float, high: float) -> str:
-    """Of an effect over seeds: "+" or "-" where all agree, else "±".
+    """Return the sign of an effect over seeds: "+" or "-" where all agree, else "±".
 
     Example:
         >>> sign(0.1, 0.3), sign(-0.2, 0.1)

@@ -86,7 +86,7 @@ class Findings:
         return rank_frame(self.deployed, self.strengths)
 
     def tables(self) -> list[Table]:
-        """All tables, what a reader asks first in front."""
+        """Return all tables, what a reader asks first in front."""
         tables = [overview_table(self.runs)]
         if not self.deployed.empty:
             tables += deployed_tables(self.deployed_ranks, parts_frame(self.strengths))

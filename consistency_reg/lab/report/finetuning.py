@@ -1,4 +1,4 @@
-"""What fine-tuning changed: each fine-tuned run before and after, as a table."""
+"""Show what fine-tuning changed: each fine-tuned run before and after, as a table."""
 
 from collections.abc import Sequence
 

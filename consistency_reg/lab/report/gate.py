@@ -1,4 +1,4 @@
-"""The gate: what a cell must reach to count as a win, and by how much it passes or fails."""
+"""Judge a cell by the gate: what it must reach to count as a win, and by how much it passes or fails."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ class Criterion:
     percent: bool = True
 
     def margin(self, value: float) -> float:
-        """By how much a value passes; negative where it fails, NaN where it was not measured."""
+        """Return by how much a value passes; negative where it fails, NaN where it was not measured."""
         return self.bound - value if self.at_most else value - self.bound
 
 
@@ -49,11 +49,11 @@ LEAST_SEEDS, LEAST_EXPERTS = 3, 16
 
 
 def passes(cell: pd.Series, criteria: tuple[Criterion, ...]) -> bool:
-    """Whether a cell meets every criterion; one that was not measured is not met."""
+    """Return whether a cell meets every criterion; one that was not measured is not met."""
     return all(criterion.margin(cell[criterion.column]) >= 0 for criterion in criteria)
 
 
 def large_enough(cell: pd.Series) -> bool:
-    """Whether a cell has the seeds and the experts that the gate asks for."""
+    """Return whether a cell has the seeds and the experts that the gate asks for."""
     sizes = routed_experts(cell["architecture"])
     return cell["seeds"] >= LEAST_SEEDS and sizes is not None and sizes[0] >= LEAST_EXPERTS

@@ -1,4 +1,4 @@
-"""Losses compared over all their weights: the hypervolume of what they reach, and the best within a budget."""
+"""Compare losses over all their weights: the hypervolume of what they reach, and the best within a budget."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Which colour and shape stands for which run, in all figures of a report."""
+"""Choose the colour and shape that stand for a run in all figures of a report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The measures that a report compares runs by, as validation logs them."""
+"""Name the measures that a report compares runs by, as validation logs them."""
 
 from consistency_reg import measures
 from consistency_reg.measures import USUAL_LENGTH

@@ -1,4 +1,4 @@
-"""Paired comparison: a run against the run that differs from it in the consistency term alone."""
+"""Compare in pairs: a run against the run that differs from it in the consistency term alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,15 +78,15 @@ CHANGES = (
 
 
 def pair_runs(runs: Sequence[Run], baseline: str | None = None) -> list[Pair]:
-    """Each run beside its baseline of the same seed; runs without one are left out.
+    """Return each run with its baseline of the same seed; runs without one are left out.
 
     Of several baselines one of the run's own device is taken, if there is one: another device trains another model of
     the same recipe and seed.
 
     Args:
         runs: all runs.
-        baseline: name of a run or of a cell (a name without its seed) that all others stand beside; when None, every
-            run with a consistency term stands beside the run without it and with all else equal.
+        baseline: name of a run or of a cell (a name without its seed) that all others are compared with; when None,
+            every run with a consistency term is compared with the run without it and with all else equal.
 
     Raises:
         ValueError: no run of that name.
@@ -108,7 +108,7 @@ def _pair(run: Run, baselines: Sequence[Run]) -> Pair:
 
 
 def pair_frame(pairs: Sequence[Pair]) -> pd.DataFrame:
-    """A row for each pair: which it is, :data:`CHANGES`, and whether it is left out of comparisons."""
+    """Return a row for each pair: which it is, :data:`CHANGES`, and whether it is left out of comparisons."""
     labels = loss_labels([pair.run for pair in pairs])
     rows = [
         {
@@ -128,7 +128,7 @@ def pair_frame(pairs: Sequence[Pair]) -> pd.DataFrame:
 
 
 def over_seeds(groups: DataFrameGroupBy, names: Sequence[str]) -> pd.DataFrame:
-    """Columns "name_mean", "name_min" and "name_max" of each group."""
+    """Return the columns "name_mean", "name_min" and "name_max" of each group."""
     changes = groups[list(names)].agg(["mean", "min", "max"])
     changes.columns = [f"{name}_{over}" for name, over in changes.columns]
     return changes

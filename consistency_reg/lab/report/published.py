@@ -1,4 +1,4 @@
-"""Our design ablation beside the published one: do the same choices raise and lower consistency?"""
+"""Compare our design ablation with the published one: do the same choices raise and lower consistency?"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ LEAST_DESIGNS = 3  # besides the baseline: fewer have no rank correlation to spe
 
 
 def published() -> pd.DataFrame:
-    """SRP at m = 16 (%) and balance SD (percentage points) by design.
+    """Return SRP at m = 16 (%) and balance SD (percentage points) by design.
 
     Example:
         >>> published().loc["Baseline"].to_dict()
@@ -28,7 +28,7 @@ def published() -> pd.DataFrame:
 
 
 def beside_published(runs: Sequence[Run]) -> pd.DataFrame:
-    """A row for each design and consistency term: ours, the published, and whether their signs agree.
+    """Return a row for each design and consistency term: ours, the published, and whether their signs agree.
 
     A run's design is the label, or the part of its name between hyphens, that is one of the published names.
 
@@ -79,8 +79,11 @@ def beside_published(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def agreement(beside: pd.DataFrame) -> pd.DataFrame:
-    """A row for each term: "term", "signs" (how many effects have the published sign), "effects" (of how many), and
-    Spearman's correlation with the published SRP and balance over the designs, "spearman_srp" and "spearman_sd".
+    """Return a row for each term: how far its effects agree with the published ones.
+
+    Returns:
+        "term", "signs" (how many effects have the published sign), "effects" (of how many), and Spearman's correlation
+        with the published SRP and balance over the designs, "spearman_srp" and "spearman_sd".
 
     Args:
         beside: of :func:`beside_published`.

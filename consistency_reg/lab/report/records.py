@@ -1,4 +1,4 @@
-"""Runs as CSV and JSON: one row a run, the same columns in reports and in committed results; and back again."""
+"""Write runs as CSV and JSON, the same columns in reports and in committed results, and read them back."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Finished runs as one flat record each, read from run folders, ablations and committed CSV files."""
+"""Read finished runs as one flat record each, from run folders, ablations and committed CSV files."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The tables of a report about its runs: overview, measures of each run, pairs, and how the runs were made."""
+"""Make the tables of a report about its runs: overview, measures of each run, pairs, and how the runs were made."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Finished runs read from wandb by its API."""
+"""Read finished runs from wandb by its API."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # how wandb's summary says what J
 
 
 def read_wandb(address: str) -> tuple[list[Run], list[str]]:
-    """The finished runs of ``consistency-reg fit`` in a project, or in one group of it, and the names of the others.
+    """Return the finished runs of ``consistency-reg fit`` in a project or group, and the names of the others.
 
     Args:
         address: ``wandb:ENTITY/PROJECT`` or ``wandb:ENTITY/PROJECT/GROUP``.
@@ -44,7 +44,7 @@ def read_wandb(address: str) -> tuple[list[Run], list[str]]:
 
 
 def _run(run: Any) -> Run:
-    """From a run of the API: its summary holds what result.json does, the metrics in keys of their own."""
+    """Return a run of the API, whose summary holds what result.json does, the metrics in keys of their own."""
     summary: Mapping[str, Any] = run.summary_metrics
     metrics = {key: value for key, value in summary.items() if key.startswith("val/") and _is_number(value)}
     result = {**summary["result"], "config": run.config["config"], "metrics": metrics, "wandb_dir": ""}
@@ -52,7 +52,7 @@ def _run(run: Any) -> Run:
 
 
 def _is_number(value: Any) -> bool:
-    """Pictures and tables stand beside the measures, as dictionaries that say where their files are."""
+    """Return whether a value is a number; pictures and tables are dictionaries that say where their files are."""
     return (isinstance(value, int | float) and not isinstance(value, bool)) or value in NOT_FINITE
 
 

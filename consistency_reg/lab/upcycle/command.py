@@ -8,6 +8,7 @@ from torch import Tensor
 from consistency_reg.lab.arguments.upcycle import SMOLLM, parser
 from consistency_reg.lab.corpus.text import load_domain
 from consistency_reg.lab.upcycle.convert import Plan, mlp_inputs, upcycle
+from consistency_reg.lab.upcycle.refit import refit
 from consistency_reg.lab.upcycle.smollm import smollm_folder
 from consistency_reg.optional import require
 
@@ -15,6 +16,7 @@ with require("transformers"):
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 CORPUS_BYTES = 4_500_000  # of each domain, as in the recipes, so that the same text is held out
+ROW = 256  # tokens, as in the recipes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     dense = AutoModelForCausalLM.from_pretrained(place, dtype="auto").float().eval()
     layers = range(dense.config.num_hidden_layers) if plan.layers is None else plan.layers
     rows = calibration_rows(tokenizer, options.calibration_tokens, options.domains)
-    mixture = upcycle(dense, plan, mlp_inputs(dense, rows, layers))
+    autocast = torch.bfloat16 if options.bf16 else None
+    with torch.autocast(dense.device.type, torch.bfloat16, enabled=options.bf16):
+        inputs = mlp_inputs(dense, rows, layers)
+    mixture = upcycle(dense, plan, inputs)
+    if options.refit:
+        for index, left in refit(dense, mixture, rows, autocast=autocast).items():
+            print(f"layer {index}: {left:.0%} of the squared error is left after the refit")
     mixture.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     total = sum(parameter.numel() for parameter in mixture.parameters())
@@ -64,7 +72,7 @@ def calibration_rows(tokenizer: PreTrainedTokenizerBase, tokens: int, domains: S
             ids += tokenizer(document["text"], verbose=False)["input_ids"]
             if len(ids) >= tokens // len(texts):
                 break
-        rows.append(torch.tensor(ids[: tokens // len(texts)]))
+        rows += torch.tensor(ids[: tokens // len(texts)]).split(ROW)
     return rows
 
 

@@ -44,7 +44,7 @@ class Plan:
     top_k: int = 4
     shared: float = 0.0
     layers: tuple[int, ...] | None = None
-    router_scale: float = 0.5
+    router_scale: float = 0.2
     seed: int = 0
 
     def __post_init__(self) -> None:

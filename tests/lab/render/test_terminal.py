@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from places import ROOT
 from rich.cells import cell_len
 from rich.console import Console
+from run_folders import write_deployed
 
+from consistency_reg.lab.pricing import rows as prices
 from consistency_reg.lab.render.table import Table
 from consistency_reg.lab.render.terminal import layout, print_table, print_tables
-from consistency_reg.lab.report import pair_runs
+from consistency_reg.lab.report import pair_runs, read_folder
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.records import read_csv
 
@@ -44,9 +46,22 @@ def committed():
     return [*tables_of("demo"), *tables_of("gate"), *tables_of("finetune")]
 
 
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory):
+    """Tables of runs with cache-aware routing, also with another cache beside the usual one."""
+    folder = write_deployed(tmp_path_factory.mktemp("deployed"))
+    for cell in ("off", "srp-0.35"):
+        path = folder / f"{cell}-seed0" / "prices.csv"
+        rows = prices.read(path)
+        prices.write(path, [*rows, *(row | {"cache_ratio": 4.0} for row in rows)])
+    runs, _ = read_folder(folder)
+    return [one for one in Findings(runs, pair_runs(runs)).tables() if one.title.startswith("As deployed")]
+
+
 @pytest.mark.parametrize("width", [80, 120, 200])
-def test_every_cell_of_a_committed_report_is_whole_or_its_column_is_named(committed, width):
-    for table in committed:
+def test_every_cell_of_a_report_is_whole_or_its_column_is_named(committed, deployed, width):
+    assert len(deployed) == 3
+    for table in [*committed, *deployed]:
         lines = printed(table, width)
         assert max(map(cell_len, lines)) <= width
         text = "\n".join(lines)

@@ -142,3 +142,11 @@ def test_a_fit_with_cache_aware_routing_says_what_it_has_as_deployed(tmp_path):
     assert verdict_of_fit(RunFolder(tmp_path / "on")).found.endswith(
         "on has 80.0% fewer LRU misses for +0.3% perplexity against off."
     )
+
+
+def test_an_idle_expert_on_one_domain_is_no_collapse():
+    dead = OFF | {"val/balance/min_share": 0.0}
+    assert "its router collapsed: an expert is used at 0.00" in describe("model", dead)
+    said = describe("model", dead, one_domain=True)
+    assert "collapsed" not in said
+    assert "on text of this domain alone an expert is used at 0.00 of its fair share" in said

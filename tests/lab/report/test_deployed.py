@@ -141,7 +141,7 @@ def test_other_caches_and_texts_are_settings_of_their_own(tmp_path):
         value["cell"]
         for part in figure.charts[0].spec["layer"]
         for value in part.get("data", {}).get("values", [])
-        if "cell" in value
+        if value.get("cell")
     }
     assert cells == set(DEPLOYED)
 
@@ -224,9 +224,16 @@ def test_the_picture_and_the_charts_hold_every_cell(found):
             value["cell"]
             for part in chart.spec["layer"]
             for value in part.get("data", {}).get("values", [])
-            if "cell" in value
+            if value.get("cell")
         }
         for chart in figure.charts
     )
     assert whole == set(DEPLOYED)
     assert cheap == set(DEPLOYED)
+
+
+def test_no_text_of_a_chart_is_empty(found):
+    figure = next(one for one in explored(found) if one.name == "deployed")
+    texts = [part for chart in figure.charts for part in chart.spec["layer"] if part["mark"].get("type") == "text"]
+    assert texts
+    assert all(value.get("text") for part in texts for value in part["data"]["values"])

@@ -22,9 +22,9 @@ TITLE = "Frontier as deployed"
 CAPTION = (
     "Changes against the baseline of the same seed without any bias: a line for each cell through the strengths of "
     "cache-aware routing, from 0 (the model as it is) on, means over the seeds, whiskers from the lowest to the "
-    "highest seed. The dashed line is the bias alone, on the baseline, without training. Next to a point the "
-    "strength. Over a cross: an expert under a tenth of its fair share, or the global balance given up. Dotted: +0.5% "
-    "perplexity. The second panel shows what costs little."
+    "highest seed. Hollow: the bias alone, on the baseline, without training. Next to a point the strength. Over a "
+    "cross: an expert under a tenth of its fair share, or the global balance given up. The line at +0.5% perplexity is "
+    "the budget of the table. The second panel shows what costs little."
 )
 COST = "perplexity, change against the baseline (%)\n← better"
 CHEAP = 0.012  # change of perplexity up to which points are shown in the second panel
@@ -66,7 +66,9 @@ def explore(findings: Findings, looks: Looks) -> Explored | None:
         marks = [_mark(row, looks, runs[row["cell"]]) for _, row in part.iterrows()]
         ends = [end for (_, row), mark in zip(part.iterrows(), marks, strict=True) for end in _ends(row, mark)]
         kept = [mark.but(alpha=0.6) for mark in marks if not mark.crossed]
-        layers = [*lines(kept, width=1.8), *spans(ends), *points(marks, size=60), *texts(marks)]
+        places = [mark.x for mark in marks if isinstance(mark.x, float)]
+        budget = Mark(min(places), 100 * BUDGETS[0].mean, x2=max(places), alpha=0.6)
+        layers = [*spans([budget, *ends]), *lines(kept, width=1.8), *points(marks, size=60), *texts(marks)]
         charts.append(plane(layers, _label(strengths), COST, title=title, zeros=True))
     return Explored("deployed", TITLE, CAPTION, charts)
 
