@@ -1,4 +1,4 @@
-"""A Lightning callback that measures how far fine-tuning takes a model's routing from what it was."""
+"""Measure in Lightning how far fine-tuning takes a model's routing from what it was."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack

@@ -1,4 +1,4 @@
-"""The anchor to the routers before fine-tuning as a Lightning callback."""
+"""Anchor routers to those before fine-tuning, as a Lightning callback."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -66,7 +66,7 @@ class RouterAnchor(TrainingStepTerm):
 
     @property
     def state_key(self) -> str:
-        """The key of the state in a checkpoint: by the layers and the name."""
+        """Return the key of the state in a checkpoint: by the layers and the name."""
         options = {"layers": self.layers, "name": self.name}
         usual = {"layers": None, "name": type(self).name}
         return type(self).__qualname__ if options == usual else self._generate_state_key(**options)

@@ -1,4 +1,4 @@
-"""The measurements that the controller of a weight works with, taken from a trainer."""
+"""Take from a trainer the measurements that the controller of a weight works with."""
 
 from typing import Any
 
@@ -45,7 +45,7 @@ class GoalKeeper:
 
     @property
     def factor(self) -> float:
-        """What the weight is to be multiplied by."""
+        """Return what the weight is to be multiplied by."""
         return self.controller.factor
 
     def on_fit_start(self) -> None:

@@ -1,4 +1,4 @@
-"""The loggers of a Lightning trainer as boards for tables, pictures and alerts: wandb, and TensorBoard for pictures."""
+"""Show tables, pictures and alerts in the loggers of a Lightning trainer: wandb, and TensorBoard for pictures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -115,7 +115,7 @@ class RoutingMonitor(Callback):
 
     @property
     def tradeoff(self) -> TradeOff:
-        """The trade-off of the run, and its best validation."""
+        """Return the trade-off of the run, and its best validation."""
         return self.core.tradeoff
 
     @property

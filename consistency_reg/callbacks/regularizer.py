@@ -1,4 +1,4 @@
-"""The consistency term as a Lightning callback."""
+"""Add the consistency term to training as a Lightning callback."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -129,7 +129,7 @@ class ConsistencyRegularizer(TrainingStepTerm):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The term as a recipe writes it: its loss with all options, weight, schedule and goal."""
+        """Return the term as a recipe writes it: its loss with all options, weight, schedule and goal."""
         schedule = {name: getattr(self.schedule, name) for name in ("weight", "warmup_steps", "start_step")}
         goal = {name: value for name, value in self.goal.items() if value is not None}
         return {"loss": plain_settings(self.loss), **schedule, **goal}
@@ -140,7 +140,7 @@ class ConsistencyRegularizer(TrainingStepTerm):
 
     @property
     def state_key(self) -> str:
-        """The key of the state in a checkpoint: by the loss and its options, the layers and the name."""
+        """Return the key of the state in a checkpoint: by the loss and its options, the layers and the name."""
         options = {"loss": plain_settings(self.loss), "layers": self.layers, "name": self.name}
         usual = {"loss": plain_settings(LocalConsistencyLoss()), "layers": None, "name": type(self).name}
         return type(self).__qualname__ if options == usual else self._generate_state_key(**options)

@@ -1,4 +1,4 @@
-"""A weighted routing term in the loss that ``training_step`` returns: what the callbacks with such a term share."""
+"""Add a weighted routing term to the loss that ``training_step`` returns, for all callbacks with such a term."""
 
 import functools
 import inspect
@@ -155,7 +155,7 @@ class TrainingStepTerm(Callback):
 
 
 class _StepWithTerm:
-    """The ``training_step`` of a module, with a callback's term; in a copy or a pickle of the module it is without."""
+    """Call the ``training_step`` of a module with a callback's term; a copy or a pickle of the module is without it."""
 
     def __init__(self, owner: TrainingStepTerm, trainer: Trainer, pl_module: LightningModule) -> None:
         self.shadowed = vars(pl_module).get("training_step")

@@ -88,22 +88,22 @@ class RouterCapture:
 
     @property
     def layer_names(self) -> tuple[str, ...]:
-        """The routers' names in the model, in its order."""
+        """Return the routers' names in the model, in its order."""
         return tuple(self._routers)
 
     @property
     def routers(self) -> dict[str, nn.Module]:
-        """The router modules by name."""
+        """Return the router modules by name."""
         return {name: router.module for name, router in self._routers.items()}
 
     @property
     def found(self) -> tuple[Router, ...]:
-        """The routers with their names and adapters, in the model's order."""
+        """Return the routers with their names and adapters, in the model's order."""
         return tuple(self._routers.values())
 
     @property
     def heard(self) -> bool:
-        """Whether a router ran in the last forward."""
+        """Return whether a router ran in the last forward."""
         return any(self._readings.values())
 
     def any_router_learns(self, names: Collection[str] | None = None) -> bool:

@@ -1,4 +1,4 @@
-"""The consistency term in trainers other than Lightning's: anything that trains a model's own loss."""
+"""Bring the consistency term to trainers other than Lightning's: attach, transformers' Trainer, TRL."""
 
 from importlib import import_module
 from typing import Any

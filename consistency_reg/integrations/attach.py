@@ -1,4 +1,4 @@
-"""The consistency term beside the loss that a model itself returns, whoever trains it."""
+"""Add the consistency term to the loss that a model itself returns, whoever trains it."""
 
 import math
 import operator
@@ -116,7 +116,7 @@ def attach(
 
 
 class Attachment:
-    """The term of one model that :func:`attach` returns: to read, to re-weight and to detach.
+    """Hold the term that :func:`attach` has added to a model: to read, to re-weight and to detach.
 
     Attributes:
         loss: the routing loss.
@@ -160,7 +160,7 @@ class Attachment:
 
     @property
     def weight(self) -> float:
-        """The weight of the term from the next forward on."""
+        """Return the weight of the term from the next forward on; it may be set."""
         return self._weight
 
     @weight.setter
@@ -169,12 +169,12 @@ class Attachment:
 
     @property
     def routing(self) -> CacheAwareRouting | None:
-        """The cache-aware routing of training forwards, or None."""
+        """Return the cache-aware routing of training forwards, or None."""
         return None if self._trained is None else self._trained.routing
 
     @property
     def trained_routing(self) -> TrainedRouting | None:
-        """The routing of training forwards with its schedule, or None."""
+        """Return the routing of training forwards with its schedule, or None."""
         return self._trained
 
     def begin_step(self, step: int) -> None:
@@ -188,12 +188,12 @@ class Attachment:
 
     @property
     def value(self) -> float:
-        """The raw term of the last training forward, a mean over layers; NaN before the first."""
+        """Return the raw term of the last training forward, a mean over layers; NaN before the first."""
         return float("nan") if self.term is None else self.term.value.item()
 
     @property
     def per_layer(self) -> dict[str, float]:
-        """The raw term of the last training forward by the router's name; empty before the first."""
+        """Return the raw term of the last training forward by the router's name; empty before the first."""
         return {} if self.term is None else dict(zip(self._layer_names, self.term.per_layer.tolist(), strict=True))
 
     def attach(self) -> "Attachment":

@@ -1,4 +1,4 @@
-"""A term that does not travel through anybody's loss: its gradient joins each backward pass through an output."""
+"""Let a term's gradient join each backward pass through an output, without the term being in anybody's loss."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""A term within the loss that a model returns: what it counts is what is done to that loss, if that can be told."""
+"""Add a term to the loss that a model returns, and refuse where what is done to that loss has no constant scale."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ ELSEWHERE = (
 
 
 class Factors:
-    """The factors that a model's loss was trained with, all of one term.
+    """Check the factors that a model's loss is trained with, which are those of its term too.
 
     A factor is known to be the loss' own where it is a constant above 0, up to the powers of two of a gradient scaler
     and to the few micro-batches of an epoch's last step. A reward or a share of tokens is none.

@@ -1,4 +1,4 @@
-"""The measures of routing in transformers' Trainer and in TRL's trainers."""
+"""Measure routing in transformers' Trainer and in TRL's trainers."""
 
 import json
 import warnings

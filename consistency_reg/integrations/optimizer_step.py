@@ -1,4 +1,4 @@
-"""A term whose gradient over an optimizer step is the mean of the step's micro-batches, whatever their losses are."""
+"""Scale a term so that an optimizer step has the mean over its micro-batches, whatever their losses are."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from consistency_reg.term import Term
 
 
 class StepTerm(Attachment):
-    """The attachment of a trainer that says where optimizer steps and micro-batches begin and end.
+    """Attach a term for a trainer that says where optimizer steps and micro-batches begin and end.
 
     The term of each forward is scaled by ``loss scale / (micro-batches of the step * forwards of the micro-batch)``. At
     the end of a micro-batch it is checked that this was so: that each forward with a gradient was trained once, and

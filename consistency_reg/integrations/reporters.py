@@ -1,4 +1,4 @@
-"""The reporters of a transformers ``Trainer`` as boards for tables, pictures and alerts: wandb, and TensorBoard."""
+"""Show tables, pictures and alerts in the reporters of a transformers ``Trainer``: wandb, and TensorBoard."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ class ReporterBoard(Board):
 
     @property
     def shows_pictures(self) -> bool:
-        """Whether a reporter can hold pictures."""
+        """Return whether a reporter can hold pictures."""
         return bool(self._boards.boards)
 
     def scalars(self, values: Mapping[str, float]) -> None:

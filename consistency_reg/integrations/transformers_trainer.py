@@ -1,4 +1,4 @@
-"""The consistency term in transformers' Trainer and in TRL's trainers: scheduled, normalized, logged."""
+"""Schedule, normalize and log the consistency term in transformers' Trainer and in TRL's trainers."""
 
 import os
 import warnings

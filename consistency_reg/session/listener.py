@@ -54,12 +54,12 @@ class Listener:
 
     @property
     def layer_names(self) -> tuple[str, ...]:
-        """The names of the routers that it may hear."""
+        """Return the names of the routers that it may hear."""
         return tuple(name for name in self.session.capture.layer_names if self.hears(name))
 
     @property
     def heard(self) -> bool:
-        """Whether one of its routers ran in the last forward."""
+        """Return whether one of its routers ran in the last forward."""
         return any(self.session.capture.readings(name) for name in self.layer_names)
 
     @contextmanager

@@ -70,7 +70,7 @@ class RoutingSession:
 
     @property
     def capture(self) -> RouterCapture:
-        """The capture that listens to the routers."""
+        """Return the capture that listens to the routers."""
         assert self._capture is not None
         return self._capture
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from places import ROOT
+from tiny_models import tiny_model
 
 from consistency_reg.functional import replay_engine
 from consistency_reg.lab.cli import main
 from consistency_reg.lab.evaluate.foreign_traces import read_route_csv
-from consistency_reg.lab.evaluate.memory import Device, Needs, Within, kv_elements_per_token
+from consistency_reg.lab.evaluate.memory import Device, Needs, Within, about_memory, kv_elements_per_token
 from consistency_reg.lab.evaluate.traces import Recording, load_trace
 from consistency_reg.lab.evaluate.usage_profile import usage_lines
 
@@ -60,6 +61,15 @@ def test_slots_fit_beside_other_weights_and_the_kv_cache(recording):
     assert needs.slots(1200 + 2 * 400, [4, 4]) == 2
     assert needs.slots(1200 + 2 * 400 - 1, [4, 4]) == 1
     assert needs.memory(3, [4, 4]) == 1200 + 3 * 400
+
+
+def test_the_bytes_of_a_model_are_those_of_its_parameters():
+    model = tiny_model("olmoe")
+    found = about_memory(model)
+    config = model.config
+    heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    assert found["weight_bytes"] == sum(p.numel() * 4 for p in model.parameters())
+    assert found["kv_elements_per_token"] == 2 * config.num_hidden_layers * heads * size
 
 
 def test_a_quantization_shrinks_weights_and_not_the_kv_cache(recording):
