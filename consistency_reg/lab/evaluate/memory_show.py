@@ -29,10 +29,7 @@ def table(rows: Sequence[Row]) -> Table:
             percent(row.get("hit_rate", math.nan)),
             number(2)(row.get("misses", math.nan)),
             in_bytes(row["loaded_bytes"]) if "loaded_bytes" in row else "",
-            *(
-                _speed(row.get(name, math.nan))
-                for name in ("tokens_per_s", "belady_tokens_per_s", "twice_tokens_per_s")
-            ),
+            *(_speed(row.get(name, math.nan)) for name in SPEEDS),
             row["advice"],
         ]
         for row in rows

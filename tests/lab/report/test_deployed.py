@@ -13,6 +13,7 @@ from consistency_reg.lab.report.deployed import cost_of
 from consistency_reg.lab.report.figures import DRAWN, explored, pictures
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.hypervolume import REFERENCE, hypervolume
+from consistency_reg.lab.report.looks import Looks
 from consistency_reg.lab.report.records import read_csv
 from consistency_reg.lab.report.runs import loss_labels
 from consistency_reg.lab.report.verdict import verdict
@@ -237,3 +238,15 @@ def test_no_text_of_a_chart_is_empty(found):
     texts = [part for chart in figure.charts for part in chart.spec["layer"] if part["mark"].get("type") == "text"]
     assert texts
     assert all(value.get("text") for part in texts for value in part["data"]["values"])
+
+
+def test_cells_of_one_term_are_told_apart_by_their_lines(tmp_path):
+    write_deployed(tmp_path, seeds=(0,))
+    folder = write_run(tmp_path, "srp-0.2-seed0", weight=0.2, perplexity=70.0, hits=0.6)
+    rows = [price_row("srp-0.2-seed0", 0, strength, 70.0 + strength, 0.4 - strength) for strength in (0.0, 0.1)]
+    prices.write(folder / "prices.csv", rows)
+    found = findings(read_folder(tmp_path)[0])
+    figure = DRAWN["deployed"].draw(found, Looks.of(found.runs, found.pairs))
+    lines = [line for line in figure.axes[0].get_lines() if not str(line.get_label()).startswith("_")]
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
+    assert len(looks) == len(lines) == len(DEPLOYED) + 1

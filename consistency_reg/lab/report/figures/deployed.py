@@ -1,5 +1,6 @@
 """The frontier as models are deployed: a line for each cell through the strengths of cache-aware routing."""
 
+from collections import Counter
 from typing import Any
 
 from consistency_reg.lab.render.charts import Figure as Explored
@@ -28,7 +29,7 @@ CAPTION = (
 )
 COST = "perplexity, change against the baseline (%)\n← better"
 CHEAP = 0.012  # change of perplexity up to which points are shown in the second panel
-STYLES = ("-", (0, (4, 1)), (0, (1, 1)))  # of cells that share a colour
+STYLES = ("-", ":", "-.", (0, (6, 1)))  # of cells that share a colour
 
 
 def draw(findings: Findings, looks: Looks) -> Figure | None:
@@ -37,10 +38,11 @@ def draw(findings: Findings, looks: Looks) -> Figure | None:
     if strengths.empty:
         return None
     runs = {run.cell: run for run in findings.runs}
+    styles = _styles(strengths, looks, runs)
     figure, both = panels(1, 2, 11, 5.4)
     for axes, part in zip(both, (strengths, _cheap(strengths)), strict=True):
-        for place, (_, cell) in enumerate(part.groupby(["against", "cell"], sort=False)):
-            _line(axes, cell, looks, runs[cell["cell"].iloc[0]], place)
+        for _, cell in part.groupby(["against", "cell"], sort=False):
+            _line(axes, cell, looks, runs[cell["cell"].iloc[0]], styles[cell["cell"].iloc[0]])
         axes.axhline(0, color="0.6", linewidth=0.8)
         axes.axvline(0, color="0.6", linewidth=0.8)
         axes.axhline(100 * BUDGETS[0].mean, color="0.5", linewidth=1, linestyle=":")
@@ -89,13 +91,23 @@ def _label(strengths: pd.DataFrame) -> str:
     return f"LRU misses with {strengths['deployed'].iloc[0]} a layer,\nchange against the baseline (%)   ← better"
 
 
-def _line(axes: Axes, cell: pd.DataFrame, looks: Looks, run: Run, place: int) -> None:
+def _styles(strengths: pd.DataFrame, looks: Looks, runs: dict[str, Run]) -> dict[str, Any]:
+    """Return a style of line for each cell: cells of one term at several weights share colour and shape."""
+    styles, seen = {}, Counter[str]()
+    for cell in dict.fromkeys(strengths["cell"]):
+        colour = looks.colour(runs[cell])
+        styles[cell] = STYLES[seen[colour] % len(STYLES)]
+        seen[colour] += 1
+    return styles
+
+
+def _line(axes: Axes, cell: pd.DataFrame, looks: Looks, run: Run, dashes: Any) -> None:
     """Draw a cell's points, joined in the order of the strengths."""
     colour, shape = looks.colour(run), looks.shape(run)
     kept = cell[cell["left_out"] == 0]
     alone = run.cell == cell["against"].iloc[0]
     style: dict[str, Any] = {"color": colour, "marker": shape, "markersize": 6, "linewidth": 1.5, "zorder": 3}
-    style |= {"markerfacecolor": "white", "linestyle": "--"} if alone else {"linestyle": STYLES[place // 7 % 3]}
+    style |= {"markerfacecolor": "white", "linestyle": "--"} if alone else {"linestyle": dashes}
     xs, ys = 100 * kept["misses_change_mean"], 100 * kept["perplexity_change_mean"]
     axes.plot(xs, ys, label=f"{run.cell} (bias alone)" if alone else run.cell, **style)
     for _, row in cell.iterrows():
