@@ -19,14 +19,14 @@ demo: .venv/installed
 # Each file of rows, and the pages that hold its tables.
 RESULTS := demo:README.md,docs/results.md gate:docs/results.md frontier:docs/results.md medium:docs/results.md \
 	longer:docs/results.md,docs/choosing.md finetune:docs/finetuning.md paper:docs/ablations.md \
-	$(if $(wildcard recipes/results/deployed.csv),deployed:docs/results.md)
+	deployed:docs/results.md finetune_deployed:docs/finetuning.md
 comma := ,
 
 results: .venv/installed
 	$(foreach one,$(RESULTS),$(BIN)/consistency-reg report recipes/results/$(firstword $(subst :, ,$(one))).csv \
 		--out runs/reports/$(firstword $(subst :, ,$(one))) \
 		$(foreach page,$(subst $(comma), ,$(lastword $(subst :, ,$(one)))),--update $(page)) &&) true
-	cp runs/reports/frontier/frontier.png docs/frontier/
+	cp runs/reports/frontier/frontier.png runs/reports/deployed/deployed.png docs/frontier/
 
 # The table of measures in the docs; a test says when it is out of step.
 measures: .venv/installed
