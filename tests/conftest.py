@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+collect_ignore = ["days"]  # scripts that test_days.py runs with the wheel alone
+
 
 @pytest.fixture(scope="session", autouse=True)
 def offline(tmp_path_factory):

@@ -1,6 +1,7 @@
 """Read a transformers ``Trainer``: where it stands, what its data tell, where its reporters are."""
 
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ with require("accelerate"):
     from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 BOUNDARIES = ("document_ids", "position_ids", "seq_idx", "cu_seq_lens_q")  # what may tell where documents begin
+# In a row of a dataset; in a batch such a name may hold the lengths of its rows.
+LENGTHS = re.compile(r"(^|_)seq(uence)?_?(len|length)s$")
 
 
 def join_before_reporters(trainer: Trainer, callback: TrainerCallback) -> None:
@@ -37,7 +40,8 @@ def told_boundaries(dataset: Any) -> tuple[str, ...]:
         first = dataset[0]
         row = first if isinstance(first, Mapping) else {}
     known = tuple(name for name in BOUNDARIES if name in (names or row))
-    hints = (name for name, value in row.items() if isinstance(name, str) and OF_BOUNDARIES.search(name.lower()))
+    names_of_row = (name for name in row if isinstance(name, str))
+    hints = (name for name in names_of_row if OF_BOUNDARIES.search(name.lower()) or LENGTHS.search(name.lower()))
     return known + tuple(name for name in hints if name not in known and _is_row(name, row[name]))
 
 

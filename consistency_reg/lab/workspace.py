@@ -55,8 +55,10 @@ def workspace(entity: str, project: str, *, quality: str = "val/ppl", segment_le
         return panels.LinePlot(title=title, x=x, y=list(metrics))
 
     def curves(panel: str, stage: str) -> list[Any]:
-        """Return a panel for each measure that runs show."""
-        measures = [one for one in of_panel(panel) if "runs" in one.shown or stage == TRAINING]
+        """Return a panel for each measure that training logs, or of validation for each that runs show."""
+        measures = [
+            one for one in of_panel(panel) if (TRAINING in one.stages if stage == TRAINING else "runs" in one.shown)
+        ]
         return [lines(*_title_and_names(one, segment_length, stage)) for one in measures]
 
     hits = HIT_RATE.at(share=0.25)

@@ -8,9 +8,9 @@ from consistency_reg.lab.usage import CommandParser
 STRENGTHS = (0.0, 0.05, 0.1, 0.2, 0.3)
 EXAMPLE = """\
 examples:
-  consistency-reg price runs/first                                  at strengths 0 to 0.3, 2K slots a layer
+  consistency-reg price runs/first           at strengths 0 to 0.3, 2K slots a layer
   consistency-reg price runs/demo --cache-aware 0,0.1 --cache-ratios 1,2,4
-  consistency-reg report runs/demo                                  shows the prices beside the trained runs
+  consistency-reg report runs/demo           shows the prices beside the trained runs
 """
 
 

@@ -23,8 +23,8 @@ def measures_table() -> Table:
     """Return a row for each measure, in the order of its panel.
 
     Example:
-        >>> measures_table().rows[2][:2]
-        ['val/srp/m16', 'SRP m=16']
+        >>> measures_table().rows[0][:2]
+        ['val/ppl', 'perplexity']
     """
     rows = [
         [

@@ -395,7 +395,7 @@ def test_models_that_differ_in_experts_domains_and_lengths_stand_in_one_table_an
     second = [measure(stack, segment_lengths=[2, 16], replicates=5) for stack in switch.stacks()]
     shown = tables([first, *second])
     assert shown[0].title.startswith("Ranking")
-    assert sorted(row[0][3:].removesuffix(" (collapsed)") for row in shown[0].rows) == [
+    assert sorted(row[0][3:].removesuffix(" (idle experts)") for row in shown[0].rows) == [  # of one domain of text
         *("olmoe", "switch (decoder)", "switch (encoder)")
     ]
     assert all(len(row) == len(table.header) for table in shown for row in table.rows)

@@ -115,7 +115,7 @@ def test_charts_have_every_cell_and_run(folder):
         for figure in ("frontier", *(["cost"] if runs == "losses" else [])):
             for chart in figures[figure].charts:
                 assert cells_of(chart.spec) >= compared, figure
-    assert names == set(DRAWN)
+    assert names == set(DRAWN) - {"deployed"}  # no run has prices: test_deployed.py
 
 
 def cells_of(spec):
@@ -256,7 +256,7 @@ def test_every_figure_of_what_was_measured_is_drawn_with_its_axes_named(folder):
             if figure is not None:
                 drawn.add(name)
                 assert all(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes), name
-    assert drawn == set(DRAWN)
+    assert drawn == set(DRAWN) - {"deployed"}  # no run has prices: test_deployed.py
 
 
 def test_seeds_that_agree_exactly_are_drawn(folder):
