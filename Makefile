@@ -26,7 +26,8 @@ results: .venv/installed
 	$(foreach one,$(RESULTS),$(BIN)/consistency-reg report recipes/results/$(firstword $(subst :, ,$(one))).csv \
 		--out runs/reports/$(firstword $(subst :, ,$(one))) \
 		$(foreach page,$(subst $(comma), ,$(lastword $(subst :, ,$(one)))),--update $(page)) &&) true
-	cp runs/reports/frontier/frontier.png runs/reports/deployed/deployed.png docs/frontier/
+	cp runs/reports/frontier/frontier.png docs/frontier/
+	cp runs/reports/deployed/deployed.png docs/deployed/
 
 # The table of measures in the docs; a test says when it is out of step.
 measures: .venv/installed

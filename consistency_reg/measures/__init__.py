@@ -413,5 +413,8 @@ def parse(name: str) -> Reading | None:
     return None
 
 
-_STAGES = (f"{VALIDATION}/before", f"{VALIDATION}/deployed", f"best/{VALIDATION}", VALIDATION, TRAINING)
+_STAGES = (
+    *(f"{VALIDATION}/before/deployed", f"{VALIDATION}/before", f"{VALIDATION}/deployed", f"best/{VALIDATION}"),
+    *(VALIDATION, TRAINING),
+)
 _LAYER = re.compile(r"layer_(\d+)")
