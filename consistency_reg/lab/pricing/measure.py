@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from consistency_reg.capture import RouterCapture
-from consistency_reg.functional.agreement import agreement_mean
 from consistency_reg.lab.arguments.price import STRENGTHS
 from consistency_reg.lab.corpus.data import model_inputs
 from consistency_reg.lab.evaluate.models import expert_bytes
@@ -20,7 +19,7 @@ from consistency_reg.masks import batch_masks
 from consistency_reg.metrics import CacheHitRate
 from consistency_reg.rerouting import CacheAwareRouting
 from consistency_reg.routing import RoutingTrace
-from consistency_reg.tracking.accumulate import RoutingMeasures
+from consistency_reg.tracking.accumulate import RoutingMeasures, agreed_choices
 
 MEASURES = (
     *("balance/cv", "balance/max_mean", "balance/min_share", "balance/local_cv/m16"),
@@ -71,7 +70,7 @@ def _measure(model: nn.Module, batches: Batches, routing: CacheAwareRouting) -> 
     measures = RoutingMeasures((16,), (routing.cache_ratio,), (0.25,))
     capture = RouterCapture(model)
     lfu: CacheHitRate | None = None
-    nats, predicted, same, uses = 0.0, 0, 0, 0
+    nats, predicted, agreed_2 = 0.0, 0, torch.zeros(2, dtype=torch.int64)
     with routing, capture:
         for domain, of_domain in enumerate(batches.values()):
             for on_host in of_domain:
@@ -83,10 +82,7 @@ def _measure(model: nn.Module, batches: Batches, routing: CacheAwareRouting) -> 
                 measures.add(trace, domain)
                 lfu = lfu or CacheHitRate(_experts(trace), "lfu").to(device)
                 lfu.update(trace)
-                for layer in trace:
-                    assert layer.scores is not None
-                    agreed = agreement_mean(layer.expert_ids, layer.scores.topk(layer.top_k).indices, trace.valid)
-                    same, uses = same + int(agreed.total), uses + int(agreed.count)
+                agreed_2 += agreed_choices(trace).cpu()
     measured = measures.results(list(batches), device)
     if measured is None or lfu is None:
         raise ValueError(f"batches must hold text to measure on, got none in {list(batches)}")
@@ -100,7 +96,7 @@ def _measure(model: nn.Module, batches: Batches, routing: CacheAwareRouting) -> 
         "misses_with_first_uses": routing.misses / (routing.hits + routing.misses),
         "misses_lfu": 1 - float(lfu.results().at(routing.cache_ratio)),
         "bytes_per_token": _bytes_per_token(model, routing, trace),
-        "agreement": same / uses,
+        "agreement": float(agreed_2[0] / agreed_2[1].double()),
         **{name: values[name] for name in MEASURES},
     }
 
