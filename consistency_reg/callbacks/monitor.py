@@ -230,25 +230,10 @@ class RoutingMonitor(Callback):
         if not self._fitting:
             self._release()
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the routers."""
-        self.on_validation_start(trainer, pl_module)
-
-    def on_test_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        """Record what runs until the batch ends."""
-        self.on_validation_batch_start(trainer)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Measure the batch."""
-        self.on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+    # A test is measured as a validation is.
+    on_test_start = on_validation_start
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the measures of the domains, and of all of them as one."""
