@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, DRIVER, browser
-from run_folders import write_demo, write_designs, write_losses, write_run
+from run_folders import write_demo, write_deployed, write_designs, write_losses, write_run
 
 from consistency_reg.lab.report import main, pair_runs, read_folder
 from consistency_reg.lab.report.explore import page as page_of
@@ -102,8 +102,9 @@ def test_a_page_says_what_it_is_and_opens_with_the_verdict(folder):
 def test_charts_have_every_cell_and_run(folder):
     write_losses("losses", seeds=(0, 1))
     write_designs("designs", {"Baseline": 0.4, "NoLB": 0.5, "OverLB": 0.3, "1ShrExp": 0.38}, seeds=(0,))
+    write_deployed("deployed")
     names = set()
-    for runs in ("losses", "designs"):
+    for runs in ("losses", "designs", "deployed"):
         findings = found(runs)
         figures = {figure.name: figure for figure in explored(findings)}
         names |= set(figures)
@@ -115,7 +116,7 @@ def test_charts_have_every_cell_and_run(folder):
         for figure in ("frontier", *(["cost"] if runs == "losses" else [])):
             for chart in figures[figure].charts:
                 assert cells_of(chart.spec) >= compared, figure
-    assert names == set(DRAWN) - {"deployed"}  # no run has prices: test_deployed.py
+    assert names == set(DRAWN)
 
 
 def cells_of(spec):
@@ -247,8 +248,9 @@ def test_figures_tell_terms_by_colour_and_what_they_share_by_shape(folder):
 def test_every_figure_of_what_was_measured_is_drawn_with_its_axes_named(folder):
     write_losses("losses", seeds=(0,))
     write_designs("designs", {"Baseline": 0.4, "NoLB": 0.5, "OverLB": 0.3, "1ShrExp": 0.38}, seeds=(0,))
+    write_deployed("deployed")
     drawn = set()
-    for folder_of_runs in ("losses", "designs"):
+    for folder_of_runs in ("losses", "designs", "deployed"):
         findings = found(folder_of_runs)
         looks = Looks.of(findings.runs, findings.pairs)
         for name, module in DRAWN.items():
@@ -256,7 +258,7 @@ def test_every_figure_of_what_was_measured_is_drawn_with_its_axes_named(folder):
             if figure is not None:
                 drawn.add(name)
                 assert all(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes), name
-    assert drawn == set(DRAWN) - {"deployed"}  # no run has prices: test_deployed.py
+    assert drawn == set(DRAWN)
 
 
 def test_seeds_that_agree_exactly_are_drawn(folder):
