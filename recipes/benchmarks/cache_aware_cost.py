@@ -5,31 +5,21 @@ Time is that of the process, which others disturb less than the clock on the wal
 python recipes/benchmarks/cache_aware_cost.py [--pairs 20] [--threads 1]
 """
 
-import argparse
 import time
 from contextlib import nullcontext
 
 import torch
+from quickstart import options_of, quickstart, update
 from rows import append, quantiles
 from torch import nn
 
-from consistency_reg import CacheAwareRouting, LoadBalanceLoss, LocalConsistencyLoss, RouterCapture, RouterZLoss
-from consistency_reg.lab.model import count_parameters, small_moe
-
-ROWS, TOKENS, VOCABULARY = 8, 256, 2048
+from consistency_reg import CacheAwareRouting, RouterCapture
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-
-    model = small_moe(vocab_size=VOCABULARY, num_layers=3, context_length=TOKENS)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    balance, z_loss, consistency = LoadBalanceLoss(running=0.95), RouterZLoss(), LocalConsistencyLoss()
-    ids = torch.randint(VOCABULARY, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
+    options = options_of(__doc__, pairs=20, threads=1)
+    made = quickstart()
+    model, ids = made.model, made.ids
 
     def routed(aware: bool) -> CacheAwareRouting | nullcontext:
         return CacheAwareRouting(model, cache_ratio=2.0, strength=0.1) if aware else nullcontext()
@@ -41,11 +31,8 @@ def main() -> None:
                 logits = model(ids, use_cache=False).logits
             trace = capture.trace()
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-            loss = loss + 0.1 * balance(trace) + 0.001 * z_loss(trace) + 0.35 * consistency(trace)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            loss = loss + 0.1 * made.balance(trace) + 0.001 * made.z_loss(trace) + 0.35 * made.consistency(trace)
+            update(made, loss)
             return time.process_time() - began
 
     @torch.no_grad()
@@ -55,9 +42,7 @@ def main() -> None:
             model(ids, use_cache=False)
             return time.process_time() - began
 
-    total, active = count_parameters(model)
-    size = {"parameters": total, "active": active, "rows": ROWS, "tokens": TOKENS, "layers": 3, "experts": 32}
-    size |= {"top_k": 4, "slots": 8}
+    size = made.size | {"slots": 8}
     for what, step in (("training step", train), ("forward", forward)):
         for _ in range(3):
             step(False), step(True)
