@@ -48,7 +48,7 @@ class Reading:
 
     @property
     def lost_graph(self) -> bool:
-        """Whether it ran without autograd in a call with it, as reentrant checkpointing does."""
+        """Tell whether the router ran without autograd in a call with it, as reentrant checkpointing makes it do."""
         return not self.grad and (self.began_with_grad if self.call is None else self.call.grad)
 
 

@@ -70,7 +70,7 @@ class Evaluation:
 
     @property
     def is_of_one_domain(self) -> bool:
-        """Whether the text is of one domain, where experts for other text are idle without having collapsed."""
+        """Tell whether the text is of one domain, where experts for other text are idle without having collapsed."""
         return len(self.recording.domains) == 1
 
     @cached_property

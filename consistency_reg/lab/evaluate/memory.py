@@ -23,7 +23,7 @@ KV_BYTES = 2  # of an element, beside quantized weights
 
 @dataclass(frozen=True)
 class Device:
-    """What a device is assumed to have.
+    """Hold what a device is assumed to have.
 
     Attributes:
         memory: bytes for weights, KV cache and slots together; each is a budget of its own.
@@ -53,7 +53,7 @@ class Device:
 
 
 class Needs:
-    """What a recorded model needs of a device.
+    """Work out the bytes that a recorded model needs of a device.
 
     Args:
         recording: of the model.
@@ -110,7 +110,7 @@ class Needs:
 
 
 class Curves:
-    """What a token misses and reads in all layers, for every number of slots.
+    """Count what a token misses and reads in all layers, for every number of slots.
 
     Args:
         recording: of the model.

@@ -41,7 +41,7 @@ class Candidate:
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """Whether the model has an encoder and a decoder."""
+        """Tell whether the model has an encoder and a decoder."""
         return bool(self.model.config.is_encoder_decoder)
 
     @property

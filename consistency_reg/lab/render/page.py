@@ -22,7 +22,7 @@ TABLE, FIGURE = "table", "figure"  # how anchors begin
 
 @dataclass(frozen=True)
 class Item:
-    """What a click opens: a run, or a cell with its runs.
+    """Describe what a click opens: a run, or a cell with its runs.
 
     Attributes:
         name: of the run or cell.
@@ -58,7 +58,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Page:
-    """What stands on a page, from top to bottom.
+    """Hold what stands on a page, from top to bottom.
 
     Attributes:
         title: what the page is.
