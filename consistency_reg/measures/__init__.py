@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from consistency_reg.measures.reading import (
     AGREEMENT_CALLBACK,
     AS_PAIR,
+    CLOZE_COMMAND,
     DIFFERENCE,
     DISTILLATION,
     DOMAIN,
@@ -80,6 +81,17 @@ DENSE_DIVERGENCE = Measure(
     NATS,
     3,
     logged_by=DISTILLATION,
+)
+CLOZE = Measure(
+    "cloze/accuracy",
+    "cloze accuracy",
+    "share of held-out passages whose own continuation the model finds likelier than three others",
+    UP,
+    "Trade-off",
+    SHARE,
+    1,
+    compared=DIFFERENCE,
+    logged_by=CLOZE_COMMAND,
 )
 SRP = Measure(
     "srp/{segment}",
@@ -338,6 +350,7 @@ MEASURES = (
     CROSS_ENTROPY,
     DENSE_PERPLEXITY,
     DENSE_DIVERGENCE,
+    CLOZE,
     SRP,
     SIZE_RATIO,
     THRESHOLD,
