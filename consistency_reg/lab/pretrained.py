@@ -9,6 +9,7 @@ from torch import nn
 
 from consistency_reg.capture import RouterCapture
 from consistency_reg.lab.checkpoint import model_folder, read_configuration
+from consistency_reg.lab.upcycle.convert import QKV_BIAS
 from consistency_reg.optional import require
 
 with require("transformers"):
@@ -44,8 +45,8 @@ def pretrained_moe(
         trust_remote_code: whether code that comes with the model may run.
 
     Returns:
-        The model of transformers in training mode; with low-rank updates PEFT's wrapper of it. On the meta device the same
-        without weights.
+        The model of transformers in training mode; with low-rank updates PEFT's wrapper of it. On the meta device the
+        same without weights.
 
     Raises:
         ValueError: a model that is not causal or has no routers, code that is not trusted, a checkpoint that lacks
@@ -63,7 +64,12 @@ def pretrained_moe(
         except ValueError as error:
             kind = type(config).__name__
             raise ValueError(f"model {path!r} must be a causal language model of transformers, got {kind}") from error
-    routers = RouterCapture(empty).layer_names  # refuses a dense model before its weights are read
+    try:
+        routers = RouterCapture(empty).layer_names  # refuses a dense model before its weights are read
+    except ValueError as error:
+        if config.model_type not in QKV_BIAS:
+            raise
+        raise ValueError(f"{error} `consistency-reg upcycle {path}` makes a mixture of it") from error
     model = empty if torch.get_default_device().type == "meta" else _load(path, dtype, routers, trust_remote_code)
     return trainable(model.train(), train, lora_rank, lora_alpha, lora_targets)
 
