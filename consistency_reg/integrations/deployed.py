@@ -12,6 +12,7 @@ from consistency_reg.integrations.outputs import loss_of
 from consistency_reg.losses.distributed import all_sum
 from consistency_reg.rerouting import CacheAwareRouting, RoutingSchedule
 from consistency_reg.routing import RoutingTrace
+from consistency_reg.session import ListenOptions
 from consistency_reg.tracking.accumulate import RoutingMeasures, agreed_choices
 
 
@@ -25,18 +26,20 @@ class DeployedEvaluation:
         model: is evaluated.
         schedule: the routing, or None.
         measures: those to add up.
-        options: of :meth:`~consistency_reg.rerouting.RoutingSchedule.routing`.
+        options: the routers and masks of the schedule's routing.
 
     Raises:
         ValueError: with a schedule, a model whose routers cannot be made to know a cache.
     """
 
     def __init__(
-        self, model: nn.Module, schedule: RoutingSchedule | None, measures: RoutingMeasures, **options: Any
+        self, model: nn.Module, schedule: RoutingSchedule | None, measures: RoutingMeasures, options: ListenOptions
     ) -> None:
         self._model = model
         self._schedule = None if schedule is None else schedule.deployed()
-        self._own = self._schedule.routing(model, **options) if self._schedule and self._schedule.strength else None
+        self._own = None
+        if self._schedule is not None and self._schedule.strength:
+            self._own = self._schedule.routing(model, options.adapters, options.masks, options.layers)
         self._measures = measures
         self._used_settings = (0.0, 1.0)  # strength and cache ratio
         self._losses: dict[int, Tensor] = {}  # by dataset: the sum over rows, and the rows

@@ -26,7 +26,7 @@ from consistency_reg.masks import Masks
 from consistency_reg.optional import require
 from consistency_reg.rerouting import RoutingSchedule
 from consistency_reg.routing import RoutingTrace
-from consistency_reg.session import Which, check_tokens
+from consistency_reg.session import ListenOptions, Which
 from consistency_reg.tracking.accumulate import RoutingMeasures
 from consistency_reg.tracking.alarms import Alarms
 from consistency_reg.tracking.monitor import MonitorCore
@@ -108,12 +108,7 @@ class RoutingMonitorCallback(TrainerCallback):
         self._deployed: DeployedEvaluation | None = None
         self._of_deployed: RoutingTrace | None = None
         self._deploying = False
-        self._options: dict[str, Any] = {
-            "masks": masks,
-            "adapters": adapters,
-            "layers": layers,
-            "tokens": check_tokens(tokens),
-        }
+        self._options = ListenOptions(masks, adapters, layers, tokens)
         self._trainer: Trainer | None = None
         self._listener: ForwardListener | None = None
         self._tokens: Tensor | int = 0
@@ -269,10 +264,9 @@ class RoutingMonitorCallback(TrainerCallback):
         self._release()
         self._model = model
         self._told: dict[str, tuple[str, ...]] = {}
-        self._listener = ForwardListener(model, self._hear, **self._options)
+        self._listener = ForwardListener(model, self._hear, self._options)
         measures = RoutingMeasures(self.core.segment_lengths, self.core.cache_ratios, self.core.cache_shares)
-        options = {name: self._options[name] for name in ("masks", "adapters", "layers")}
-        self._deployed = DeployedEvaluation(model, self.deployed, measures, **options)
+        self._deployed = DeployedEvaluation(model, self.deployed, measures, self._options)
 
     def _hear(self, given: Given) -> None:
         assert self._listener is not None
@@ -280,7 +274,7 @@ class RoutingMonitorCallback(TrainerCallback):
             self._of_deployed = self._listener.trace(given)
             return
         learns = torch.is_grad_enabled()
-        if self._options["masks"] is None and self._trainer is not None:
+        if self._options.masks is None and self._trainer is not None:
             which = "train_dataset" if self._model.training else "eval_dataset"
             check_boundaries(self._boundaries(which), given)
         if self._model.training and learns:

@@ -58,8 +58,8 @@ class TokenReader:
         Raises:
             ValueError: the stacks saw different tokens, or masks that do not describe them.
         """
-        if listener.masks is not None:
-            masks = listener.masks(batch)
+        if listener.options.masks is not None:
+            masks = listener.options.masks(batch)
             shape = None if masks[0] is None else token_shape({"seq_idx": masks[0]})
             return _one_shape(stacks, forwards, shape), masks
         shape = _one_shape(stacks, forwards, token_shape(given) if has_tokens(given) else None)
@@ -71,7 +71,7 @@ class TokenReader:
             )
         self._warn_of_unknown_masks(stacks[0], told[0], batch, forwards[0])
         valid, document_ids = read_masks(told[0], shape, self._pad_id(forwards[0]))
-        if listener.tokens == "labels":
+        if listener.options.tokens == "labels":
             labelled = labelled_tokens(told[0], shape)
             valid = labelled if valid is None else valid & labelled
         return shape, (valid, document_ids)
