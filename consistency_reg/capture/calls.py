@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from consistency_reg.capture.finding import Router
 from consistency_reg.hints import is_hint
-from consistency_reg.masks import DESCRIBES_TOKENS, KEYS, TOKENS, Shape, has_tokens, token_shape
+from consistency_reg.masks import Shape, has_tokens, token_shape
+from consistency_reg.masks.batches import DESCRIBES_TOKENS, KEYS, TOKENS
 
 DECODER = "decoder_"
 OTHER_THAN_TEXT = re.compile(r"vision|visual|image|audio|video|speech|pixel|patch", re.IGNORECASE)

@@ -19,6 +19,8 @@ from consistency_reg.tracking.accumulate import RoutingMeasures, agreed_choices
 class DeployedEvaluation:
     """Runs the batches of an evaluation once more with the routing of deployment, and adds up what that gives.
 
+    Whoever listens to the model gives the routing of these forwards to :meth:`hear` while :attr:`running`.
+
     The routing is ``schedule``, after its ramp and with the mean of its cache ratios; when None that which a term
     attached to the model trains with, if any does.
 
@@ -27,6 +29,9 @@ class DeployedEvaluation:
         schedule: the routing, or None.
         measures: those to add up.
         options: the routers and masks of the schedule's routing.
+
+    Attributes:
+        running: whether the present forward is one of a deployed model.
 
     Raises:
         ValueError: with a schedule, a model whose routers cannot be made to know a cache.
@@ -41,6 +46,8 @@ class DeployedEvaluation:
         if self._schedule is not None and self._schedule.strength:
             self._own = self._schedule.routing(model, options.adapters, options.masks, options.layers)
         self._measures = measures
+        self.running = False
+        self._heard: RoutingTrace | None = None
         self._used_settings = (0.0, 1.0)  # strength and cache ratio
         self._losses: dict[int, Tensor] = {}  # by dataset: the sum over rows, and the rows
         self._agreed: Tensor | None = None
@@ -57,25 +64,35 @@ class DeployedEvaluation:
             return trained.deployed(self._schedule)
         return self._own
 
+    def hear(self, trace: RoutingTrace) -> None:
+        """Take the routing of the present forward."""
+        self._heard = trace
+
     @torch.no_grad()
-    def run(self, given: Mapping[str, Any]) -> tuple[Any, int] | None:
-        """Run a forward with the routing; return its output and the rows of the batch, or None without a routing.
+    def evaluate(self, given: Mapping[str, Any], dataset: int) -> None:
+        """Run a batch of a dataset once more, and count it; without effect where there is no routing.
 
         Args:
             given: the arguments of the forward by name.
+            dataset: its number.
         """
         context = self.routed()
         if context is None or given.get("past_key_values") is not None:  # which the first forward has filled
-            return None
-        with context as routing:
-            routing.reset()
-            self._used_settings = routing.strength, routing.cache_ratio
-            output = self._model(**given)
+            return
+        self.running, self._heard = True, None
+        try:
+            with context as routing:
+                routing.reset()
+                self._used_settings = routing.strength, routing.cache_ratio
+                output = self._model(**given)
+        finally:
+            self.running = False
         rows = next((len(value) for value in given.values() if isinstance(value, Tensor) and value.dim()), 1)
-        return output, rows
+        if self._heard is not None:
+            self._add(self._heard, output, rows, dataset)
 
-    def add(self, trace: RoutingTrace, output: Any, rows: int, dataset: int) -> None:
-        """Count a batch: its routing, and the model's own loss, weighted by rows as the Trainer's."""
+    def _add(self, trace: RoutingTrace, output: Any, rows: int, dataset: int) -> None:
+        """Count the routing of a batch, and the model's own loss, weighted by rows as the Trainer's."""
         self._measures.add(trace, dataset)
         agreed = agreed_choices(trace)
         self._agreed = agreed if self._agreed is None else self._agreed + agreed

@@ -16,10 +16,10 @@ from consistency_reg.integrations.trainer_state import (
     checkpoint_of,
     join_before_reporters,
     micro_batches,
-    told_boundaries,
 )
 from consistency_reg.losses import RoutingLoss
 from consistency_reg.masks import Masks
+from consistency_reg.masks.hints import told_boundaries
 from consistency_reg.optional import require
 from consistency_reg.rerouting import RoutingSchedule
 from consistency_reg.session import ListenOptions, Which

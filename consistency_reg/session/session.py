@@ -11,13 +11,8 @@ from consistency_reg.capture.hooks import OwnedHook
 from consistency_reg.capture.readings import Reading
 from consistency_reg.capture.stacks import Stack, counted_forwards, names_of, stacks_of, trained_stacks
 from consistency_reg.capture.traces import join
-from consistency_reg.masks import (
-    KEYS,
-    Masks,
-    count_tokens,
-    given_by,
-    token_ids,
-)
+from consistency_reg.masks import Masks, count_tokens, given_by, token_ids
+from consistency_reg.masks.batches import KEYS
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.session.listener import Listener
 from consistency_reg.session.options import ListenOptions

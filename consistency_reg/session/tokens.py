@@ -10,17 +10,9 @@ from torch import nn
 from consistency_reg.capture.calls import told_of
 from consistency_reg.capture.readings import Forward, shape_of
 from consistency_reg.capture.stacks import Stack
-from consistency_reg.hints import inner_batches, looks_padded, unread_hints
-from consistency_reg.masks import (
-    DESCRIBES_TOKENS,
-    Masks,
-    Shape,
-    given_by,
-    has_tokens,
-    labelled_tokens,
-    read_masks,
-    token_shape,
-)
+from consistency_reg.masks import Masks, Shape, given_by, has_tokens, labelled_tokens, read_masks, token_shape
+from consistency_reg.masks.batches import DESCRIBES_TOKENS
+from consistency_reg.masks.hints import inner_batches, looks_padded, unread_hints
 from consistency_reg.session.listener import Listener
 
 LOOKS = 8  # batches that are looked at for pads without a mask
