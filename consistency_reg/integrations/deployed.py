@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from consistency_reg.integrations.attach import attachments
 from consistency_reg.integrations.outputs import loss_of
 from consistency_reg.losses.distributed import all_sum
+from consistency_reg.measures import AGREEMENT, CACHE_RATIO, STRENGTH
 from consistency_reg.rerouting import CacheAwareRouting, RoutingSchedule
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.session import ListenOptions
@@ -114,8 +115,8 @@ class DeployedEvaluation:
             return {}
         values: dict[str, Any] = dict(measured.model)
         (agreed,) = all_sum(agreed)
-        values |= {"agreement": agreed[0] / agreed[1].clamp_min(1)}
-        values |= {"strength": self._used_settings[0], "cache_ratio": self._used_settings[1]}
+        values |= {AGREEMENT.key: agreed[0] / agreed[1].clamp_min(1)}
+        values |= {STRENGTH.key: self._used_settings[0], CACHE_RATIO.key: self._used_settings[1]}
         if losses:
             (sums,) = all_sum(torch.stack([losses[dataset] for dataset in sorted(losses)]))
             values["loss"] = sums[:, 0].sum() / sums[:, 1].sum().clamp_min(1)
