@@ -26,6 +26,7 @@ results: .venv/installed
 	$(foreach one,$(RESULTS),$(BIN)/consistency-reg report recipes/results/$(firstword $(subst :, ,$(one))).csv \
 		--out runs/reports/$(firstword $(subst :, ,$(one))) \
 		$(foreach page,$(subst $(comma), ,$(lastword $(subst :, ,$(one)))),--update $(page)) &&) true
+	$(BIN)/python -m consistency_reg.lab.offload.page docs/deploying.md
 	cp runs/reports/frontier/frontier.png docs/frontier/
 	cp runs/reports/deployed/deployed.png docs/deployed/
 

@@ -118,6 +118,17 @@ class RoutingMonitor(ListeningCallback):
         """Count the real tokens seen in training by all processes, which are taken to see equally many."""
         return int(self._tokens)
 
+    def usage_profile(self) -> str:
+        """Return how many tokens of the last validation or test used each expert, over all processes and domains.
+
+        Written to a file it is a profile for engines that keep the most used experts in memory: a line
+        ``layer expert count`` for each expert, layers numbered from 0 among those with routers.
+
+        Raises:
+            RuntimeError: no validation was measured.
+        """
+        return self.core.usage_profile()
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give wandb its axes, and draw pictures if a logger holds them."""
         define_axes(trainer)

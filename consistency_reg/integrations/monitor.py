@@ -125,6 +125,17 @@ class RoutingMonitorCallback(TrainerCallback):
         """Count the real tokens seen in training by all processes, which are taken to see equally many."""
         return int(self._tokens)
 
+    def usage_profile(self) -> str:
+        """Return how many tokens of the last evaluation used each expert, over all processes and datasets.
+
+        Written to a file it is a profile for engines that keep the most used experts in memory: a line
+        ``layer expert count`` for each expert, layers numbered from 0 among those with routers.
+
+        Raises:
+            RuntimeError: no evaluation was measured.
+        """
+        return self.core.usage_profile()
+
     def add_to(self, trainer: Trainer) -> "RoutingMonitorCallback":
         """Join the trainer's callbacks before its reporters, so that they log the measures too."""
         join_before_reporters(trainer, self)

@@ -3,6 +3,7 @@
 import hashlib
 from typing import Any
 
+from consistency_reg.lab.model import expert_counts
 from consistency_reg.lab.pretrained import checkpoint_config, checkpoint_place, has_tokenizer, pretrained_moe
 
 CLASS_PATH = f"{pretrained_moe.__module__}.{pretrained_moe.__name__}"
@@ -25,6 +26,7 @@ def follow_checkpoint(config: Any) -> None:
     arguments, data = config.model.model.init_args, config.data
     arguments.path = path = str(arguments.path).replace("{seed}", str(config.seed_everything))
     model = checkpoint_config(path, arguments.get("trust_remote_code", False)).get_text_config()
+    check_choice(path, model, config)
     context = getattr(model, "max_position_embeddings", None)
     if context is not None and data.sequence_length > context:
         raise ValueError(
@@ -37,6 +39,27 @@ def follow_checkpoint(config: Any) -> None:
                 f"model {path!r} comes without a tokenizer: name the one it was trained with, data.tokenizer"
             )
         data.tokenizer = checkpoint_place(path)
+
+
+def check_choice(path: str, model: Any, config: Any) -> None:
+    """Refuse a term, or cache-aware routing, for a checkpoint whose tokens use every expert.
+
+    Args:
+        path: of the checkpoint.
+        model: its configuration.
+        config: the recipe.
+
+    Raises:
+        ValueError: names the key that must be 0.
+    """
+    experts, top_k = expert_counts(model) or (0, 1)
+    strengths = {"consistency.weight": config.consistency.weight, "routing.strength": config.routing.strength}
+    for key, value in strengths.items():
+        if value and experts == top_k:
+            raise ValueError(
+                f"{key} must be 0 for model {path!r}, whose tokens use all of its experts ({top_k} of {experts}), "
+                f"got {value}"
+            )
 
 
 def vocabulary_digest(tokenizer: Any) -> str:

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     GraniteMoeSharedConfig,
     GraniteMoeSharedForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.granitemoeshared.modeling_granitemoeshared import GraniteMoeSharedMLP
@@ -151,10 +152,22 @@ def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
         (673984, 329920)
     """
     total = sum(parameter.numel() for parameter in model.parameters())
-    config = model.config.get_text_config()
-    top_k = getattr(config, "num_experts_per_tok", None)
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    if not (isinstance(experts, int) and isinstance(top_k, int)):
+    counts = expert_counts(model.config)
+    if counts is None:
         return total, total
+    experts, top_k = counts
     routed = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
     return total, total - routed + routed * top_k // experts
+
+
+def expert_counts(config: PreTrainedConfig) -> tuple[int, int] | None:
+    """Return E and K of a configuration that says them under the usual names; None otherwise.
+
+    Example:
+        >>> expert_counts(small_moe(hidden_size=64, num_layers=1).config)
+        (32, 4)
+    """
+    text = config.get_text_config()
+    top_k = getattr(text, "num_experts_per_tok", None)
+    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
+    return (experts, top_k) if isinstance(experts, int) and isinstance(top_k, int) else None

@@ -15,6 +15,7 @@ from dataclasses import replace
 from consistency_reg.measures.reading import (
     AGREEMENT_CALLBACK,
     AS_PAIR,
+    CLOZE_COMMAND,
     DEPLOYED,
     DIFFERENCE,
     DISTILLATION,
@@ -83,6 +84,17 @@ DENSE_DIVERGENCE = Measure(
     NATS,
     3,
     logged_by=DISTILLATION,
+)
+CLOZE = Measure(
+    "cloze/accuracy",
+    "cloze accuracy",
+    "share of held-out passages whose own continuation the model finds likelier than three others",
+    UP,
+    "Trade-off",
+    SHARE,
+    1,
+    compared=DIFFERENCE,
+    logged_by=CLOZE_COMMAND,
 )
 SRP = Measure(
     "srp/{segment}",
@@ -385,6 +397,7 @@ MEASURES = (
     CROSS_ENTROPY,
     DENSE_PERPLEXITY,
     DENSE_DIVERGENCE,
+    CLOZE,
     SRP,
     SIZE_RATIO,
     THRESHOLD,

@@ -43,6 +43,11 @@ class ModelBalance:
     overlap: Tensor
     tokens: Tensor
 
+    @property
+    def counts(self) -> tuple[Tensor, ...]:
+        """For each layer [E] int64, the tokens that used each expert."""
+        return tuple((usage_E * self.tokens).round().long() for usage_E in self.usage)
+
     def of_layers(self, name: str, segment_length: int | None = None) -> Tensor:
         """Return a value of every layer [L]: a field of this, at a segment length, or of :attr:`layers`."""
         own = getattr(self, name, None)

@@ -38,6 +38,7 @@ class Measured:
         tokens: valid tokens of each domain that was seen.
         hit_rates: of an LRU cache for each layer, at every size.
         experts: one row for each expert.
+        usage: for each layer [E] int64, the tokens that used each expert.
     """
 
     model: dict[str, Tensor]
@@ -46,6 +47,7 @@ class Measured:
     tokens: dict[str, int]
     hit_rates: ModelHitRates
     experts: list[Expert]
+    usage: tuple[Tensor, ...]
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -235,6 +237,7 @@ class RoutingMeasures:
             tokens={name: int(_balance(results).tokens) for name, results in by_domain.items()},
             hit_rates=total.lru,
             experts=expert_rows(_balance(total).usage, srp_of_experts, usage),
+            usage=_balance(total).counts,
         )
 
     def _measure(self, domain: int) -> None:

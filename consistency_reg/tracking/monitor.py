@@ -16,6 +16,7 @@ from consistency_reg.tracking.accumulate import Measured, RoutingMeasures
 from consistency_reg.tracking.alarms import Alarms, gradient_norm
 from consistency_reg.tracking.board import Board
 from consistency_reg.tracking.tradeoff import TradeOff
+from consistency_reg.tracking.usage_profile import usage_profile
 
 
 class MonitorCore:
@@ -70,6 +71,7 @@ class MonitorCore:
         self.current: dict[str, float] = {}  # SRP and misses as measured last
         self._measures = self._new_measures()
         self._measured: Measured | None = None
+        self._usage: tuple[Tensor, ...] = ()  # of the last validation
         self._pictures: Any = None
         self._gradient: Tensor | None = None  # norm of the term's, the largest since the last validation
 
@@ -146,7 +148,18 @@ class MonitorCore:
         if self._measured is None:
             return {}
         self.current = self._measures.headline(self._measured.model)
+        self._usage = self._measured.usage
         return self._measured.parts | self._measured.model
+
+    def usage_profile(self) -> str:
+        """Return a line ``layer expert count`` for each expert: how many tokens of the last validation used it.
+
+        Raises:
+            RuntimeError: no validation was measured.
+        """
+        if not self._usage:
+            raise RuntimeError("the usage of experts is that of a validation, and none was measured yet")
+        return usage_profile(self._usage)
 
     def show(self, board: Board, logged: Mapping[str, float], *, step: int, tokens: int, first: bool = True) -> None:
         """Show what goes next to the numbers of a validation: alarms, trade-off, pictures and tables.

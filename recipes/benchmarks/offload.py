@@ -1,18 +1,25 @@
 r"""How fast models decode whose experts are read from disk: arms side by side, in turn, against this machine's floor.
 
+    consistency-reg ablate recipes/ablations/offload.yaml
     python recipes/benchmarks/offload.py baseline=runs/offload/baseline-seed0 \
-        regularized=runs/offload/regularized-seed0 in-the-loop=runs/offload/in-the-loop-seed0
+        regularized=runs/offload/regularized-seed0 in-the-loop=runs/offload/in-the-loop-seed0 \
+        --tokens 128 --state runs/offload/disk.jsonl
+    ... the same --read-bandwidth 100MB/s --runs 3 --state runs/offload/100MBps.jsonl
+    make results
 
-Every model is an arm, and again with the bias to experts that are in slots; a model that was trained with the bias is
-one arm, with the strength that it was trained with. Each arm reads the same held-out text token by token behind a
-prompt, from empty slots, so that perplexity is of the same tokens. Reads go past the page cache. ``--read-bandwidth``
-stands for a slower device: a read returns when so many bytes would have passed, one read after the other, and not
-before; ``native_gb_per_s`` is what this disk gives without it. The floor of a token is what its misses cost at the
-bandwidth of random reads of experts plus its computing with every expert there; all are measured just before each run.
+Every model is an arm, and again with each bias to experts that are in slots (``--strength 0.1 0.2``); a model that was
+trained with the bias is one arm, with the strength that it was trained with. ``NAME=PLACE@0.1,0.2`` gives a model's
+strengths itself, 0 for none. ``--cache-ratios 1 1.5 2 4 all`` are slots of a layer / K. Each arm reads the same
+held-out text token by token behind a prompt, from empty slots, so that perplexity is of the same tokens. Reads go past
+the page cache. ``--read-bandwidth`` stands for a slower device: a read returns when so many bytes would have passed,
+one read after the other, and not before; ``native_gb_per_s`` is what this disk gives without it. The floor of a token
+is what its misses cost at the bandwidth of random reads of experts plus its computing with every expert there; all are
+measured just before each run.
 
-Each run is one line of ``--state`` as soon as it is over, and is not made again: the same command goes on after it was
-killed. Rows with quantiles over the repeats are appended to recipes/results/offload.csv at the end, or of the runs so
-far with ``--finish``.
+Each run is one line of ``--state`` as soon as it is over, and is not made again unless its model was: the same command
+goes on after it was killed, and more repeats, sizes, models or strengths may be asked for later. Rows with quantiles
+over the repeats are appended to recipes/results/offload.csv at the end, or of the runs so far with ``--finish``; the
+tables of docs/deploying.md (``make results``) show the last row of each arm and size.
 """
 
 import argparse
@@ -48,11 +55,20 @@ MEASURES += ("process_read_over_misses",)
 
 
 class Arm(NamedTuple):
-    """A model with a strength of the bias."""
+    """A model with a strength of the bias, and when it was saved."""
 
     name: str
     place: str
     strength: float
+    saved: int
+
+
+class Model(NamedTuple):
+    """A model of the command line, with the strengths that it names itself, if any."""
+
+    name: str
+    place: str
+    strengths: tuple[float, ...] | None
 
 
 class Key(NamedTuple):
@@ -60,15 +76,20 @@ class Key(NamedTuple):
 
     name: str
     strength: float
+    saved: int
     ratio: float
     repeat: int
+
+    @classmethod
+    def of(cls, arm: Arm, ratio: float, repeat: int) -> "Key":
+        return cls(arm.name, arm.strength, arm.saved, ratio, repeat)
 
 
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    arms = [arm for name, place in options.models for arm in arms_of(name, place, options)]
-    done = read_state(options.state, settings(arms, options))
+    arms = [arm for model in options.models for arm in arms_of(model, options.strength)]
+    done = read_state(options.state, settings(options))
     planned = list(plan(arms, options))
     if not options.finish:
         began, made = time.monotonic(), 0
@@ -91,14 +112,17 @@ def plan(arms: Sequence[Arm], options: argparse.Namespace) -> Iterator[tuple[Key
         for ratio in options.cache_ratios:
             for turn in range(len(arms)):
                 arm = arms[(turn + repeat) % len(arms)]
-                yield Key(arm.name, arm.strength, ratio, repeat), arm
+                yield Key.of(arm, ratio, repeat), arm
 
 
-def arms_of(name: str, place: str, options: argparse.Namespace) -> list[Arm]:
-    """Return the arms of a model: without and with the bias, or with the one that it was trained with."""
-    trained = getattr(AutoConfig.from_pretrained(path_of(place)), "cache_aware_routing", None)
-    strengths = (0.0, options.strength) if trained is None else (trained["strength"],)
-    return [Arm(name, place, float(strength)) for strength in strengths]
+def arms_of(model: Model, strengths: Sequence[float]) -> list[Arm]:
+    """Return the arms of a model: without and with each bias, or with the one that it was trained with."""
+    trained = getattr(AutoConfig.from_pretrained(path_of(model.place)), "cache_aware_routing", None)
+    usual = (0.0, *strengths) if trained is None else (trained["strength"],)
+    chosen = usual if model.strengths is None else model.strengths
+    config = Path(path_of(model.place)) / "config.json"
+    saved = config.stat().st_mtime_ns if config.exists() else 0
+    return [Arm(model.name, model.place, float(strength), saved) for strength in chosen]
 
 
 def run(arm: Arm, ratio: float, options: argparse.Namespace) -> dict[str, float]:
@@ -145,12 +169,10 @@ def rows(
             repeats = [
                 repeat
                 for repeat in range(options.runs)
-                if all(Key(one.name, one.strength, ratio, repeat) in done for one in (arm, arms[0]))
+                if all(Key.of(one, ratio, repeat) in done for one in (arm, arms[0]))
             ]
             if repeats:
-                found, baseline = (
-                    [done[Key(one.name, one.strength, ratio, repeat)] for repeat in repeats] for one in (arm, arms[0])
-                )
+                found, baseline = ([done[Key.of(one, ratio, repeat)] for repeat in repeats] for one in (arm, arms[0]))
                 yield row(arm, ratio, found, baseline) | about
 
 
@@ -198,12 +220,9 @@ def held_out(path: str, domains: Sequence[str], tokens: int) -> list[Tensor]:
     return texts
 
 
-def settings(arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, Any]:
-    """Return what runs of one state file have in common; more repeats or sizes may be asked for later."""
-    files = [Path(path_of(arm.place)) / "config.json" for arm in arms]
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what runs of one state file have in common."""
     return {
-        "arms": [list(arm) for arm in arms],
-        "saved": [file.stat().st_mtime_ns if file.exists() else 0 for file in files],
         "domains": list(options.domains),
         "tokens": options.tokens,
         "read_bandwidth": options.read_bandwidth,
@@ -218,7 +237,9 @@ def read_state(path: Path, wanted: dict[str, Any]) -> dict[Key, dict[str, float]
         return {}
     first, *lines = path.read_text(encoding="utf-8").splitlines()
     if json.loads(first) != wanted:
-        raise SystemExit(f"{path} holds runs of other models or settings: move it away, or give another --state")
+        raise SystemExit(
+            f"{path} holds runs of other settings or of an earlier version: move it away, or give another --state"
+        )
     found = {}
     for line in lines:
         try:
@@ -249,7 +270,7 @@ def process_read() -> int:
 
 def emulated(options: argparse.Namespace) -> float | str:
     """Return GB/s that reads are held back to, "" where they are not."""
-    limit = OffloadedExperts(path_of(options.models[0][1]), read_bandwidth=options.read_bandwidth).read_bandwidth
+    limit = OffloadedExperts(path_of(options.models[0].place), read_bandwidth=options.read_bandwidth).read_bandwidth
     return "" if limit is None else limit / 1e9
 
 
@@ -265,9 +286,9 @@ def disk(place: Path) -> dict[str, str]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", type=named, metavar="NAME=PLACE", help="the baseline first")
-    parser.add_argument("--strength", type=float, default=0.1, help="of the bias")
-    parser.add_argument("--cache-ratios", type=float, nargs="+", default=list(CACHE_RATIOS))
+    parser.add_argument("models", nargs="+", type=named, metavar="NAME=PLACE[@S,S]", help="the baseline first")
+    parser.add_argument("--strength", type=float, nargs="+", default=[0.1], help="of the bias")
+    parser.add_argument("--cache-ratios", type=ratio_of, nargs="+", default=list(CACHE_RATIOS), help="or all")
     parser.add_argument("--domains", nargs="+", default=list(DOMAINS))
     parser.add_argument("--tokens", type=int, default=192, help="of each domain, decoded")
     parser.add_argument("--runs", type=int, default=5)
@@ -280,9 +301,15 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def named(text: str) -> tuple[str, str]:
-    name, _, place = text.partition("=")
-    return (name, place) if place else (Path(text).name, text)
+def named(text: str) -> Model:
+    given, _, after = text.partition("@")
+    name, _, place = given.rpartition("=")
+    strengths = tuple(map(float, after.split(","))) if after else None
+    return Model(name or Path(place).name, place, strengths)
+
+
+def ratio_of(text: str) -> float:
+    return math.inf if text == "all" else float(text)
 
 
 if __name__ == "__main__":

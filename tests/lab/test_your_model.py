@@ -11,7 +11,6 @@ from places import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from consistency_reg.lab import train as fit
-from consistency_reg.lab.arguments.upcycle import parser
 from consistency_reg.lab.corpus.sources import Text
 from consistency_reg.lab.corpus.tokens import train_tokenizer
 from consistency_reg.lab.model import count_parameters
@@ -110,12 +109,6 @@ def test_the_tokens_are_those_of_the_commands():
         rows = int(given["--data.batch_size"]) * int(given["--trainer.accumulate_grad_batches"])
         step = rows * int(given["--data.sequence_length"])
         assert f"{given['--trainer.max_steps']} steps of {step:,}" in PAGE
-
-
-def test_upcycle_takes_the_command():
-    options = parser().parse_args(commands("upcycle")[0])
-    assert options.splits % 4 == 0
-    assert round(options.shared * 1536) == 640
 
 
 def test_the_page_is_short():

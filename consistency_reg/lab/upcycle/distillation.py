@@ -10,7 +10,7 @@ from consistency_reg.callbacks.batches import domain_names
 from consistency_reg.callbacks.training_step import TrainingStepTerm
 from consistency_reg.lab.arguments.upcycle import SMOLLM
 from consistency_reg.lab.module import next_token_losses
-from consistency_reg.lab.upcycle.smollm import smollm_folder
+from consistency_reg.lab.upcycle.smollm import place_of
 from consistency_reg.lab.upcycle.teacher import DenseTail, divergence
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
@@ -68,8 +68,8 @@ class Distillation(TrainingStepTerm):
         super().setup(trainer, pl_module, stage)
         model: Any = pl_module.model
         if self._tail is None:
-            place = smollm_folder() if self.dense == SMOLLM else self.dense
-            self._tail = DenseTail(AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32), model)
+            dense = AutoModelForCausalLM.from_pretrained(place_of(self.dense), dtype=torch.float32)
+            self._tail = DenseTail(dense, model)
         first = model.get_submodule("model.layers")[self._tail.first]
         self._hooks = [
             first.register_forward_pre_hook(self._hear_layer, with_kwargs=True),

@@ -1,12 +1,15 @@
 """``consistency-reg upcycle`` on a small dense model, and on the real one where its package is installed."""
 
+import shlex
 from importlib.util import find_spec
 
 import pytest
 import torch
 from datasets import Dataset
+from places import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from consistency_reg.lab.arguments.upcycle import parser
 from consistency_reg.lab.cli import main
 from consistency_reg.lab.corpus.sources import Text
 from consistency_reg.lab.corpus.tokens import train_tokenizer
@@ -41,6 +44,15 @@ def test_a_dense_folder_becomes_a_mixture_with_its_tokenizer(dense, tmp_path, ca
 def test_what_is_no_layer_is_said(dense, tmp_path, capsys):
     assert upcycle(dense, "--out", tmp_path / "moe", "--layers", "last") == 1
     assert "--layers must be numbers and ranges such as 0,2,10-12, got 'last'" in capsys.readouterr().err
+
+
+def test_the_page_makes_the_mixture_and_its_baseline_of_the_same_layers():
+    lines = (ROOT / "docs" / "upcycling.md").read_text().splitlines()
+    words = [shlex.split(line)[2:] for line in lines if line.startswith("consistency-reg upcycle")]
+    mixture, dense = map(parser().parse_args, words)
+    assert round(mixture.shared * 1536) == 640
+    assert mixture.layers == dense.layers
+    assert (dense.splits, dense.copies, dense.top_k, dense.shared) == (1, 1, 1, 0)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from dense_models import llama, text, turned
 from places import ROOT
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from consistency_reg.lab import train as fit
 from consistency_reg.lab.corpus.sources import Text
@@ -90,7 +90,7 @@ def folders(tmp_path, monkeypatch):
     return tmp_path
 
 
-def recover(folders, name, **changes):
+def recover(folders, name, recipes=("upcycle",), mixture="mixture", **changes):
     options = {
         "data.domains": "[math, cpp]",
         "data.corpus_bytes": 60_000,
@@ -107,7 +107,8 @@ def recover(folders, name, **changes):
         "trainer.callbacks.init_args.dense": folders / "dense",
         "wandb_project": "",
     } | changes
-    arguments = ["--config", str(ROOT / "recipes" / "upcycle.yaml"), "--model", str(folders / "mixture")]
+    arguments = [f"--config={ROOT / 'recipes' / recipe}.yaml" for recipe in recipes]
+    arguments += ["--model", str(folders / mixture)]
     arguments += [f"--{key}={value}" for key, value in options.items()]
     assert fit.main([*arguments, "--run_dir", str(folders / name)]) == 0
     return json.loads((folders / name / "result.json").read_text())
@@ -139,6 +140,45 @@ def test_the_dense_models_perplexity_is_its_own(folders):
     turned_back = recover(folders, "same", **{"trainer.max_steps": 2, "model.learning_rate": 0.0})
     assert turned_back["metrics"]["val/dense/ppl"] == pytest.approx(result["metrics"]["val/dense/ppl"])
     assert turned_back["metrics"]["val/dense/kl"] == pytest.approx(result["before"]["val/dense/kl"], rel=1e-4)
+
+
+@pytest.fixture
+def whole(folders):
+    """Return the folders, with the dense model as a mixture of one expert next to the others."""
+    dense = AutoModelForCausalLM.from_pretrained(folders / "dense").eval()
+    one = Plan(splits=1, top_k=1, layers=(1,), router_scale=0.0)
+    upcycle(dense, one, mlp_inputs(dense, list(text()), [1])).save_pretrained(folders / "whole")
+    AutoTokenizer.from_pretrained(folders / "dense").save_pretrained(folders / "whole")
+    return folders
+
+
+DENSE = {"recipes": ("upcycle", "upcycle_dense"), "mixture": "whole"}
+
+
+def test_the_baseline_is_the_dense_model_whose_mlps_of_the_same_layers_learn_the_next_token(whole):
+    result = recover(whole, "run", **DENSE, **{"trainer.max_steps": 3})
+    before, after = result["before"], result["metrics"]
+    for domain in ("/math", "/cpp", ""):
+        assert before[f"val/ppl{domain}"] == pytest.approx(before[f"val/dense/ppl{domain}"], rel=1e-5)
+    assert after["val/ppl"] < before["val/ppl"] == pytest.approx(after["val/dense/ppl"], rel=1e-5)
+    old, new = (AutoModelForCausalLM.from_pretrained(whole / place).state_dict() for place in ("whole", "run/model"))
+    changed = {name.rpartition(".")[2] for name, weights in new.items() if not torch.equal(weights, old[name])}
+    assert changed == {"gate_up_proj", "down_proj"}
+    neither = {"model.balance_weight": 0, "model.z_weight": 0}
+    alone = recover(whole, "alone", **DENSE, **{"trainer.max_steps": 3}, **neither)
+    assert alone["metrics"]["val/ppl"] == after["val/ppl"]
+
+
+@pytest.mark.parametrize("key", ["consistency.weight", "routing.strength"])
+def test_a_term_is_refused_where_the_router_has_no_choice(whole, key):
+    with pytest.raises(ValueError, match=rf"{key} must be 0 for .* tokens use all of its experts \(1 of 1\), got 0.3"):
+        recover(whole, "run", **DENSE, **{key: 0.3})
+    assert not (whole / "run").exists()
+
+
+def test_a_dense_checkpoint_is_told_how_to_become_a_mixture(folders):
+    with pytest.raises(ValueError, match=r"It looks dense\. `consistency-reg upcycle .*dense` makes a mixture of it"):
+        recover(folders, "run", mixture="dense")
 
 
 def test_impossible_weights_are_named():

@@ -51,6 +51,14 @@ def test_domains_are_measured_apart_and_pooled():
         assert logged[f"val/srp/m3{name}"] == pytest.approx(expected)
 
 
+def test_the_usage_of_experts_in_a_validation_is_told_for_engines_that_pin_some():
+    module, ids, callback = validated(Domains), [tokens(6, seed=4), tokens(5, seed=5)], RoutingMonitor((3,))
+    trainer([callback]).validate(module, [loader(one) for one in ids], verbose=False)
+    counts = [functional.usage_counts(layer, 6) for layer in layer_ids(module, torch.cat(ids))]
+    expected = [f"{layer} {e} {count}" for layer, of in enumerate(counts) for e, count in enumerate(of.tolist())]
+    assert callback.usage_profile().splitlines() == expected
+
+
 class Tested(Domains):
     def test_step(self, batch, batch_idx, dataloader_idx):
         return self.validation_step(batch, batch_idx, dataloader_idx)

@@ -120,6 +120,10 @@ def test_datasets_are_measured_apart_and_pooled(tmp_path):
         assert last[f"eval_{name}"] == pytest.approx(value), name
     for name, data in sets.items():
         assert last[f"eval_srp/m4/{name}"] == pytest.approx(by_hand(model, data)["srp/m4"])
+    profile = trainer.callback_handler.callbacks[0].usage_profile()
+    used = 2 * sum(int(row["attention_mask"].sum()) for data in sets.values() for row in data)  # K = 2
+    for layer in range(2):
+        assert sum(int(line.split()[2]) for line in profile.splitlines() if line.startswith(f"{layer} ")) == used
     quality = (first["eval_math_loss"] * 42 + last["eval_prose_loss"] * 21) / 63
     assert trainer.callback_handler.callbacks[0].core.tradeoff.best["best/eval_loss"] == pytest.approx(quality)
 

@@ -50,6 +50,17 @@ def validate(core, traces, logged, wall, **options):
     return values
 
 
+def test_a_usage_profile_counts_the_last_validation():
+    core = MonitorCore((2, 4))
+    with pytest.raises(RuntimeError, match="that of a validation, and none was measured"):
+        core.usage_profile()
+    for seed in (0, 1):
+        validate(core, [trace(seed=seed)], {}, Wall())
+    counts = [functional.usage_counts(ids, 8) for ids in trace(seed=1).expert_ids]
+    expected = [[layer, e, int(count)] for layer, of in enumerate(counts) for e, count in enumerate(of)]
+    assert [list(map(int, line.split())) for line in core.usage_profile().splitlines()] == expected
+
+
 def test_a_validation_gives_measures_of_model_layers_and_domains():
     core, wall = MonitorCore((2, 4)), Wall()
     first, second = trace(), trace(5, seed=1)
