@@ -14,9 +14,10 @@ from consistency_reg.cache_policies import POLICY_LABELS
 UP, DOWN, AS_PAIR = "up", "down", "as in the baseline"  # what is good
 SHARE, POINTS, RATIO, NATS, USES, NUMBER = "%", "percentage points", "x", "nats", "uses", ""  # units
 MODEL, LAYER, DOMAIN, EXPERT = "model", "layer", "domain", "expert"  # what is measured
-VALIDATION, TRAINING = "val", "train"  # where it is logged
+VALIDATION, TRAINING, DEPLOYED = "val", "train", "val/deployed"  # where it is logged
 MONITOR, REGULARIZER, AGREEMENT_CALLBACK = "RoutingMonitor", "ConsistencyRegularizer", "ExpertAgreement"  # who logs
 MODULE, EVALUATE, DISTILLATION, CLOZE_COMMAND = "the module", "evaluate", "Distillation", "cloze"
+ROUTING_CALLBACK = "CacheAwareTraining"
 # How a run stands next to its baseline: by a relative change, a difference, as a multiple of it, or by itself.
 RELATIVE, DIFFERENCE, MULTIPLE, ITSELF = "relative", "difference", "multiple", "itself"
 

@@ -14,6 +14,7 @@ from consistency_reg.lab.upcycle.smollm import place_of
 from consistency_reg.lab.upcycle.teacher import DenseTail, divergence
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
+from consistency_reg.session import ListenOptions
 from consistency_reg.term import Term, check_weight
 
 with require("lightning"):
@@ -50,7 +51,7 @@ class Distillation(TrainingStepTerm):
     by_hand = "add the divergence"
 
     def __init__(self, dense: str = SMOLLM, weight: float = 1.0) -> None:
-        super().__init__()
+        super().__init__(ListenOptions())
         self.dense = dense
         self.weight = check_weight(weight)
         self._tail: DenseTail | None = None
