@@ -27,6 +27,7 @@ MOVED = {  # former path below consistency_reg -> present path; a package takes 
     "forwards": "rerouting.forwards",
     "functional.cache": "functional.cache_hits",
     "functional.policies": "cache_policies",
+    "hints": "masks.hints",
     "hooks": "capture.hooks",
     "kernels.cache": "kernels.cache_hits",
     "lab.evaluate.deployed": "lab.pricing.measure",

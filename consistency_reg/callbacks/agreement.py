@@ -1,13 +1,13 @@
 """Measure in Lightning how far fine-tuning takes a model's routing from what it was."""
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from consistency_reg.callbacks.listening import ListeningCallback
 from consistency_reg.capture import RouterAdapter
 from consistency_reg.functional.agreement import agreement_mean
 from consistency_reg.masks import Masks
@@ -16,15 +16,15 @@ from consistency_reg.measures.reading import VALIDATION
 from consistency_reg.metrics import SegmentCacheHitRate
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
-from consistency_reg.session import Listener, RoutingSession, Which, check_tokens
+from consistency_reg.session import ListenOptions, Which
 
 with require("lightning"):
-    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch import LightningModule, Trainer
 
 Batch = tuple[int, int]  # dataloader, batch
 
 
-class ExpertAgreement(Callback):
+class ExpertAgreement(ListeningCallback):
     """Compares the experts of every validation with those of the first one, on the same text.
 
     The first validation of the callback is to come before training (``trainer.validate``, then ``trainer.fit``): its
@@ -56,14 +56,9 @@ class ExpertAgreement(Callback):
         layers: str | None = None,
         tokens: Which = "all",
     ) -> None:
+        super().__init__(ListenOptions(masks, adapters, layers, tokens))
         self.segment_length = segment_length
         self.cache_ratios = tuple(cache_ratios)
-        self.masks = masks
-        self.adapters = tuple(adapters)
-        self.layers = layers
-        self.tokens = check_tokens(tokens)
-        self._listener: Listener | None = None
-        self._recording = ExitStack()
         self._original: dict[Batch, list[Tensor]] = {}
         self._recorded = False
         self._agreement: list[MeanMetric] = []
@@ -72,20 +67,13 @@ class ExpertAgreement(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the routers."""
         if not trainer.sanity_checking:
-            self._listener = RoutingSession.of(pl_module).listen(
-                layers=self.layers,
-                adapters=self.adapters,
-                masks=self.masks,
-                tokens=self.tokens,
-                optimizers=lambda: trainer.optimizers,
-            )
+            self.listen(trainer, pl_module)
             self._agreement = []
             self._sch = None
 
     def on_validation_batch_start(self, *_: Any, **__: Any) -> None:
         """Record what runs until the batch ends."""
-        if self._listener is not None:
-            self._recording.enter_context(self._listener.recording())
+        self.record()
 
     def on_validation_batch_end(
         self,
@@ -113,10 +101,10 @@ class ExpertAgreement(Callback):
         self._compare(trace, key)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log them."""
+        """Log the agreement and the hit rates."""
         if self._listener is None or self._sch is None:
             return
-        self._release()
+        self.release()
         self._recorded = True
         layers = [metric.compute() for metric in self._agreement]
         values = {"val/agreement": torch.stack(layers).mean()}
@@ -128,8 +116,8 @@ class ExpertAgreement(Callback):
         pl_module.log_dict(values)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the model."""
-        self._release()
+        """Take the hooks off the module."""
+        self.release()
 
     def _compare(self, trace: RoutingTrace, key: Batch) -> None:
         if key not in self._original:
@@ -140,12 +128,6 @@ class ExpertAgreement(Callback):
         for metric, layer, original in zip(self._agreement, trace, self._original[key], strict=True):
             mean = agreement_mean(layer.expert_ids, original.to(layer.expert_ids), trace.valid)
             metric.update(mean.value, mean.count)
-
-    def _release(self) -> None:
-        self._recording.close()
-        if self._listener is not None:
-            self._listener.release()
-            self._listener = None
 
 
 def _compact(expert_ids: Tensor, num_experts: int) -> Tensor:

@@ -9,7 +9,7 @@ from consistency_reg.losses import RouterAnchorLoss
 from consistency_reg.masks import Masks
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
-from consistency_reg.session import Listener, Which
+from consistency_reg.session import Listener, ListenOptions, Which
 from consistency_reg.term import Term, check_weight
 
 with require("lightning"):
@@ -47,7 +47,6 @@ class RouterAnchor(TrainingStepTerm):
 
     name = "anchor"
     by_hand = "call consistency_reg.RouterAnchorLoss"
-    keep_inputs = True
 
     def __init__(
         self,
@@ -59,7 +58,7 @@ class RouterAnchor(TrainingStepTerm):
         tokens: Which = "all",
         name: str | None = None,
     ) -> None:
-        super().__init__(masks, adapters, layers=layers, tokens=tokens, name=name)
+        super().__init__(ListenOptions(masks, adapters, layers, tokens, keep_inputs=True), name)
         self.weight = check_weight(weight)
         self.loss: RouterAnchorLoss | None = None
         self._resumed: dict[str, Any] | None = None  # of a checkpoint that was read before there were routers
@@ -67,7 +66,7 @@ class RouterAnchor(TrainingStepTerm):
     @property
     def state_key(self) -> str:
         """Return the key of the state in a checkpoint: by the layers and the name."""
-        options = {"layers": self.layers, "name": self.name}
+        options = {"layers": self.options.layers, "name": self.name}
         usual = {"layers": None, "name": type(self).name}
         return type(self).__qualname__ if options == usual else self._generate_state_key(**options)
 
@@ -81,7 +80,7 @@ class RouterAnchor(TrainingStepTerm):
         if stage == "fit" and self.is_on():
             self.loss = None
             try:
-                capture = RouterCapture(pl_module, self.adapters, layers=self.layers)
+                capture = RouterCapture(pl_module, self.options.adapters, layers=self.options.layers)
             except ValueError:  # they come with the module's setup() or configure_model()
                 return
             self.loss = RouterAnchorLoss(capture.frozen_routers())

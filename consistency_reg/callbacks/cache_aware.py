@@ -13,6 +13,15 @@ from consistency_reg.callbacks.monitor import RoutingMonitor
 from consistency_reg.capture import RouterAdapter, RouterCapture
 from consistency_reg.losses.distributed import all_sum
 from consistency_reg.masks import Masks, batch_masks
+from consistency_reg.measures import (
+    AGREEMENT,
+    CACHE_RATIO,
+    STRENGTH,
+    TRAINED_CACHE_RATIO,
+    TRAINED_MISSES,
+    TRAINED_STRENGTH,
+)
+from consistency_reg.measures.reading import DEPLOYED, TRAINING, Measure
 from consistency_reg.optional import require
 from consistency_reg.rerouting import CacheAwareRouting, RoutingSchedule
 from consistency_reg.tracking.accumulate import RoutingMeasures, agreed_choices
@@ -100,11 +109,14 @@ class CacheAwareTraining(Callback):
         """Let the model be as it is until the next batch."""
         if self._routing is None:
             return
-        logged: dict[str, Tensor | float] = {"strength": self._routing.strength if self._routing.active else 0.0}
+        logged: dict[Measure, Tensor | float] = {
+            TRAINED_STRENGTH: self._routing.strength if self._routing.active else 0.0
+        }
         if self._routing.active:
             hits, misses = self._routing.counts.float()
-            logged |= {"cache_ratio": self._routing.cache_ratio, "misses": misses / (hits + misses).clamp_min(1)}
-        pl_module.log_dict({f"train/routing/{name}": value for name, value in logged.items()})
+            logged |= {TRAINED_CACHE_RATIO: self._routing.cache_ratio}
+            logged |= {TRAINED_MISSES: misses / (hits + misses).clamp_min(1)}
+        pl_module.log_dict({measure.at().within(TRAINING).name: value for measure, value in logged.items()})
         self._rest()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -126,7 +138,7 @@ class CacheAwareTraining(Callback):
             return
         with self._deployed(self._routing) as routing:
             values = self._measure(trainer, pl_module, routing)
-        pl_module.log_dict({f"val/deployed/{name}": value for name, value in values.items()})
+        pl_module.log_dict({f"{DEPLOYED}/{name}": value for name, value in values.items()})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the model, outside of fit."""
@@ -194,8 +206,8 @@ class CacheAwareTraining(Callback):
             return {}
         (sums_D2,), (agreed_2,) = all_sum(sums_D2), all_sum(agreed_2)
         values: dict[str, Tensor | float] = {name: value.float() for name, value in measured.model.items()}
-        values |= {"agreement": (agreed_2[0] / agreed_2[1].clamp_min(1)).float()}
-        values |= {"strength": routing.strength, "cache_ratio": routing.cache_ratio}
+        values |= {AGREEMENT.key: (agreed_2[0] / agreed_2[1].clamp_min(1)).float()}
+        values |= {STRENGTH.key: routing.strength, CACHE_RATIO.key: routing.cache_ratio}
         nats = {f"/{name}": sums for name, sums in zip(names, sums_D2, strict=True)} | {"": sums_D2.sum(dim=0)}
         for name, (total, tokens) in nats.items():
             cross_entropy = total / tokens.clamp_min(1)

@@ -2,30 +2,30 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from consistency_reg.callbacks.batches import domain_names
+from consistency_reg.callbacks.listening import ListeningCallback
 from consistency_reg.callbacks.loggers import TrainerBoard, define_axes, logged_step
 from consistency_reg.capture import RouterAdapter
 from consistency_reg.masks import Masks, token_ids
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
-from consistency_reg.session import Listener, RoutingSession, Which, check_tokens
+from consistency_reg.session import ListenOptions, Which
 from consistency_reg.tracking.alarms import Alarms
 from consistency_reg.tracking.board import TOKENS
 from consistency_reg.tracking.monitor import MonitorCore
 from consistency_reg.tracking.tradeoff import TradeOff
 
 with require("lightning"):
-    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 
-class RoutingMonitor(Callback):
+class RoutingMonitor(ListeningCallback):
     """Measure routing, in validation over each dataloader (domain) and over all, and show it in every logger.
 
     ``trainer.test`` is measured in the same way, under ``test/``, without pictures, alarms and trade-off. In
@@ -91,19 +91,14 @@ class RoutingMonitor(Callback):
         tokenizer: Any = None,
         alarms: Alarms | None = None,
     ) -> None:
+        super().__init__(ListenOptions(masks, adapters, layers, tokens))
         self.core = MonitorCore(
             segment_lengths, cache_ratios, cache_shares, quality=quality, samples=samples, alarms=alarms
         )
-        self.masks = masks
-        self.adapters = tuple(adapters)
-        self.layers = layers
-        self.counted = check_tokens(tokens)
         self.training = training
         self.tokenizer = tokenizer
         self._tokens: Tensor | int = 0
-        self._listener: Listener | None = None
         self._fitting = False
-        self._recording = ExitStack()
         self._records_training = False
         self._said = False
         self._unheard = False  # a batch of a validation, without a forward
@@ -145,11 +140,11 @@ class RoutingMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the routers, before the first forward, so that compiled models are heard too."""
         self._fitting = True
-        self._listen(trainer, pl_module)
+        self.listen(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the hooks off the model."""
-        self._release()
+        """Take the hooks off the module."""
+        self.release()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Record the forward of a step that will be logged."""
@@ -161,8 +156,8 @@ class RoutingMonitor(Callback):
             and (trainer.global_step + 1) % every == 0
             and (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         )
-        if self._records_training and self._listener is not None:
-            self._recording.enter_context(self._listener.recording())
+        if self._records_training:
+            self.record()
 
     def watch_term(self, weighted: Tensor, trace: RoutingTrace) -> None:
         """Measure, in a step that will be logged, whether the consistency term reaches the routers."""
@@ -180,7 +175,7 @@ class RoutingMonitor(Callback):
         self._recording.close()
         if self._listener is None:
             return
-        self._tokens = self._tokens + self._listener.session.count_tokens(batch, self.masks) * trainer.world_size
+        self._tokens = self._tokens + self._listener.count_tokens(batch) * trainer.world_size
         if isinstance(self._tokens, Tensor) or self._tokens:
             pl_module.log(TOKENS, torch.as_tensor(self._tokens, dtype=torch.float32))
         if self._records_training and outputs:  # nothing where training_step skipped the batch
@@ -191,13 +186,13 @@ class RoutingMonitor(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the routers, outside of fit."""
         self._unheard = False
-        if self._listener is None and not trainer.sanity_checking:
-            self._listen(trainer, pl_module)
+        if not trainer.sanity_checking:
+            self.listen(trainer, pl_module)
 
     def on_validation_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         """Record what runs until the batch ends."""
-        if self._listener is not None and not trainer.sanity_checking:
-            self._recording.enter_context(self._listener.recording())
+        if not trainer.sanity_checking:
+            self.record()
 
     def on_validation_batch_end(
         self,
@@ -239,7 +234,7 @@ class RoutingMonitor(Callback):
             first=trainer.is_global_zero,
         )
         if not self._fitting:
-            self._release()
+            self.release()
 
     # A test is measured as a validation is.
     on_test_start = on_validation_start
@@ -251,8 +246,8 @@ class RoutingMonitor(Callback):
         self._log_measures(trainer, pl_module, "test")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the hooks off the model."""
-        self._release()
+        """Take the hooks off the module."""
+        self.release()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say once that nothing is measured."""
@@ -264,8 +259,8 @@ class RoutingMonitor(Callback):
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take the hooks off the model."""
-        self._release()
+        """Take the hooks off the module."""
+        self.release()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the tokens seen and the best validation so far."""
@@ -275,15 +270,6 @@ class RoutingMonitor(Callback):
         """Resume from :meth:`state_dict`."""
         self._tokens = state_dict["tokens"]
         self.core.load_state_dict(state_dict)
-
-    def _listen(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._listener = RoutingSession.of(pl_module).listen(
-            layers=self.layers,
-            adapters=self.adapters,
-            masks=self.masks,
-            tokens=self.counted,
-            optimizers=lambda: trainer.optimizers,
-        )
 
     def _log_measures(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> bool:
         """Log what was measured, under the name of a stage; return whether there is something."""
@@ -304,10 +290,8 @@ class RoutingMonitor(Callback):
         except RuntimeError as error:
             raise RuntimeError(f"{error}. RoutingMonitor(training=False) leaves training batches alone") from error
 
-    def _release(self) -> None:
-        self._recording.close()
+    def release(self) -> None:
+        """Take the hooks off the module, and forget what was counted of a validation."""
         self._fitting = False
         self.core.reset()
-        if self._listener is not None:
-            self._listener.release()
-            self._listener = None
+        super().release()

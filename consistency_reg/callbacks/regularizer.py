@@ -13,7 +13,7 @@ from consistency_reg.losses import LocalConsistencyLoss, RouterAnchorLoss, Routi
 from consistency_reg.masks import Masks
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
-from consistency_reg.session import Listener, Which
+from consistency_reg.session import Listener, ListenOptions, Which
 from consistency_reg.term import Term, WeightSchedule, check_loss, check_name, usual_name, warn_of_frozen
 from consistency_reg.tracking.settings import plain_settings
 
@@ -92,9 +92,9 @@ class ConsistencyRegularizer(TrainingStepTerm):
         response_steps: int | None = None,
     ) -> None:
         self.loss = check_loss(loss)
-        named = check_name(name) or usual_name(self.loss)
-        super().__init__(masks, adapters, layers=layers, tokens=tokens, name=named)
-        self.keep_inputs = isinstance(self.loss, RouterAnchorLoss)
+        keep_inputs = isinstance(self.loss, RouterAnchorLoss)
+        options = ListenOptions(masks, adapters, layers, tokens, keep_inputs)
+        super().__init__(options, check_name(name) or usual_name(self.loss))
         self.schedule = WeightSchedule(weight, warmup_steps, start_step)
         self.goal = {"target": target, "budget": budget, "reference": reference, "max_weight": max_weight}
         self.goal_keeper: GoalKeeper | None = None
@@ -141,7 +141,7 @@ class ConsistencyRegularizer(TrainingStepTerm):
     @property
     def state_key(self) -> str:
         """Return the key of the state in a checkpoint: by the loss and its options, the layers and the name."""
-        options = {"loss": plain_settings(self.loss), "layers": self.layers, "name": self.name}
+        options = {"loss": plain_settings(self.loss), "layers": self.options.layers, "name": self.name}
         usual = {"loss": plain_settings(LocalConsistencyLoss()), "layers": None, "name": type(self).name}
         return type(self).__qualname__ if options == usual else self._generate_state_key(**options)
 

@@ -2,59 +2,40 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from consistency_reg.capture import RouterAdapter
-from consistency_reg.masks import Masks
+from consistency_reg.callbacks.listening import ListeningCallback
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
-from consistency_reg.session import Listener, RoutingSession, Which, check_tokens
+from consistency_reg.session import Listener, ListenOptions
 from consistency_reg.term import Term
 
 with require("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
 
 
-class TrainingStepTerm(Callback):
+class TrainingStepTerm(ListeningCallback):
     """Adds a term of the routing of ``training_step`` to the loss that it returns; the module stays as it is.
 
     A subclass says what the term is (:meth:`term`). Any number of them may stand in one trainer: the term is logged as
     ``train/NAME/...``, with a number behind a name that stands before it already.
 
     Args:
-        masks: ``batch -> (valid, document_ids)``, each [B, T] or None; reads what the model is called with, and the
-            usual keys of the batch, when None (docs/tokens.md).
-        adapters: kinds of routers that the capture does not know by itself.
-        layers: regular expression on the routers' names; those that ran with gradient and belong to what the optimizer
-            trains when None.
-        tokens: "labels": only tokens that have a label count; "all": all that are no padding.
-        name: of the term, in the log and in checkpoints.
+        options: the routers and tokens that the term is about.
+        name: of the term, in the log and in checkpoints; that of the class when None.
     """
 
     name: str  # in the log
     by_hand: str  # what to do in a training_step whose loss is not the returned one
-    keep_inputs = False
 
-    def __init__(
-        self,
-        masks: Callable[[Any], Masks] | None = None,
-        adapters: Sequence[RouterAdapter] = (),
-        *,
-        layers: str | None = None,
-        tokens: Which = "all",
-        name: str | None = None,
-    ) -> None:
-        self.masks = masks
-        self.adapters = tuple(adapters)
-        self.layers = layers
-        self.tokens = check_tokens(tokens)
+    def __init__(self, options: ListenOptions, name: str | None = None) -> None:
+        super().__init__(options)
         if name is not None:
             self.name = name
         self.logged_name = self.name
-        self._listener: Listener | None = None
         self._wraps = False
 
     def term(self, step: int, trace: RoutingTrace) -> Term:
@@ -118,16 +99,8 @@ class TrainingStepTerm(Callback):
                     f"{type(self).__name__} adds its term to the loss that training_step returns, but "
                     f"{type(pl_module).__name__} uses manual optimization: {self.by_hand} in training_step instead"
                 )
-            self._listener = RoutingSession.of(pl_module).listen(
-                layers=self.layers,
-                adapters=self.adapters,
-                masks=self.masks,
-                tokens=self.tokens,
-                keep_inputs=self.keep_inputs,
-                optimizers=lambda: trainer.optimizers,
-            )
-            self.on_listen(self._listener, pl_module)
-        return self._listener
+            self.on_listen(self.listen(trainer, pl_module), pl_module)
+        return self.listen(trainer, pl_module)
 
     def on_listen(self, listener: Listener, pl_module: LightningModule) -> None:
         """Look at the routers before the first step."""
@@ -146,9 +119,7 @@ class TrainingStepTerm(Callback):
         return output + term.weighted.to(output.dtype)
 
     def _release(self, pl_module: LightningModule) -> None:
-        if self._listener is not None:
-            self._listener.release()
-            self._listener = None
+        self.release()
         if self._wraps:
             self._wraps = False
             _unwrap(pl_module)

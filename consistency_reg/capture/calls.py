@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from consistency_reg.capture.finding import Router
-from consistency_reg.hints import is_hint
-from consistency_reg.masks import DESCRIBES_TOKENS, KEYS, TOKENS, Shape, has_tokens, token_shape
+from consistency_reg.masks import Shape, has_tokens, token_shape
+from consistency_reg.masks.batches import DESCRIBES_TOKENS, KEYS, TOKENS
+from consistency_reg.masks.hints import is_hint
 
 DECODER = "decoder_"
 OTHER_THAN_TEXT = re.compile(r"vision|visual|image|audio|video|speech|pixel|patch", re.IGNORECASE)

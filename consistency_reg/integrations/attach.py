@@ -4,6 +4,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -20,7 +21,7 @@ from consistency_reg.losses import RouterAnchorLoss, RoutingLoss
 from consistency_reg.masks import Masks, named_arguments
 from consistency_reg.rerouting import CacheAwareRouting, RoutingSchedule, TrainedRouting
 from consistency_reg.routing import RoutingTrace
-from consistency_reg.session import Listener, RoutingSession, Which, check_tokens
+from consistency_reg.session import Listener, ListenOptions, RoutingSession, Which
 from consistency_reg.term import Term, check_loss, check_weight, warn_of_frozen
 
 Scale = Callable[[Tensor], Tensor]
@@ -101,18 +102,8 @@ def attach(
         >>> 0 < term.value < 1, list(term.per_layer)
         (True, ['router'])
     """
-    return Attachment(
-        model,
-        loss,
-        weight,
-        scale=scale,
-        masks=masks,
-        adapters=adapters,
-        keep_inputs=keep_inputs,
-        layers=layers,
-        tokens=tokens,
-        routing=routing,
-    ).attach()
+    options = ListenOptions(masks, adapters, layers, tokens, keep_inputs)
+    return Attachment(model, loss, weight, scale=scale, options=options, routing=routing).attach()
 
 
 class Attachment:
@@ -131,11 +122,7 @@ class Attachment:
         weight: float = 0.35,
         *,
         scale: float | Scale | None = None,
-        masks: Callable[[Mapping[str, Any]], Masks] | None = None,
-        adapters: Sequence[RouterAdapter] = (),
-        keep_inputs: bool = False,
-        layers: str | None = None,
-        tokens: Which = "all",
+        options: ListenOptions,
         routing: RoutingSchedule | None = None,
     ) -> None:
         self.loss = check_loss(loss)
@@ -145,16 +132,11 @@ class Attachment:
         self.term: Term | None = None
         self.during: Any = None
         self._model = model
-        self._options: dict[str, Any] = {
-            "layers": layers,
-            "adapters": tuple(adapters),
-            "masks": masks,
-            "tokens": check_tokens(tokens),
-            "keep_inputs": keep_inputs or isinstance(self.loss, RouterAnchorLoss),
-        }
+        keep_inputs = options.keep_inputs or isinstance(self.loss, RouterAnchorLoss)
+        self._options = replace(options, keep_inputs=keep_inputs)
         self._listener: Listener | None = None
         self._layer_names: tuple[str, ...] = ()
-        self._trained = None if routing is None else TrainedRouting(model, routing, adapters, masks, layers)
+        self._trained = None if routing is None else TrainedRouting(model, routing, options)
         self._handles: list[RemovableHandle] = []
         self._called = False
 
@@ -202,7 +184,7 @@ class Attachment:
             return self
         self.warn_of_others()
         self._called = False
-        self._listener = RoutingSession.of(self._model).listen(**self._options)
+        self._listener = RoutingSession.of(self._model).listen(self._options)
         warn_of_frozen(self._listener)
         if self._trained is not None:
             self._trained.attach()

@@ -10,13 +10,17 @@ from torch import Tensor, nn
 from consistency_reg.integrations.attach import attachments
 from consistency_reg.integrations.outputs import loss_of
 from consistency_reg.losses.distributed import all_sum
+from consistency_reg.measures import AGREEMENT, CACHE_RATIO, STRENGTH
 from consistency_reg.rerouting import CacheAwareRouting, RoutingSchedule
 from consistency_reg.routing import RoutingTrace
+from consistency_reg.session import ListenOptions
 from consistency_reg.tracking.accumulate import RoutingMeasures, agreed_choices
 
 
 class DeployedEvaluation:
     """Runs the batches of an evaluation once more with the routing of deployment, and adds up what that gives.
+
+    Whoever listens to the model gives the routing of these forwards to :meth:`hear` while :attr:`running`.
 
     The routing is ``schedule``, after its ramp and with the mean of its cache ratios; when None that which a term
     attached to the model trains with, if any does.
@@ -25,19 +29,26 @@ class DeployedEvaluation:
         model: is evaluated.
         schedule: the routing, or None.
         measures: those to add up.
-        options: of :meth:`~consistency_reg.rerouting.RoutingSchedule.routing`.
+        options: the routers and masks of the schedule's routing.
+
+    Attributes:
+        running: whether the present forward is one of a deployed model.
 
     Raises:
         ValueError: with a schedule, a model whose routers cannot be made to know a cache.
     """
 
     def __init__(
-        self, model: nn.Module, schedule: RoutingSchedule | None, measures: RoutingMeasures, **options: Any
+        self, model: nn.Module, schedule: RoutingSchedule | None, measures: RoutingMeasures, options: ListenOptions
     ) -> None:
         self._model = model
         self._schedule = None if schedule is None else schedule.deployed()
-        self._own = self._schedule.routing(model, **options) if self._schedule and self._schedule.strength else None
+        self._own = None
+        if self._schedule is not None and self._schedule.strength:
+            self._own = self._schedule.routing(model, options.adapters, options.masks, options.layers)
         self._measures = measures
+        self.running = False
+        self._heard: RoutingTrace | None = None
         self._used_settings = (0.0, 1.0)  # strength and cache ratio
         self._losses: dict[int, Tensor] = {}  # by dataset: the sum over rows, and the rows
         self._agreed: Tensor | None = None
@@ -54,25 +65,35 @@ class DeployedEvaluation:
             return trained.deployed(self._schedule)
         return self._own
 
+    def hear(self, trace: RoutingTrace) -> None:
+        """Take the routing of the present forward."""
+        self._heard = trace
+
     @torch.no_grad()
-    def run(self, given: Mapping[str, Any]) -> tuple[Any, int] | None:
-        """Run a forward with the routing; return its output and the rows of the batch, or None without a routing.
+    def evaluate(self, given: Mapping[str, Any], dataset: int) -> None:
+        """Run a batch of a dataset once more, and count it; without effect where there is no routing.
 
         Args:
             given: the arguments of the forward by name.
+            dataset: its number.
         """
         context = self.routed()
         if context is None or given.get("past_key_values") is not None:  # which the first forward has filled
-            return None
-        with context as routing:
-            routing.reset()
-            self._used_settings = routing.strength, routing.cache_ratio
-            output = self._model(**given)
+            return
+        self.running, self._heard = True, None
+        try:
+            with context as routing:
+                routing.reset()
+                self._used_settings = routing.strength, routing.cache_ratio
+                output = self._model(**given)
+        finally:
+            self.running = False
         rows = next((len(value) for value in given.values() if isinstance(value, Tensor) and value.dim()), 1)
-        return output, rows
+        if self._heard is not None:
+            self._add(self._heard, output, rows, dataset)
 
-    def add(self, trace: RoutingTrace, output: Any, rows: int, dataset: int) -> None:
-        """Count a batch: its routing, and the model's own loss, weighted by rows as the Trainer's."""
+    def _add(self, trace: RoutingTrace, output: Any, rows: int, dataset: int) -> None:
+        """Count the routing of a batch, and the model's own loss, weighted by rows as the Trainer's."""
         self._measures.add(trace, dataset)
         agreed = agreed_choices(trace)
         self._agreed = agreed if self._agreed is None else self._agreed + agreed
@@ -94,8 +115,8 @@ class DeployedEvaluation:
             return {}
         values: dict[str, Any] = dict(measured.model)
         (agreed,) = all_sum(agreed)
-        values |= {"agreement": agreed[0] / agreed[1].clamp_min(1)}
-        values |= {"strength": self._used_settings[0], "cache_ratio": self._used_settings[1]}
+        values |= {AGREEMENT.key: agreed[0] / agreed[1].clamp_min(1)}
+        values |= {STRENGTH.key: self._used_settings[0], CACHE_RATIO.key: self._used_settings[1]}
         if losses:
             (sums,) = all_sum(torch.stack([losses[dataset] for dataset in sorted(losses)]))
             values["loss"] = sums[:, 0].sum() / sums[:, 1].sum().clamp_min(1)

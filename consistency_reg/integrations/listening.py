@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from consistency_reg.capture.hooks import OwnedHook
 from consistency_reg.masks import named_arguments
 from consistency_reg.routing import RoutingTrace
-from consistency_reg.session import RoutingSession
+from consistency_reg.session import ListenOptions, RoutingSession
 
 Given = Mapping[str, Any]
 
@@ -20,16 +20,15 @@ class ForwardListener:
     Args:
         model: holds routers.
         hear: is given the arguments of the forward by name.
-        options: of :meth:`~consistency_reg.session.RoutingSession.listen`.
+        options: which routers and tokens.
 
     Raises:
         ValueError: a model without routers.
     """
 
-    def __init__(self, model: nn.Module, hear: Callable[[Given], None], **options: Any) -> None:
+    def __init__(self, model: nn.Module, hear: Callable[[Given], None], options: ListenOptions) -> None:
         self._hear = hear
-        self._masks = options.get("masks")
-        self._listener = RoutingSession.of(model).listen(**options)
+        self._listener = RoutingSession.of(model).listen(options)
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(OwnedHook(self, "_begin_forward")),
             model.register_forward_hook(OwnedHook(self, "_end_forward"), with_kwargs=True),
@@ -41,7 +40,7 @@ class ForwardListener:
 
     def count_tokens(self, given: Given) -> Tensor | int:
         """Return the number of real tokens of a forward, on its device so that no host waits; 0 if it is not told."""
-        return self._listener.session.count_tokens(given, self._masks)
+        return self._listener.count_tokens(given)
 
     def release(self) -> None:
         """Take the hooks off the model."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from consistency_reg.capture import RouterAdapter
 from consistency_reg.integrations.attach import attachments
 from consistency_reg.integrations.deployed import DeployedEvaluation
+from consistency_reg.integrations.evaluation import EvaluationProgress
 from consistency_reg.integrations.listening import ForwardListener, Given
 from consistency_reg.integrations.optimizer_step import StepTerm
 from consistency_reg.integrations.reporters import ReporterBoard
@@ -19,14 +20,14 @@ from consistency_reg.integrations.trainer_state import (
     check_boundaries,
     checkpoint_of,
     join_before_reporters,
-    steps_of_epoch,
-    told_boundaries,
+    will_log,
 )
 from consistency_reg.masks import Masks
+from consistency_reg.masks.hints import told_boundaries
 from consistency_reg.optional import require
 from consistency_reg.rerouting import RoutingSchedule
 from consistency_reg.routing import RoutingTrace
-from consistency_reg.session import Which, check_tokens
+from consistency_reg.session import ListenOptions, Which
 from consistency_reg.tracking.accumulate import RoutingMeasures
 from consistency_reg.tracking.alarms import Alarms
 from consistency_reg.tracking.monitor import MonitorCore
@@ -106,14 +107,7 @@ class RoutingMonitorCallback(TrainerCallback):
         self.training = training
         self.deployed = deployed
         self._deployed: DeployedEvaluation | None = None
-        self._of_deployed: RoutingTrace | None = None
-        self._deploying = False
-        self._options: dict[str, Any] = {
-            "masks": masks,
-            "adapters": adapters,
-            "layers": layers,
-            "tokens": check_tokens(tokens),
-        }
+        self._options = ListenOptions(masks, adapters, layers, tokens)
         self._trainer: Trainer | None = None
         self._listener: ForwardListener | None = None
         self._tokens: Tensor | int = 0
@@ -121,8 +115,7 @@ class RoutingMonitorCallback(TrainerCallback):
         self._records = False  # whether the present training step will be logged
         self._of_step: RoutingTrace | None = None
         self._of_batch: tuple[RoutingTrace, Given] | None = None
-        self._batches = 0  # of the dataset that is evaluated
-        self._evaluated: dict[str, dict[str, float]] = {}  # datasets of an evaluation that has more, and their logs
+        self._evaluation = EvaluationProgress()
         self._logged: dict[str, float] = {}
         self._training_values: dict[str, float] = {}
         self._said = False
@@ -180,10 +173,10 @@ class RoutingMonitorCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Decide whether the step is measured, and forget an evaluation that was not finished."""
-        if self._evaluated or self._batches:
+        if self._evaluation.begun:
             self._begin_evaluation()
             self.core.reset()
-        self._records = self.training and _will_log(args, state, train_dataloader)
+        self._records = self.training and will_log(args, state, train_dataloader)
         for term in attachments(model):
             if isinstance(term, StepTerm):
                 term.watch = self.core.watch_term if self._records else None
@@ -214,12 +207,12 @@ class RoutingMonitorCallback(TrainerCallback):
         board = self._board(args, state)
         if board.shows_pictures:
             self.core.draw(board, getattr(processing_class, "decode", None))
-        domain = len(self._evaluated)
-        names = self._datasets()
-        name = names[domain] if domain < len(names) else "eval"
-        self.core.validation_batch(trace, domain, name=name, token_ids=token_ids, draw=self._batches == 0, board=board)
-        self._batches += 1
-        self._evaluate_deployed(given, domain)
+        evaluation = self._evaluation
+        domain, name, draw = evaluation.dataset, evaluation.name(self._eval_datasets), evaluation.batches == 0
+        self.core.validation_batch(trace, domain, name=name, token_ids=token_ids, draw=draw, board=board)
+        evaluation.batches += 1
+        if self._deployed is not None:
+            self._deployed.evaluate(given, domain)
 
     def on_log(
         self,
@@ -280,18 +273,18 @@ class RoutingMonitorCallback(TrainerCallback):
         self._release()
         self._model = model
         self._told: dict[str, tuple[str, ...]] = {}
-        self._listener = ForwardListener(model, self._hear, **self._options)
+        self._listener = ForwardListener(model, self._hear, self._options)
         measures = RoutingMeasures(self.core.segment_lengths, self.core.cache_ratios, self.core.cache_shares)
-        options = {name: self._options[name] for name in ("masks", "adapters", "layers")}
-        self._deployed = DeployedEvaluation(model, self.deployed, measures, **options)
+        self._deployed = DeployedEvaluation(model, self.deployed, measures, self._options)
 
     def _hear(self, given: Given) -> None:
         assert self._listener is not None
-        if self._deploying:
-            self._of_deployed = self._listener.trace(given)
+        assert self._deployed is not None
+        if self._deployed.running:
+            self._deployed.hear(self._listener.trace(given))
             return
         learns = torch.is_grad_enabled()
-        if self._options["masks"] is None and self._trainer is not None:
+        if self._options.masks is None and self._trainer is not None:
             which = "train_dataset" if self._model.training else "eval_dataset"
             check_boundaries(self._boundaries(which), given)
         if self._model.training and learns:
@@ -300,18 +293,6 @@ class RoutingMonitorCallback(TrainerCallback):
                 self._of_step = self._listener.trace(given)
         elif not self._model.training and not learns and self._of_batch is None:
             self._of_batch = self._listener.trace(given), given  # a second forward of the same batch is not counted
-
-    def _evaluate_deployed(self, given: Given, domain: int) -> None:
-        """Run a batch of an evaluation once more with the routing of deployment, if there is one."""
-        assert self._deployed is not None
-        self._deploying, self._of_deployed = True, None
-        try:
-            ran = self._deployed.run(given)
-        finally:
-            self._deploying = False
-        trace, self._of_deployed = self._of_deployed, None
-        if ran is not None and trace is not None:
-            self._deployed.add(trace, *ran, domain)
 
     def _boundaries(self, which: str) -> tuple[str, ...]:
         """Return the columns of the trainer's datasets that tell where documents begin, looked at once."""
@@ -332,38 +313,27 @@ class RoutingMonitorCallback(TrainerCallback):
 
     # --- evaluations ------------------------------------------------------------------------------------------------
 
-    def _datasets(self) -> list[str]:
-        """Return the names of the trainer's evaluation datasets, where they are several."""
-        datasets = getattr(self._trainer, "eval_dataset", None)
-        return list(datasets) if isinstance(datasets, dict) else []
+    @property
+    def _eval_datasets(self) -> Any:
+        return getattr(self._trainer, "eval_dataset", None)
 
     def _begin_evaluation(self) -> None:
-        self._evaluated, self._batches, self._of_batch = {}, 0, None
+        self._evaluation.begin()
+        self._of_batch = None
         if self._deployed is not None:
             self._deployed.forget()
 
     def _end_dataset(self, prefix: str, logs: Mapping[str, Any], device: torch.device) -> dict[str, float]:
-        """Return the measures of an evaluation, if this was the last of its datasets."""
-        numbers = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
-        names, dataset = self._datasets(), prefix.removeprefix("eval_")
-        domain = len(self._evaluated)
-        if domain < len(names) and names[domain] == dataset:  # one of those that are evaluated in turn
-            self._evaluated[dataset], self._batches = numbers, 0
-            if len(self._evaluated) < len(names):
-                return {}
-            each = enumerate(self._evaluated.items())
-            numbers |= {
-                f"eval_loss/dataloader_idx_{i}": of.get(f"eval_{name}_loss", torch.nan) for i, (name, of) in each
-            }
-            prefix = "eval"
-        else:
-            names = [f"{number}" for number in range(domain)] + [dataset]
-        values = {name: float(value) for name, value in self.core.end_validation(names, device).items()}
+        """Return the measures of an evaluation by their names in the log, if this was the last of its datasets."""
+        ended = self._evaluation.end_dataset(prefix, logs, self._eval_datasets)
+        if ended is None:
+            return {}
+        values = {name: float(value) for name, value in self.core.end_validation(ended.names, device).items()}
         if self._deployed is not None:
-            values |= {f"deployed/{name}": value for name, value in self._deployed.results(names, device).items()}
+            values |= {f"deployed/{name}": value for name, value in self._deployed.results(ended.names, device).items()}
         self._begin_evaluation()
-        self._logged = numbers if values else {}
-        return {f"{prefix}_{name}": value for name, value in values.items()}
+        self._logged = ended.logged if values else {}
+        return {f"{ended.prefix}_{name}": value for name, value in values.items()}
 
     def _say_that_nothing_is_measured(self) -> None:
         if not self._said:
@@ -379,12 +349,3 @@ class RoutingMonitorCallback(TrainerCallback):
         return ReporterBoard(
             list(args.report_to or ()), callbacks, state.global_step, first=state.is_world_process_zero
         )
-
-
-def _will_log(args: TrainingArguments, state: TrainerState, dataloader: Any) -> bool:
-    """Return whether the trainer logs after the optimizer step that begins."""
-    done = state.global_step + 1
-    if args.logging_strategy == "steps":
-        return done % max(int(state.logging_steps), 1) == 0 or (args.logging_first_step and done == 1)
-    steps = steps_of_epoch(args, dataloader)
-    return args.logging_strategy == "epoch" and steps is not None and done % steps == 0

@@ -1,22 +1,17 @@
-"""Read a transformers ``Trainer``: where it stands, what its data tell, where its reporters are."""
+"""Read a transformers ``Trainer``: where it stands, where its reporters are, which columns it dropped."""
 
 import math
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from consistency_reg.hints import OF_BOUNDARIES, is_hint
+from consistency_reg.masks.batches import BOUNDARIES
 from consistency_reg.optional import require
 
 with require("accelerate"):
     import accelerate  # noqa: F401  (the Trainer needs it, and names it less clearly)
     from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
-
-BOUNDARIES = ("document_ids", "position_ids", "seq_idx", "cu_seq_lens_q")  # what may tell where documents begin
-# In a row of a dataset; in a batch such a name may hold the lengths of its rows.
-LENGTHS = re.compile(r"(^|_)seq(uence)?_?(len|length)s$")
 
 
 def join_before_reporters(trainer: Trainer, callback: TrainerCallback) -> None:
@@ -27,35 +22,11 @@ def join_before_reporters(trainer: Trainer, callback: TrainerCallback) -> None:
     others.insert(next((index for index, is_ours in enumerate(ours) if not is_ours), len(others)), callback)
 
 
-def told_boundaries(dataset: Any) -> tuple[str, ...]:
-    """Return the columns of a dataset that tell, or may tell, where documents begin.
-
-    Example:
-        >>> told_boundaries([{"input_ids": [1, 2], "document_ids": [0, 1], "doc_id": "a name", "seq_lengths": [1, 1]}])
-        ('document_ids', 'seq_lengths')
-    """
-    names = getattr(dataset, "column_names", None)
-    row: Mapping[str, Any] = {}
-    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset):
-        first = dataset[0]
-        row = first if isinstance(first, Mapping) else {}
-    known = tuple(name for name in BOUNDARIES if name in (names or row))
-    names_of_row = (name for name in row if isinstance(name, str))
-    hints = (name for name in names_of_row if OF_BOUNDARIES.search(name.lower()) or LENGTHS.search(name.lower()))
-    return known + tuple(name for name in hints if name not in known and _is_row(name, row[name]))
-
-
-def _is_row(name: str, value: Any) -> bool:
-    """Return whether a column holds numbers for tokens or documents, not one thing for a row."""
-    values = value.tolist() if hasattr(value, "tolist") else value
-    return is_hint(name, value) and isinstance(values, list | tuple) and all(isinstance(one, int) for one in values)
-
-
 def check_boundaries(told: tuple[str, ...], given: Mapping[str, Any]) -> None:
     """Refuse a forward that was given no boundaries of documents although the dataset has them.
 
     Args:
-        told: from :func:`told_boundaries`.
+        told: from :func:`~consistency_reg.masks.hints.told_boundaries`.
         given: the arguments of the forward by name.
 
     Raises:
@@ -92,6 +63,15 @@ def steps_of_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
         return max(math.ceil(len(dataloader) / args.gradient_accumulation_steps), 1)
     except TypeError:
         return None
+
+
+def will_log(args: TrainingArguments, state: TrainerState, dataloader: Any) -> bool:
+    """Return whether the trainer logs after the optimizer step that begins."""
+    done = state.global_step + 1
+    if args.logging_strategy == "steps":
+        return done % max(int(state.logging_steps), 1) == 0 or (args.logging_first_step and done == 1)
+    steps = steps_of_epoch(args, dataloader)
+    return args.logging_strategy == "epoch" and steps is not None and done % steps == 0
 
 
 def micro_batches(args: TrainingArguments, state: TrainerState, dataloader: Any, trainer: Trainer | None) -> int:

@@ -16,13 +16,13 @@ from consistency_reg.integrations.trainer_state import (
     checkpoint_of,
     join_before_reporters,
     micro_batches,
-    told_boundaries,
 )
 from consistency_reg.losses import RoutingLoss
 from consistency_reg.masks import Masks
+from consistency_reg.masks.hints import told_boundaries
 from consistency_reg.optional import require
 from consistency_reg.rerouting import RoutingSchedule
-from consistency_reg.session import Which, check_tokens
+from consistency_reg.session import ListenOptions, Which
 from consistency_reg.term import WeightSchedule, check_loss, check_name, usual_name
 
 with require("accelerate"):
@@ -91,14 +91,8 @@ class ConsistencyCallback(TrainerCallback):
         self.loss = check_loss(loss)
         self.schedule = WeightSchedule(weight, warmup_steps, start_step)
         self.name = check_name(name)
-        self._options: dict[str, Any] = {
-            "masks": masks,
-            "adapters": adapters,
-            "keep_inputs": keep_inputs,
-            "layers": layers,
-            "tokens": check_tokens(tokens),
-            "routing": routing,
-        }
+        self._options = ListenOptions(masks, adapters, layers, tokens, keep_inputs)
+        self._routing = routing
         self._attachment: StepTerm | None = None
         self._seen: dict[str, list[Tensor | float]] = {}  # since the last log
         self._trainer: Trainer | None = None  # None where it was not told by add_to
@@ -149,10 +143,11 @@ class ConsistencyCallback(TrainerCallback):
                 stacklevel=2,
             )
         self.loss.to(args.device).train()
-        self._attachment = StepTerm(model, self.loss, self.schedule.at(state.global_step), **self._options)
+        weight = self.schedule.at(state.global_step)
+        self._attachment = StepTerm(model, self.loss, weight, options=self._options, routing=self._routing)
         self._attachment.base_name, self._attachment.name = name, f"{name}_{same + 1}" if same else name
         self._attachment.during = state
-        if self._options["masks"] is None:
+        if self._options.masks is None:
             told = self._trainer or train_dataloader
             dataset = getattr(told, "train_dataset", None) or getattr(told, "dataset", None)
             self._attachment.told_boundaries = told_boundaries(dataset)

@@ -17,6 +17,7 @@ with require("transformers"):
 PARTS = {
     "router": "the routers alone",
     "lora": "the routers, and low-rank updates of the attention's matrices, which are merged",
+    "lora_experts": "the routers, and low-rank updates of the matrices of attention and experts, which are merged",
     "all": "all weights",
 }
 

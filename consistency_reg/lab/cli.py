@@ -14,6 +14,7 @@ MODULES = {
     "fit": "consistency_reg.lab.train",
     "evaluate": "consistency_reg.lab.evaluate.command",
     "ablate": "consistency_reg.lab.ablate",
+    "cloze": "consistency_reg.lab.cloze.command",
     "export": "consistency_reg.lab.gguf.command",
     "offload": "consistency_reg.lab.offload.command",
     "price": "consistency_reg.lab.pricing.command",
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("fit", help="train one recipe into a run folder")
     commands.add_parser("evaluate", help="judge models, and say how large a cache of experts they need")
     commands.add_parser("ablate", help="train every cell of a grid of recipes")
+    commands.add_parser("cloze", help="let models choose among continuations of held-out passages")
     commands.add_parser("export", help="write a model as GGUF for llama.cpp")
     commands.add_parser("offload", help="run models whose experts are read from disk")
     commands.add_parser("price", help="measure what routing that knows the cache costs and saves")

@@ -16,13 +16,13 @@ with require("transformers"):
     from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
     from transformers.utils import has_file
 
-PARTS = ("router", "experts", "lora", "all")
+PARTS = ("router", "experts", "lora", "lora_experts", "all")
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 
 def pretrained_moe(
     path: str = "",
-    train: Literal["router", "experts", "lora", "all"] = "router",
+    train: Literal["router", "experts", "lora", "lora_experts", "all"] = "router",
     lora_rank: int = 8,
     lora_alpha: float = 16.0,
     lora_targets: Sequence[str] | None = None,
@@ -35,7 +35,8 @@ def pretrained_moe(
         path: a folder of ``save_pretrained``, the folder of a finished run of ``consistency-reg fit``, or a hub id.
         train: what learns. "router": the routers alone. "experts": the blocks that routers are in, with all experts.
             "lora": the routers, and a low-rank update of the attention's matrices (PEFT's LoRA), which
-            :func:`save_plain` merges into them. "all": every parameter.
+            :func:`save_plain` merges into them. "lora_experts": the same with the experts' matrices. "all": every
+            parameter.
         lora_rank: rank of the updates.
         lora_alpha: they are scaled by ``lora_alpha / lora_rank``.
         lora_targets: names, or ends of names, of the matrices to update; the attention's linear layers when None.
@@ -44,8 +45,8 @@ def pretrained_moe(
         trust_remote_code: whether code that comes with the model may run.
 
     Returns:
-        The model of transformers in training mode; with "lora" PEFT's wrapper of it. On the meta device the same
-        without weights.
+        The model of transformers in training mode; with low-rank updates PEFT's wrapper of it. On the meta device the
+        same without weights.
 
     Raises:
         ValueError: a model that is not causal or has no routers, code that is not trusted, a checkpoint that lacks
@@ -84,11 +85,15 @@ def trainable(
     routers = RouterCapture(model).routers
     model.requires_grad_(train == "all")
     wrapped: nn.Module = model
-    if train == "lora":
+    if train in ("lora", "lora_experts"):
         with require("peft"):
             from peft import LoraConfig, get_peft_model
-        targets = list(lora_targets) if lora_targets is not None else attention_matrices(model)
-        options: dict[str, Any] = {"r": lora_rank, "lora_alpha": lora_alpha, "target_modules": targets}
+        options: dict[str, Any] = {"r": lora_rank, "lora_alpha": lora_alpha}
+        options["target_modules"] = list(lora_targets) if lora_targets is not None else attention_matrices(model)
+        if train == "lora_experts":
+            linear, stacked = expert_matrices(model)
+            options["target_modules"] += linear
+            options["target_parameters"] = stacked
         wrapped = get_peft_model(model, LoraConfig(**options))
     for name, router in routers.items():
         learns = model.get_submodule(name.rpartition(".")[0]) if train == "experts" else router
@@ -121,6 +126,29 @@ def attention_matrices(model: nn.Module) -> list[str]:
             f"lora_targets must name the matrices to update: no linear layer within attention in {type(model).__name__}"
         )
     return found
+
+
+def expert_matrices(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Return the names of the experts' linear layers, and of the parameters [E, out, in] that hold all experts.
+
+    Raises:
+        ValueError: there are neither.
+
+    Example:
+        >>> from consistency_reg.lab.model import small_moe
+        >>> expert_matrices(small_moe(hidden_size=64, num_layers=1))[1][0]
+        'model.layers.0.block_sparse_moe.experts.gate_up_proj'
+    """
+    blocks = tuple(f"{router.rpartition('.')[0]}." for router in RouterCapture(model).layer_names)
+    stacked = [name for name, weights in model.named_parameters() if name.startswith(blocks) and weights.dim() == 3]
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(blocks) and ".experts." in name
+    ]
+    if not linear and not stacked:
+        raise ValueError(f"train must not be 'lora_experts': no matrix of an expert is known in {type(model).__name__}")
+    return linear, stacked
 
 
 def save_plain(model: Any, folder: Path) -> None:

@@ -10,10 +10,13 @@ a domain. :func:`parse` reads such a name back.
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from consistency_reg.measures.reading import (
     AGREEMENT_CALLBACK,
     AS_PAIR,
+    CLOZE_COMMAND,
+    DEPLOYED,
     DIFFERENCE,
     DISTILLATION,
     DOMAIN,
@@ -29,6 +32,7 @@ from consistency_reg.measures.reading import (
     POINTS,
     RATIO,
     REGULARIZER,
+    ROUTING_CALLBACK,
     SHARE,
     TRAINING,
     UP,
@@ -80,6 +84,17 @@ DENSE_DIVERGENCE = Measure(
     NATS,
     3,
     logged_by=DISTILLATION,
+)
+CLOZE = Measure(
+    "cloze/accuracy",
+    "cloze accuracy",
+    "share of held-out passages whose own continuation the model finds likelier than three others",
+    UP,
+    "Trade-off",
+    SHARE,
+    1,
+    compared=DIFFERENCE,
+    logged_by=CLOZE_COMMAND,
 )
 SRP = Measure(
     "srp/{segment}",
@@ -165,7 +180,7 @@ OVERLAP = Measure(
 AGREEMENT = Measure(
     "agreement",
     "agreement",
-    "share of a token's experts that the model chose before fine-tuning too",
+    "share of a token's experts that the model chose before fine-tuning too; as deployed, that its routers prefer",
     AS_PAIR,
     "Consistency",
     SHARE,
@@ -332,12 +347,57 @@ TERM_WEIGHTED = Measure(
     stages=(TRAINING,),
     logged_by=REGULARIZER,
 )
+STRENGTH = Measure(
+    "strength",
+    "strength of cache-aware routing",
+    "how strongly the deployed model prefers experts that are in the cache; 0 is the model as it is",
+    AS_PAIR,
+    "Cache-aware routing",
+    of=(MODEL,),
+    stages=(DEPLOYED,),
+    logged_by=ROUTING_CALLBACK,
+)
+CACHE_RATIO = Measure(
+    "cache_ratio",
+    "cache of cache-aware routing",
+    "slots of the cache that the deployed model knows, over the active experts K",
+    AS_PAIR,
+    "Cache-aware routing",
+    RATIO,
+    of=(MODEL,),
+    stages=(DEPLOYED,),
+    logged_by=ROUTING_CALLBACK,
+)
+TRAINED_STRENGTH = replace(
+    STRENGTH,
+    key="routing/strength",
+    meaning="how strongly this training step prefers experts that are in the cache",
+    stages=(TRAINING,),
+)
+TRAINED_CACHE_RATIO = replace(
+    CACHE_RATIO,
+    key="routing/cache_ratio",
+    meaning="slots of the cache that this training step knows, over the active experts K",
+    stages=(TRAINING,),
+)
+TRAINED_MISSES = Measure(
+    "routing/misses",
+    "misses of cache-aware routing",
+    "share of the uses of experts in a training batch that were not in the cache, first uses included",
+    DOWN,
+    "Cache-aware routing",
+    SHARE,
+    of=(MODEL,),
+    stages=(TRAINING,),
+    logged_by=ROUTING_CALLBACK,
+)
 
 MEASURES = (
     PERPLEXITY,
     CROSS_ENTROPY,
     DENSE_PERPLEXITY,
     DENSE_DIVERGENCE,
+    CLOZE,
     SRP,
     SIZE_RATIO,
     THRESHOLD,
@@ -357,6 +417,11 @@ MEASURES = (
     TERM,
     TERM_WEIGHT,
     TERM_WEIGHTED,
+    STRENGTH,
+    CACHE_RATIO,
+    TRAINED_STRENGTH,
+    TRAINED_CACHE_RATIO,
+    TRAINED_MISSES,
 )
 
 
@@ -414,7 +479,7 @@ def parse(name: str) -> Reading | None:
 
 
 _STAGES = (
-    *(f"{VALIDATION}/before/deployed", f"{VALIDATION}/before", f"{VALIDATION}/deployed", f"best/{VALIDATION}"),
+    *(f"{VALIDATION}/before/deployed", f"{VALIDATION}/before", DEPLOYED, f"best/{VALIDATION}"),
     *(VALIDATION, TRAINING),
 )
 _LAYER = re.compile(r"layer_(\d+)")

@@ -14,9 +14,10 @@ from consistency_reg.cache_policies import POLICY_LABELS
 UP, DOWN, AS_PAIR = "up", "down", "as in the baseline"  # what is good
 SHARE, POINTS, RATIO, NATS, USES, NUMBER = "%", "percentage points", "x", "nats", "uses", ""  # units
 MODEL, LAYER, DOMAIN, EXPERT = "model", "layer", "domain", "expert"  # what is measured
-VALIDATION, TRAINING = "val", "train"  # where it is logged
+VALIDATION, TRAINING, DEPLOYED = "val", "train", "val/deployed"  # where it is logged
 MONITOR, REGULARIZER, AGREEMENT_CALLBACK = "RoutingMonitor", "ConsistencyRegularizer", "ExpertAgreement"  # who logs
-MODULE, EVALUATE, DISTILLATION = "the module", "evaluate", "Distillation"
+MODULE, EVALUATE, DISTILLATION, CLOZE_COMMAND = "the module", "evaluate", "Distillation", "cloze"
+ROUTING_CALLBACK = "CacheAwareTraining"
 # How a run stands next to its baseline: by a relative change, a difference, as a multiple of it, or by itself.
 RELATIVE, DIFFERENCE, MULTIPLE, ITSELF = "relative", "difference", "multiple", "itself"
 
@@ -44,7 +45,7 @@ class Measure:
         digits: behind the point, when it is shown.
         of: what it is logged of: the MODEL over all data, each LAYER, each DOMAIN, each EXPERT.
         stages: where it is logged.
-        logged_by: who logs it: a callback, the module that is trained, or `consistency-reg evaluate`.
+        logged_by: who logs it: a callback, the module that is trained, or a command.
         metric: the metric whose results hold it: "srp", "balance", "hit_rate" or "specialization"; "" for none.
         name: what the metric's ``compute()`` and the rows of `evaluate` call it, if not by its key.
         attribute: what the metric's results call it.

@@ -1,6 +1,6 @@
 """Cache-aware routing in the training forwards of a model alone."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from consistency_reg.capture import RouterAdapter
 from consistency_reg.capture.hooks import OwnedHook
-from consistency_reg.masks import Masks, named_arguments
+from consistency_reg.masks import named_arguments
 from consistency_reg.rerouting.cache_aware_routing import CacheAwareRouting
 from consistency_reg.rerouting.schedule import RoutingSchedule
+from consistency_reg.session import ListenOptions
 
 
 class TrainedRouting:
@@ -21,27 +21,19 @@ class TrainedRouting:
     Args:
         model: is called in training; holds routers.
         schedule: what each optimizer step has.
-        adapters: kinds of routers to look for, before the built-in ones.
-        masks: ``forward's arguments by name -> (valid, document_ids)``; what the innermost model is given when None.
-        layers: regular expression; the routers to change.
+        options: the routers to change, and the masks of the forward's arguments by name; what the innermost model is
+            given when there are none.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        schedule: RoutingSchedule,
-        adapters: Sequence[RouterAdapter] = (),
-        masks: Callable[[Mapping[str, Any]], Masks] | None = None,
-        layers: str | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, schedule: RoutingSchedule, options: ListenOptions) -> None:
         if not isinstance(schedule, RoutingSchedule):
             raise TypeError(
                 f"routing must be a RoutingSchedule, such as RoutingSchedule(strength=0.1), got {schedule!r}"
             )
         self.schedule = schedule
-        self.routing = schedule.routing(model, adapters, layers=layers)
+        self.routing = schedule.routing(model, options.adapters, layers=options.layers)
         self._model = model
-        self._masks = masks
+        self._masks = options.masks
         self._handle: RemovableHandle | None = None
         self._deployed = False
 

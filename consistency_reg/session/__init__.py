@@ -4,7 +4,8 @@ A regularizer, a monitor, an anchor and a progress bar each hold a :class:`Liste
 :class:`RoutingSession`, so that a step is recorded once, its masks are read once, and its trace is made once.
 """
 
-from consistency_reg.session.listener import Listener, Which, check_tokens
+from consistency_reg.session.listener import Listener
+from consistency_reg.session.options import ListenOptions, Which
 from consistency_reg.session.session import RoutingSession
 
-__all__ = ["Listener", "RoutingSession", "Which", "check_tokens"]
+__all__ = ["ListenOptions", "Listener", "RoutingSession", "Which"]

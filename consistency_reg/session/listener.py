@@ -1,25 +1,18 @@
 """A listener of a session: which routers and tokens it wants, and the trace that it gets."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from consistency_reg.capture import FrozenRouter, RouterAdapter
-from consistency_reg.masks import Masks
+from torch import Tensor
+
+from consistency_reg.capture import FrozenRouter
 from consistency_reg.routing import RoutingTrace
+from consistency_reg.session.options import ListenOptions
 
 if TYPE_CHECKING:
     from consistency_reg.session.session import RoutingSession
-
-Which = Literal["all", "labels"]
-
-
-def check_tokens(tokens: str) -> Which:
-    """Return which tokens count; ValueError unless it is "all" or "labels"."""
-    if tokens not in ("all", "labels"):
-        raise ValueError(f"tokens must be 'all' or 'labels', got {tokens!r}")
-    return tokens  # type: ignore[return-value]
 
 
 class Listener:
@@ -27,30 +20,18 @@ class Listener:
 
     Attributes:
         session: what it takes part in.
-        layers: regular expression on the routers' names, or None.
+        options: which routers and tokens it wants.
         expects: whether it will still ask for the trace of the last forward.
     """
 
-    def __init__(
-        self,
-        session: "RoutingSession",
-        layers: str | None,
-        adapters: tuple[RouterAdapter, ...],
-        masks: Callable[[Any], Masks] | None,
-        tokens: Which,
-        keep_inputs: bool,
-    ) -> None:
+    def __init__(self, session: "RoutingSession", options: ListenOptions) -> None:
         self.session = session
-        self.layers = layers
-        self.adapters = adapters
-        self.masks = masks
-        self.tokens = tokens
-        self.keep_inputs = keep_inputs
+        self.options = options
         self.expects = False
 
     def hears(self, name: str) -> bool:
         """Return whether a router of this name is one of its own."""
-        return self.layers is None or re.search(self.layers, name) is not None
+        return self.options.layers is None or re.search(self.options.layers, name) is not None
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -93,6 +74,10 @@ class Listener:
             UserWarning: once, several models are taken together, or pads or boundaries are hinted at but not known.
         """
         return self.session._trace(self, batch)
+
+    def count_tokens(self, batch: Any) -> Tensor | int:
+        """Return the real tokens of a batch, on its device so that no host waits; 0 where they cannot be told."""
+        return self.session.count_tokens(batch, self.options.masks)
 
     def any_router_learns(self) -> bool:
         """Return whether a parameter of a router is trained."""

@@ -6,20 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consistency_reg.capture import RouterAdapter, RouterCapture
+from consistency_reg.capture import RouterCapture
 from consistency_reg.capture.hooks import OwnedHook
 from consistency_reg.capture.readings import Reading
 from consistency_reg.capture.stacks import Stack, counted_forwards, names_of, stacks_of, trained_stacks
 from consistency_reg.capture.traces import join
-from consistency_reg.masks import (
-    KEYS,
-    Masks,
-    count_tokens,
-    given_by,
-    token_ids,
-)
+from consistency_reg.masks import Masks, count_tokens, given_by, token_ids
+from consistency_reg.masks.batches import KEYS
 from consistency_reg.routing import RoutingTrace
-from consistency_reg.session.listener import Listener, Which, check_tokens
+from consistency_reg.session.listener import Listener
+from consistency_reg.session.options import ListenOptions
 from consistency_reg.session.tokens import TokenReader, different_tokens
 
 
@@ -76,28 +72,20 @@ class RoutingSession:
 
     def listen(
         self,
+        options: ListenOptions | None = None,
         *,
-        layers: str | None = None,
-        adapters: Sequence[RouterAdapter] = (),
-        masks: Callable[[Any], Masks] | None = None,
-        tokens: Which = "all",
-        keep_inputs: bool = False,
         optimizers: Callable[[], Iterable[torch.optim.Optimizer]] | None = None,
     ) -> Listener:
         """Join, before the first forward where it is compiled.
 
         Args:
-            layers: regular expression on the routers' names; those that the training is about when None.
-            adapters: kinds of routers that are not known.
-            masks: ``batch -> (valid, document_ids)``, in place of what is read.
-            tokens: "labels" for those that have a label alone.
-            keep_inputs: keep the routers' inputs too.
+            options: which routers and tokens; those that the training is about when None.
             optimizers: what trains the module.
 
         Raises:
-            ValueError: a module without routers, or no name of one matches ``layers``.
+            ValueError: a module without routers, or no name of one matches ``options.layers``.
         """
-        listener = Listener(self, layers, tuple(adapters), masks, check_tokens(tokens), keep_inputs)
+        listener = Listener(self, options or ListenOptions())
         self._listeners.append(listener)
         try:
             self._attach()
@@ -109,10 +97,10 @@ class RoutingSession:
 
     def _attach(self) -> None:
         """Listen to what all listeners want."""
-        patterns = [listener.layers for listener in self._listeners]
+        patterns = [listener.options.layers for listener in self._listeners]
         layers = None if None in patterns else "|".join(f"(?:{one})" for one in dict.fromkeys(map(str, patterns)))
-        adapters = tuple(dict.fromkeys(one for listener in self._listeners for one in listener.adapters))
-        keep_inputs = any(listener.keep_inputs for listener in self._listeners)
+        adapters = tuple(dict.fromkeys(one for listener in self._listeners for one in listener.options.adapters))
+        keep_inputs = any(listener.options.keep_inputs for listener in self._listeners)
         old = self._capture
         if old is not None and (old.layers, old.adapters, old.keep_inputs) == (layers, adapters, keep_inputs):
             return
@@ -151,9 +139,9 @@ class RoutingSession:
     # --- the trace --------------------------------------------------------------------------------------------------
 
     def _trace(self, listener: Listener, batch: Any) -> RoutingTrace:
-        given = given_by(batch)
+        options, given = listener.options, given_by(batch)
         told = tuple(id(given[name]) for name in KEYS if name in given)
-        key = (listener.layers, listener.masks, listener.tokens, told if told or listener.masks is None else id(batch))
+        key = (options.layers, options.masks, options.tokens, told if told or options.masks is None else id(batch))
         readings = [one for name in self.capture.layer_names for one in self.capture.readings(name)]
         self._traces = [kept for kept in self._traces if _same(kept[1], readings)]
         known = next((trace for known_key, _, _, trace in self._traces if known_key == key), None)
@@ -161,9 +149,9 @@ class RoutingSession:
             known = self._new_trace(listener, batch, given)
             self._traces.append((key, readings, batch, known))  # which holds what the key names by its id
             ids = token_ids(batch)
-            if listener.tokens == "all" and batch is not None and (ids is None or ids.shape == known.shape):
+            if options.tokens == "all" and batch is not None and (ids is None or ids.shape == known.shape):
                 real = known.shape[0] * known.shape[1] if known.valid is None else known.valid.sum()
-                self._counted = (_first_tensor(batch), listener.masks, real)
+                self._counted = (_first_tensor(batch), options.masks, real)
         return known
 
     def count_tokens(self, batch: Any, masks: Callable[[Any], Masks] | None = None) -> Tensor | int:
@@ -178,7 +166,7 @@ class RoutingSession:
         forwards = [counted_forwards(self.capture, stack.names) for stack in stacks]
         if len({len(of_stack) for of_stack in forwards}) > 1:
             raise different_tokens(stacks, [f"{len(of_stack)} forwards" for of_stack in forwards])
-        if listener.masks is not None and len(forwards[0]) > 1:
+        if listener.options.masks is not None and len(forwards[0]) > 1:
             raise ValueError(
                 f"masks= gives the masks of one forward, but {stacks[0]} ran {len(forwards[0])} times in this step"
             )
@@ -188,12 +176,12 @@ class RoutingSession:
             shape, masks = self._tokens.agreed(listener, stacks, of_stacks, batch, given)
             joined = {name: reading for forward in of_stacks for name, reading in forward.items()}
             traces.append(self.capture.make_trace({name: joined[name] for name in order}, shape, *masks))
-        if listener.layers is None:
+        if listener.options.layers is None:
             self._tokens.warn_of_several_models(stacks)
         return join(traces)
 
     def _choose(self, listener: Listener) -> tuple[Stack, ...]:
-        if listener.layers is not None:
+        if listener.options.layers is not None:
             chosen = [(stack, [name for name in stack.names if listener.hears(name)]) for stack in self._stacks]
             return tuple(Stack(stack.caller, stack.path, tuple(names)) for stack, names in chosen if names)
         stacks = trained_stacks(self.capture, self._stacks, self._parameters())

@@ -10,17 +10,9 @@ from torch import nn
 from consistency_reg.capture.calls import told_of
 from consistency_reg.capture.readings import Forward, shape_of
 from consistency_reg.capture.stacks import Stack
-from consistency_reg.hints import inner_batches, looks_padded, unread_hints
-from consistency_reg.masks import (
-    DESCRIBES_TOKENS,
-    Masks,
-    Shape,
-    given_by,
-    has_tokens,
-    labelled_tokens,
-    read_masks,
-    token_shape,
-)
+from consistency_reg.masks import Masks, Shape, given_by, has_tokens, labelled_tokens, read_masks, token_shape
+from consistency_reg.masks.batches import DESCRIBES_TOKENS
+from consistency_reg.masks.hints import inner_batches, looks_padded, unread_hints
 from consistency_reg.session.listener import Listener
 
 LOOKS = 8  # batches that are looked at for pads without a mask
@@ -58,8 +50,8 @@ class TokenReader:
         Raises:
             ValueError: the stacks saw different tokens, or masks that do not describe them.
         """
-        if listener.masks is not None:
-            masks = listener.masks(batch)
+        if listener.options.masks is not None:
+            masks = listener.options.masks(batch)
             shape = None if masks[0] is None else token_shape({"seq_idx": masks[0]})
             return _one_shape(stacks, forwards, shape), masks
         shape = _one_shape(stacks, forwards, token_shape(given) if has_tokens(given) else None)
@@ -71,7 +63,7 @@ class TokenReader:
             )
         self._warn_of_unknown_masks(stacks[0], told[0], batch, forwards[0])
         valid, document_ids = read_masks(told[0], shape, self._pad_id(forwards[0]))
-        if listener.tokens == "labels":
+        if listener.options.tokens == "labels":
             labelled = labelled_tokens(told[0], shape)
             valid = labelled if valid is None else valid & labelled
         return shape, (valid, document_ids)

@@ -18,8 +18,8 @@ measured just before each run.
 
 Each run is one line of ``--state`` as soon as it is over, and is not made again unless its model was: the same command
 goes on after it was killed, and more repeats, sizes, models or strengths may be asked for later. Rows with quantiles
-over the repeats are appended to recipes/results/offload.csv at the end, or of the runs so far with ``--finish``; the
-tables of docs/deploying.md (``make results``) show the last row of each arm and size.
+over the repeats are appended to recipes/results/offload.csv (``--results`` names another) at the end, or of the runs
+so far with ``--finish``; the tables of docs/deploying.md (``make results``) show the last row of each arm and size.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def main() -> None:
             found = f"{done[key]['decode_tokens_per_s']:.1f} tokens/s, {done[key]['misses_per_token']:.2f} misses"
             label = f"{key.name} bias {key.strength:g} cache {key.ratio:g}K"
             print(f"{place}/{len(planned)} {label}: {found}; {left / 60:.0f} min left", flush=True)
-    append("offload", list(rows(arms, done, options)))
+    append(options.results, list(rows(arms, done, options)))
 
 
 def plan(arms: Sequence[Arm], options: argparse.Namespace) -> Iterator[tuple[Key, Arm]]:
@@ -297,6 +297,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--state", type=Path, default=Path("runs/offload/benchmark.jsonl"), help="runs that are over")
+    parser.add_argument("--results", default="offload", metavar="NAME", help="recipes/results/NAME.csv gets the rows")
     parser.add_argument("--finish", action="store_true", help="append the rows of the runs so far, and make no more")
     return parser.parse_args()
 

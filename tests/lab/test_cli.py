@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from consistency_reg.lab import cli
+from consistency_reg.lab.arguments.evaluate import parser
 
 
 @pytest.fixture
@@ -93,11 +94,23 @@ def test_an_exit_inside_a_command_is_its_code(command, capsys, code, expected):
 def test_help_fits_a_screen_and_has_an_example(capsys, arguments):
     assert cli.main([*arguments, "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= (44 if arguments in (["evaluate"], ["offload"]) else 28)  # which have more than 20 options
+    assert len(lines) <= (36 if arguments in (["evaluate"], ["offload"]) else 28)  # which have more than 20 options
     assert max(map(len, lines)) <= 100
     assert any("--debug" in line for line in lines)
     assert any(line.startswith("example") for line in lines)
     assert any(line.strip().startswith("consistency-reg ") for line in lines)
+
+
+def test_rare_options_are_named_in_the_help_and_explained_in_all_of_it(capsys):
+    assert cli.main(["evaluate", "--help"]) == 0
+    short = capsys.readouterr().out
+    assert cli.main(["evaluate", "--help-all"]) == 0
+    long = capsys.readouterr().out
+    options = [action for action in parser()._actions if action.option_strings]
+    assert all(action.option_strings[-1] in short for action in options)
+    assert all(f"  {action.option_strings[-1]} " in long for action in options if "-h" not in action.option_strings)
+    assert "halved when memory runs out" in long
+    assert "halved when memory runs out" not in short
 
 
 @pytest.mark.parametrize(

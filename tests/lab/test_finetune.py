@@ -156,6 +156,14 @@ def test_lora_is_merged_into_a_plain_checkpoint(tune, checkpoint):
     assert after == before
 
 
+def test_low_rank_updates_of_experts_learn_under_the_routing_that_is_deployed(tune, checkpoint):
+    run = tune(model__model__train="lora_experts", model__learning_rate=0.1, routing__strength=0.1)
+    moved = {"router", "q_proj", "k_proj", "v_proj", "o_proj", "input_linear", "output_linear"}
+    assert changed(weights(checkpoint), weights(run)) == moved
+    assert result(run)["metrics"]["val/deployed/ppl"] > 0
+    assert result(run)["parameters"] == result(checkpoint)["parameters"]
+
+
 def test_a_fresh_process_of_plain_transformers_gives_equal_logits(tmp_path):
     ids = token_ids(2, 9)
     torch.save(ids, tmp_path / "ids.pt")
@@ -168,7 +176,7 @@ def test_a_fresh_process_of_plain_transformers_gives_equal_logits(tmp_path):
                     parameter += 0.05 * torch.randn_like(parameter)
             trained[train] = model(ids).logits
             save_plain(model, tmp_path / train)
-            merged[train] = (model.get_base_model() if train == "lora" else model)(ids).logits
+            merged[train] = (model.get_base_model() if "lora" in train else model)(ids).logits
     done = subprocess.run([sys.executable, "-c", RELOAD, tmp_path, *PARTS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for train in PARTS:
@@ -198,6 +206,10 @@ def test_what_is_to_learn_gets_a_gradient_and_the_rest_none(kind, train):
     elif train == "lora":
         assert len(others) == 2 * len(attention)
         assert all(".lora_" in name and "attn" in name for name in others)
+    elif train == "lora_experts":
+        assert all(".lora_" in name for name in others)
+        assert any("attn" in name for name in others)
+        assert any("experts" in name or "_linear" in name for name in others)
     else:
         assert len(learning) == len(list(tuned.parameters()))
     assert all(p.grad is None for p in tuned.parameters() if not p.requires_grad)

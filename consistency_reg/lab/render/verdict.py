@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from consistency_reg.lab.render.table import change, number, percent
 from consistency_reg.measures import (
+    CACHE_RATIO,
     COLLAPSED_BELOW,
     GLOBAL_CV,
     HIT_RATE,
@@ -16,15 +17,15 @@ from consistency_reg.measures import (
     PERPLEXITY,
     SRP,
     STATIC_SRP,
+    STRENGTH,
     USUAL_LENGTH,
     parse,
 )
-from consistency_reg.measures.reading import VALIDATION, Reading
+from consistency_reg.measures.reading import DEPLOYED, VALIDATION, Reading
 
 CV_RATIO_AT_MOST = 1.5  # of the baseline's global CV: what a run may give up of balance and still be compared
 WORTH_ITS_COST = 0.005  # more perplexity than this is too much for what it saves
 LEAST_SEEDS = 3
-DEPLOYED = f"{VALIDATION}/deployed"
 Values = Mapping[str, float]  # measures by their name in a log, with or without "val/" before it
 
 
@@ -215,7 +216,8 @@ def as_deployed(name: str, values: Values, against: str, baseline: Values) -> st
         >>> as_deployed("on", on, "off", off)
         ' As deployed (cache-aware routing of strength 0.1, 2 x K slots) on has 80.0% fewer LRU misses for +0.3% perplexity against off.'
     """  # noqa: E501
-    strength, ratio = (values.get(f"{DEPLOYED}/{key}", math.nan) for key in ("strength", "cache_ratio"))
+    settings = [one.at().within(DEPLOYED).name for one in (STRENGTH, CACHE_RATIO)]
+    strength, ratio = (values.get(name, math.nan) for name in settings)
     if not strength > 0 or math.isnan(ratio):
         return ""
     hits = HIT_RATE.at(ratio=round(ratio, 6))  # logged as float32

@@ -11,7 +11,7 @@ from consistency_reg.lab.report.hypervolume import BUDGETS, best_within, rank
 from consistency_reg.lab.report.measured import GLOBAL_CV, MIN_SHARE, PERPLEXITY, deployed
 from consistency_reg.lab.report.pairs import Pair, over_seeds
 from consistency_reg.lab.report.runs import Run, loss_labels
-from consistency_reg.measures import AGREEMENT, COLLAPSED_BELOW, HIT_RATE
+from consistency_reg.measures import AGREEMENT, CACHE_RATIO, COLLAPSED_BELOW, HIT_RATE, STRENGTH
 from consistency_reg.measures.reading import VALIDATION
 from consistency_reg.optional import require
 
@@ -21,7 +21,6 @@ with require("plots"):
 CHANGES = ("misses_change", "perplexity_change", "lfu_change", "smallest_share", "cv_ratio", "agreement")
 COLUMNS = ["deployed", "against", "cell", "seed", "loss", "weight", "strength", "left_out", *CHANGES]
 WITHIN = ["deployed", "against"]
-DEPLOYED = f"{VALIDATION}/deployed"
 DECIMALS = 6  # of what validation logs as float32: 0.1 is 0.10000000149 there
 
 
@@ -202,7 +201,7 @@ def _measured(run: Run) -> dict[Setting, list[Point]]:
 
 def _validated(run: Run) -> tuple[Setting, Point] | None:
     """Return how the run's last validation deployed it, and what was measured then."""
-    strength, ratio = (run.metrics.get(f"{DEPLOYED}/{name}", math.nan) for name in ("strength", "cache_ratio"))
+    strength, ratio = (run.get(deployed(one.at())) for one in (STRENGTH, CACHE_RATIO))
     if not strength > 0 or math.isnan(ratio):
         return None
     strength, ratio = round(strength, DECIMALS), round(ratio, DECIMALS)

@@ -7,7 +7,6 @@ from consistency_reg import measures
 from consistency_reg.lab.render.page import CELL, RUN, Item, Page, html
 from consistency_reg.lab.render.table import Table, change, spread
 from consistency_reg.lab.render.verdict import Verdict
-from consistency_reg.lab.report.deployed import DEPLOYED
 from consistency_reg.lab.report.figures import explored
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.looks import Looks
@@ -15,7 +14,7 @@ from consistency_reg.lab.report.measured import PERPLEXITY
 from consistency_reg.lab.report.pairs import Pair
 from consistency_reg.lab.report.runs import Run
 from consistency_reg.lab.report.tables import measure_column, origin_tables, term
-from consistency_reg.measures.reading import VALIDATION, Reading
+from consistency_reg.measures.reading import DEPLOYED, VALIDATION, Reading
 
 MOST_NAMED = 3  # losses in a title
 

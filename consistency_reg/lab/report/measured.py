@@ -2,7 +2,7 @@
 
 from consistency_reg import measures
 from consistency_reg.measures import USUAL_LENGTH
-from consistency_reg.measures.reading import VALIDATION, Reading
+from consistency_reg.measures.reading import DEPLOYED, VALIDATION, Reading
 
 PERPLEXITY = measures.PERPLEXITY.at().within(VALIDATION)
 DENSE_PERPLEXITY = measures.DENSE_PERPLEXITY.at().within(VALIDATION)
@@ -24,4 +24,4 @@ def before(reading: Reading) -> Reading:
 
 def deployed(reading: Reading) -> Reading:
     """Return the same measure of the validation with cache-aware routing."""
-    return reading.within(f"{VALIDATION}/deployed")
+    return reading.within(DEPLOYED)

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from consistency_reg.lab.arguments.upcycle import SMOLLM, parser
+from consistency_reg.lab.arguments.upcycle import parser
 from consistency_reg.lab.corpus.text import load_domain
 from consistency_reg.lab.upcycle.convert import Plan, mlp_inputs, upcycle
 from consistency_reg.lab.upcycle.refit import refit
-from consistency_reg.lab.upcycle.smollm import smollm_folder
+from consistency_reg.lab.upcycle.smollm import place_of
 from consistency_reg.optional import require
 
 with require("transformers"):
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if (options.out / "config.json").exists():
         raise ValueError(f"--out must not hold a model yet, got {options.out}")
-    place = smollm_folder() if options.dense == SMOLLM else options.dense
+    place = place_of(options.dense)
     tokenizer = AutoTokenizer.from_pretrained(place)
     dense = AutoModelForCausalLM.from_pretrained(place, dtype="auto").float().eval()
     layers = range(dense.config.num_hidden_layers) if plan.layers is None else plan.layers

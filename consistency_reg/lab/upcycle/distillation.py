@@ -10,10 +10,11 @@ from consistency_reg.callbacks.batches import domain_names
 from consistency_reg.callbacks.training_step import TrainingStepTerm
 from consistency_reg.lab.arguments.upcycle import SMOLLM
 from consistency_reg.lab.module import next_token_losses
-from consistency_reg.lab.upcycle.smollm import smollm_folder
+from consistency_reg.lab.upcycle.smollm import place_of
 from consistency_reg.lab.upcycle.teacher import DenseTail, divergence
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
+from consistency_reg.session import ListenOptions
 from consistency_reg.term import Term, check_weight
 
 with require("lightning"):
@@ -50,7 +51,7 @@ class Distillation(TrainingStepTerm):
     by_hand = "add the divergence"
 
     def __init__(self, dense: str = SMOLLM, weight: float = 1.0) -> None:
-        super().__init__()
+        super().__init__(ListenOptions())
         self.dense = dense
         self.weight = check_weight(weight)
         self._tail: DenseTail | None = None
@@ -67,8 +68,8 @@ class Distillation(TrainingStepTerm):
         super().setup(trainer, pl_module, stage)
         model: Any = pl_module.model
         if self._tail is None:
-            place = smollm_folder() if self.dense == SMOLLM else self.dense
-            self._tail = DenseTail(AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32), model)
+            dense = AutoModelForCausalLM.from_pretrained(place_of(self.dense), dtype=torch.float32)
+            self._tail = DenseTail(dense, model)
         first = model.get_submodule("model.layers")[self._tail.first]
         self._hooks = [
             first.register_forward_pre_hook(self._hear_layer, with_kwargs=True),

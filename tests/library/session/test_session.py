@@ -17,7 +17,7 @@ from toy_lightning import fit, regularizer, tokens, toy
 
 from consistency_reg import ConsistencyRegularizer, LocalConsistencyLoss, RouterCapture, RoutingMonitor
 from consistency_reg.callbacks import ExpertAgreement, RouterAnchor
-from consistency_reg.session import RoutingSession
+from consistency_reg.session import ListenOptions, RoutingSession
 
 B, T = 4, 12
 LOSS = LocalConsistencyLoss((3, 5))
@@ -106,7 +106,7 @@ def test_it_ends_with_the_last_listener_and_copies_are_free_of_it():
     model = tiny_model("olmoe")
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     one = RoutingSession.of(model).listen()
-    other = RoutingSession.of(model).listen(layers=r"layers\.1\.", keep_inputs=True)
+    other = RoutingSession.of(model).listen(ListenOptions(layers=r"layers\.1\.", keep_inputs=True))
     assert one.session is other.session
     assert other.layer_names == ("model.layers.1.mlp.gate",)
     assert RoutingSession.of(copy.deepcopy(model)) is not one.session

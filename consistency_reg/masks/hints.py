@@ -1,4 +1,4 @@
-"""Find what in a batch hints at padding or at boundaries of documents although it is not read.
+"""Find what in a batch or a dataset hints at padding or at boundaries of documents although it is not read.
 
 Names that others use for such things come in forms that cannot be told apart, so they are reported, not guessed.
 """
@@ -10,13 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
-from consistency_reg.masks import BOUNDARIES, CUMULATIVE, DESCRIBES_TOKENS, KEYS
+from consistency_reg.masks.batches import BOUNDARIES, CUMULATIVE, DESCRIBES_TOKENS, KEYS
 
 OF_BOUNDARIES = re.compile(
     r"segment|boundar|pack|block_mask|cu_?seq|^inputs?_pos(ition)?s?$"
     r"|(^|_)(doc|document|sample|example|seq|sequence)s?_?(id|idx|index|indice|number|mask|position)(e?s)?$"
     r"|(^|_)(doc|document|sample|example)s?_?(len|length|start|end|offset)s?$"
 )
+# In a row of a dataset; in a batch such a name may hold the lengths of its rows.
+OF_LENGTHS = re.compile(r"(^|_)seq(uence)?_?(len|length)s$")
 OF_PADS = re.compile(r"mask|(^|_)pad(s|ded|ding)?(_|$)|(^|_|seq)(len|length)s?$")
 OF_OTHERS = re.compile(  # things with such names that say nothing about the tokens that are routed
     r"decoder|encoder|memory|cross|label|loss|completion|assistant|special|prompt|target|output|answer|question"
@@ -72,6 +74,30 @@ def is_hint(name: str, value: Any) -> bool:
         return False
     name = name.lower()
     return not OF_OTHERS.search(name) and bool(OF_BOUNDARIES.search(name) or OF_PADS.search(name))
+
+
+def told_boundaries(dataset: Any) -> tuple[str, ...]:
+    """Return the columns of a dataset that tell, or may tell, where documents begin.
+
+    Example:
+        >>> told_boundaries([{"input_ids": [1, 2], "document_ids": [0, 1], "doc_id": "a name", "seq_lengths": [1, 1]}])
+        ('document_ids', 'seq_lengths')
+    """
+    names = getattr(dataset, "column_names", None)
+    row: Mapping[str, Any] = {}
+    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset):
+        first = dataset[0]
+        row = first if isinstance(first, Mapping) else {}
+    known = tuple(name for name in BOUNDARIES if name in (names or row))
+    names_of_row = (name for name in row if isinstance(name, str))
+    hints = (name for name in names_of_row if OF_BOUNDARIES.search(name.lower()) or OF_LENGTHS.search(name.lower()))
+    return known + tuple(name for name in hints if name not in known and _is_row(name, row[name]))
+
+
+def _is_row(name: str, value: Any) -> bool:
+    """Return whether a column holds numbers for tokens or documents, not one thing for a row."""
+    values = value.tolist() if hasattr(value, "tolist") else value
+    return is_hint(name, value) and isinstance(values, list | tuple) and all(isinstance(one, int) for one in values)
 
 
 def inner_batches(batch: Any, depth: int = 0) -> dict[str, Any]:

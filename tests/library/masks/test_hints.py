@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from consistency_reg.hints import inner_batches, is_hint, looks_padded, unread_hints
+from consistency_reg.masks.hints import inner_batches, is_hint, looks_padded, unread_hints
 
 ONE = torch.ones(1, 4)
 
