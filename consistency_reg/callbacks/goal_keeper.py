@@ -49,7 +49,7 @@ class GoalKeeper:
         return self.controller.factor
 
     def on_fit_start(self) -> None:
-        """Read what a budget is relative to."""
+        """Read the curve of the run that a budget is relative to."""
         if isinstance(self.goal, Budget):
             _ = self.goal.curve
 

@@ -12,7 +12,7 @@ from consistency_reg.capture.recording import RouterCapture
 
 @dataclass(frozen=True)
 class Stack:
-    """The routers of a list of layers, such as an encoder's.
+    """Holds the routers of a list of layers, such as an encoder's.
 
     Attributes:
         caller: the innermost module around them that is given tokens by name; "" where none is.

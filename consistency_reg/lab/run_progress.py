@@ -227,7 +227,7 @@ class StepCheckpoint(ModelCheckpoint):
         super().on_train_epoch_end(trainer, *args)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Drop a checkpoint whose step or validation may not have been logged: a resumed run would never do so."""
+        """Remove a checkpoint whose step or validation may not have been logged, as a resumed run would not log it."""
         batches = trainer.fit_loop.epoch_loop.batch_progress.current
         is_logged = batches.completed == batches.processed  # type: ignore[attr-defined]
         if isinstance(exception, OSError) or trainer.validating or not is_logged:
