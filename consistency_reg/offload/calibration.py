@@ -86,8 +86,7 @@ def _compute_seconds(offloaded: "OffloadedExperts", ids: Tensor, passes: int) ->
         state = copy.deepcopy(before)
         began = time.perf_counter()
         model(ids[:, -1:], past_key_values=state, use_cache=True)
-        if offloaded.device.type == "cuda":
-            torch.cuda.synchronize(offloaded.device)
+        offloaded.finish()
         if number:  # the first brings the experts
             times.append(time.perf_counter() - began)
     return median(times)
@@ -107,6 +106,7 @@ def _bandwidth(offloaded: "OffloadedExperts", at_once: int, reads: int) -> float
         began = time.perf_counter()
         for wait in [offloaded.fetch(layer, expert, rows[i]) for i, expert in enumerate(experts)]:
             wait()
+        offloaded.finish()
         elapsed += time.perf_counter() - began
         total += len(experts) * offloaded.expert_bytes(layer)
     return total / elapsed

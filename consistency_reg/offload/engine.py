@@ -154,6 +154,7 @@ class OffloadedExperts:
             self._dispatch = Dispatch(layers, self._compute)
         except BaseException:
             store.close()
+            self._origin.give_back()
             self.model = self._memory = None
             raise
         return self.model
@@ -219,7 +220,7 @@ class OffloadedExperts:
     @contextmanager
     def reads_unhindered(self) -> Iterator[None]:
         """Let reads be as fast as the disk within a block, whatever ``read_bandwidth`` is."""
-        store = self._store
+        store = self._store.source if isinstance(self._store, OntoGPU) else self._store
         if not isinstance(store, DiskStore):
             yield
             return
@@ -228,6 +229,11 @@ class OffloadedExperts:
             yield
         finally:
             store.bandwidth = limit
+
+    def finish(self) -> None:
+        """Wait until a GPU has done what it was told to; a CPU has."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     @property
     def dense_bytes(self) -> int:
@@ -295,4 +301,4 @@ def _device(device: str | torch.device) -> torch.device:
         raise ValueError(f"device must be cpu or a CUDA device, got {found}")
     if found.type == "cuda" and (not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"device {found} is not there: torch finds {torch.cuda.device_count()} CUDA devices")
-    return found
+    return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found

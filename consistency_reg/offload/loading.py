@@ -134,13 +134,14 @@ def to_meta(module: nn.Module, weight: str) -> nn.Parameter:
 
 
 def to_device(model: Any, device: torch.device) -> Any:
-    """Move everything but the experts, which have no data."""
-    for module in model.modules() if device.type != "cpu" else ():
+    """Move everything that has data: all but offloaded experts."""
+    for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None and not parameter.is_meta:
                 parameter.data = parameter.data.to(device)
         for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(device)
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
     return model
 
 

@@ -198,11 +198,12 @@ class Visit:
 
     def rows(self, expert: int) -> Mapping[str, Tensor]:
         """Wait for an expert, and return its weights."""
-        arrived = self._arrival.pop(expert, None)
+        arrived = self._arrival.get(expert)
         if arrived is not None:
             began = perf_counter()
             arrived()
             self.seconds_waiting += perf_counter() - began
+            del self._arrival[expert]  # when it has: an interrupted wait is taken up again by abandon()
         return self._slots.rows(self._first + expert)
 
     def done(self, expert: int) -> None:

@@ -103,6 +103,7 @@ class FromModel:
         self.dense_bytes = _dense_bytes(model, self.layers, self.dtype)
         self._folder = Path(getattr(self.config, "name_or_path", "") or ".")
         self._sources = None
+        self._taken: list[dict[str, nn.Parameter]] | None = None  # of each layer; empty where they are read again
         if kind == "disk":
             if not (self._folder / "config.json").is_file():
                 raise ValueError("the model was loaded from no folder: save it and give that, or use store='host'")
@@ -123,25 +124,32 @@ class FromModel:
         """
         if self._sources is not None:
             self._check_unchanged(store)
-        taken = [{name: to_meta(layer.module, name) for name in layer.shapes} for layer in self.layers]
-        self._kept = taken if self._sources is None else None
+        self._device = next(self._model.parameters()).device
         self._needs_grad = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        taken = [{name: to_meta(layer.module, name) for name in layer.shapes} for layer in self.layers]
+        self._taken = [] if self._sources is not None else taken
+        for weights in self._taken:
+            for weight in weights.values():
+                weight.data = weight.data.cpu()  # where a store in host memory is
         for parameter in self._needs_grad:
             parameter.requires_grad_(False)
         return to_device(self._model, device), self.layers
 
     def give_back(self) -> None:
-        """Put the experts back, from the checkpoint where they were read from it."""
-        if self._kept is None:
-            assert self._sources is not None
+        """Put the experts back if they were taken, from the checkpoint where they were read from it."""
+        if (taken := self._taken) is None:
+            return
+        if self._sources is not None:
             disk = DiskStore(self._sources, self.config, self.layers, Opening())
             weights = _read_all(disk, self.layers, self.dtype)
-            self._kept = [{name: nn.Parameter(weight) for name, weight in layer.items()} for layer in weights]
-        for layer, kept in zip(self.layers, self._kept, strict=True):
-            for name, weight in kept.items():
+            taken = [{name: nn.Parameter(weight) for name, weight in layer.items()} for layer in weights]
+        for layer, back in zip(self.layers, taken, strict=True):
+            for name, weight in back.items():
                 layer.module.register_parameter(name, weight)
+        to_device(self._model, self._device)
         for parameter in self._needs_grad:
             parameter.requires_grad_(True)
+        self._taken = None
 
     def _check_unchanged(self, store: DiskStore | HostStore) -> None:
         for number, layer in enumerate(self.layers):

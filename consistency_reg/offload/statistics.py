@@ -13,7 +13,7 @@ class Counts:
         hits: experts that were resident when a call needed them.
         misses: experts that were read.
         bytes_read: bytes of the experts that were read.
-        seconds_waiting: for experts that had not arrived.
+        seconds_waiting: of the host, for experts that had not arrived; a GPU waits by itself for copies.
     """
 
     hits: int = 0

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -147,7 +147,7 @@ class HostStore:
     way = "host"
 
     def __init__(self, weights: Sequence[Mapping[str, Tensor]], threads: int) -> None:
-        self.weights = [{name: weight.detach() for name, weight in layer.items()} for layer in weights]
+        self._weights = weights
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="experts")
 
     @property
@@ -162,42 +162,59 @@ class HostStore:
 
     def expert_bytes(self, layer: int) -> int:
         """Return the bytes of one expert of a layer."""
-        return sum(weight[0].nbytes for weight in self.weights[layer].values())
+        return sum(weight[0].nbytes for weight in self._weights[layer].values())
+
+    def rows(self, layer: int, expert: int) -> Rows:
+        """Return the weights of one expert, where they are."""
+        return {name: weight.detach()[expert] for name, weight in self._weights[layer].items()}
+
+    def pin(self) -> None:
+        """Bring the weights into pinned memory, one after the other, so that none is held twice for long."""
+        for layer in self._weights:
+            for weight in layer.values():
+                weight.data = weight.data.pin_memory()
 
     def close(self) -> None:
         """Wait for the copies."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _copy(self, layer: int, expert: int, rows: Rows) -> None:
+        held = self.rows(layer, expert)
         for name, row in rows.items():
-            row.copy_(self.weights[layer][name][expert])
+            row.copy_(held[name])
 
 
 class OntoGPU:
     """Copies to a CUDA device beside its computing: what another store brings to pinned memory is copied on from there.
 
-    Never run where this was written, which has no GPU.
+    A copy runs on a stream of its own. It begins when everything is over that the device was told to compute before
+    :meth:`fetch`, among it what used the slot's former expert; what is computed after the wait begins when the copy is
+    over. The host waits for reads from disk alone.
+
+    Never run where this was written, which has no GPU: tests check the order of the streams' work on stand-ins.
 
     Args:
-        store: on the host; its experts come from pinned memory if it is a :class:`HostStore`, else by way of it.
+        store: on the host; a :class:`HostStore` is pinned.
         device: of the slots.
+
+    Attributes:
+        source: the store on the host.
     """
 
     def __init__(self, store: DiskStore | HostStore, device: torch.device) -> None:
-        self._store, self._device = store, device
+        self.source, self._device = store, device
         self._stream = torch.cuda.Stream(device)
         self.way = f"{store.way}, then {device}"
         if isinstance(store, HostStore):
-            store.weights = [{name: w.pin_memory() for name, w in layer.items()} for layer in store.weights]
+            store.pin()
 
     def fetch(self, layer: int, expert: int, rows: Rows) -> Callable[[], None]:
         """Begin to bring an expert to the device."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))  # what computes with the slot's former expert
-        if isinstance(self._store, HostStore):
-            pinned: Rows = {name: weight[expert] for name, weight in self._store.weights[layer].items()}
-            return self._copy(pinned, rows)
-        pinned = {name: torch.empty_like(row, device="cpu", pin_memory=True) for name, row in rows.items()}
-        read = self._store.fetch(layer, expert, pinned)
+        if isinstance(self.source, HostStore):
+            return self._copy(self.source.rows(layer, expert), rows)
+        pinned: Rows = {name: torch.empty_like(row, device="cpu", pin_memory=True) for name, row in rows.items()}
+        read = self.source.fetch(layer, expert, pinned)
 
         def wait() -> None:
             read()
@@ -207,17 +224,17 @@ class OntoGPU:
 
     def expert_bytes(self, layer: int) -> int:
         """Return the bytes of one expert of a layer."""
-        return self._store.expert_bytes(layer)
+        return self.source.expert_bytes(layer)
 
     @property
     def buffer_bytes(self) -> int:
         """The bytes of the other store's buffers."""
-        return self._store.buffer_bytes
+        return self.source.buffer_bytes
 
     def close(self) -> None:
         """Wait for the copies."""
         self._stream.synchronize()
-        self._store.close()
+        self.source.close()
 
     def _copy(self, pinned: Rows, rows: Rows) -> Callable[[], None]:
         with torch.cuda.stream(self._stream):
@@ -229,5 +246,7 @@ class OntoGPU:
 
 
 def _wait(jobs: Sequence[Future[Any]]) -> None:
+    """Wait for all jobs, so that none writes into a slot any more when the first error is raised."""
+    wait(jobs)
     for job in jobs:
         job.result()

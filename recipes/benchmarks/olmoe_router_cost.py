@@ -3,6 +3,10 @@
     python recipes/benchmarks/olmoe_router_cost.py [--pairs 5] [--threads 2]
     python recipes/benchmarks/olmoe_router_cost.py --whole-step --device cuda
 
+The model is that of allenai/OLMoE-1B-7B-0924, whose experts are 1,024 wide. ``OlmoeConfig()`` says 2,048, and so wide
+were they in the committed rows of the whole step (to 2026-11-27), where the term's share is of twice the experts' work;
+the routers, and what the term costs, are the same.
+
 The first takes forward and backward of the 16 routers alone as the step, without and with the term in turn. The second
 takes forward and backward of the whole model in bf16 (random weights, no optimizer), which needs a GPU of 40 GiB.
 Memory is the peak above what stood before the step: of a process for each case on a CPU (Linux), of the allocator on a
@@ -54,7 +58,7 @@ class WholeModel(nn.Module):
 
 def stepper(options: argparse.Namespace) -> tuple[RouterCapture, Tensor]:
     torch.manual_seed(0)
-    config = OlmoeConfig()  # the sizes of allenai/OLMoE-1B-7B
+    config = OlmoeConfig(intermediate_size=1024)  # as published; all else is the default
     if options.whole_step:
         with torch.device(options.device):
             return RouterCapture(WholeModel(config).train()), torch.randint(config.vocab_size, (ROWS, TOKENS))

@@ -102,7 +102,7 @@ def _prefill(offloaded: OffloadedExperts, prompt: Tensor, *, empty: bool = True)
     model: Any = offloaded.model
     began = time.perf_counter()
     output = model(prompt[None].to(offloaded.device), use_cache=True)
-    _finish(offloaded)
+    offloaded.finish()
     return output, Pass(len(prompt), time.perf_counter() - began)
 
 
@@ -111,14 +111,9 @@ def _step(offloaded: OffloadedExperts, token: int, output: Any, done: Pass) -> A
     ids = torch.tensor([[token]], device=offloaded.device)
     began = time.perf_counter()
     output = model(ids, past_key_values=output.past_key_values, use_cache=True)
-    _finish(offloaded)
+    offloaded.finish()
     done.seconds.append(time.perf_counter() - began)
     return output
-
-
-def _finish(offloaded: OffloadedExperts) -> None:
-    if offloaded.device.type == "cuda":
-        torch.cuda.synchronize(offloaded.device)
 
 
 def _with_steps(offloaded: OffloadedExperts, done: Pass) -> Pass:

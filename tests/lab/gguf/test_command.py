@@ -107,7 +107,7 @@ def test_a_bias_that_llama_cpp_lacks_is_named(tmp_path, capsys):
     model.config.cache_aware_routing = {"strength": 0.1}
     place = save(tmp_path / "tiny", model, byte_level_tokenizer())
     assert main(["export", place, "--out", str(tmp_path / "a.gguf")]) == 0
-    assert "without the bias of 0.1" in capsys.readouterr().out
+    assert "the one of 0.1 is not exported" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,45 @@ def test_a_failed_read_is_one_error_and_the_engine_goes_on_afterwards(olmoe, mon
         assert torch.equal(logits(model, ids), expected)
 
 
+def test_an_interrupted_wait_leaves_no_read_under_way(olmoe, monkeypatch):
+    from consistency_reg.offload import stores
+
+    ids = token_ids(1, 10)
+    expected = logits(in_memory(olmoe), ids)
+    with OffloadedExperts(olmoe) as model:
+        with monkeypatch.context() as patch:
+            waited, wait = [], stores.wait
+
+            def interrupted(jobs):
+                waited.append(jobs)
+                if len(waited) == 1:
+                    raise KeyboardInterrupt
+                return wait(jobs)
+
+            patch.setattr(stores, "wait", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                logits(model, ids)
+            assert all(job.done() for jobs in waited for job in jobs)
+        assert torch.equal(logits(model, ids), expected)
+
+
+@pytest.mark.parametrize("store", ["disk", "host"])
+def test_a_model_whose_attaching_fails_keeps_its_experts(olmoe, store, monkeypatch):
+    model = in_memory(olmoe)
+    ids = token_ids(1, 6)
+    expected = logits(model, ids)
+
+    def fail(module):
+        raise ImportError("no such kernel")
+
+    monkeypatch.setattr("consistency_reg.offload.engine.kernel_of", fail)
+    with pytest.raises(ImportError, match="no such kernel"):
+        OffloadedExperts(model, store=store).attach()
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(logits(model, ids), expected)
+
+
 def test_a_file_that_changes_is_named(olmoe):
     with OffloadedExperts(olmoe) as model:
         for file in Path(olmoe).glob("*.safetensors"):
