@@ -1,4 +1,4 @@
-"""The one place that decides by device.
+"""Decide by device which implementation runs.
 
 | tensors on | small operations | kernels |
 |---|---|---|

@@ -1,10 +1,13 @@
-"""The library never imports the lab: whoever imports the library needs no run folder, corpus or command line."""
+"""The library never imports the lab, modules import each other one way, and a test is found by its module's name."""
 
 import ast
 import re
+from pathlib import Path
 
 import pytest
 from places import ROOT
+
+from consistency_reg.moved import present_path
 
 PACKAGE = ROOT / "consistency_reg"
 ENTRY_POINT = PACKAGE / "__main__.py"  # the command itself
@@ -91,6 +94,40 @@ def test_no_module_imports_one_that_imports_it():
 def test_a_cycle_is_found():
     assert first_cycle({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c"]
     assert first_cycle({"a": ["b", "c"], "b": ["c"], "c": []}) is None
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_module_imports_by_a_former_path(path):
+    assert [(line, name) for line, name in imports(path) if present_path(name) is not None] == []
+
+
+def tests_of_rooms():
+    """The tests of several modules of a room, as CONTRIBUTING.md has them: by the room's folder within the package."""
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("| room | tests |")[1].split("\n\n")[0]
+    rows = [row.split("|")[1:3] for row in table.splitlines()[2:]]
+    return {
+        room.strip(" `").removeprefix("consistency_reg/").rstrip("/"): re.findall(r"`([\w/]*test_\w+\.py)`", tests)
+        for room, tests in rows
+    }
+
+
+def test_a_module_is_tested_by_a_file_of_its_name_or_with_its_room():
+    rooms = tests_of_rooms()
+    missing = [name for tests in rooms.values() for name in tests if not (ROOT / "tests" / name).exists()]
+    assert missing == []
+    named = set()
+    for path in PACKAGE.rglob("*.py"):
+        module = path.relative_to(PACKAGE)
+        in_tests = module if module.parts[0] == "lab" else Path("library", module)
+        test = in_tests.with_name(f"test_{path.name}")
+        if (ROOT / "tests" / test).exists():
+            named.add(str(test))
+        elif not path.name.startswith("__"):
+            room = "" if module.parent == Path() else str(module.parent)
+            assert rooms.get(room), f"{module} has no {test}, and its room none of CONTRIBUTING.md's tests of rooms"
+    of_rooms = {name for tests in rooms.values() for name in tests}
+    there = {str(test.relative_to(ROOT / "tests")) for test in (ROOT / "tests").glob("l*/**/test_*.py")}
+    assert there - named - of_rooms == set(), "tests of no module: name the file after one, or add it to its room's row"
 
 
 def test_the_page_on_architecture_names_every_room():

@@ -1,4 +1,4 @@
-"""Training with cache-aware routing, and validation with and without it, as a Lightning callback."""
+"""Train with cache-aware routing, and validate with and without it, as a Lightning callback."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -106,7 +106,7 @@ class CacheAwareTraining(Callback):
             self.schedule.begin(self._routing, trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
-        """Let the model be as it is until the next batch."""
+        """Log the routing of the batch, and switch it off until the next one."""
         if self._routing is None:
             return
         logged: dict[Measure, Tensor | float] = {
@@ -141,20 +141,20 @@ class CacheAwareTraining(Callback):
         pl_module.log_dict({f"{DEPLOYED}/{name}": value for name, value in values.items()})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the model, outside of fit."""
+        """Take the hooks off the model, outside of fit."""
         if not self._fitting:
             self._release()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the model."""
+        """Take the hooks off the model."""
         self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the model."""
+        """Take the hooks off the model."""
         self._release()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the seed: what else a step has follows from its number."""
+        """Return the seed; all else that a step has follows from its number."""
         return {"seed": self.schedule.seed}
 
     def _attach(self, pl_module: LightningModule) -> None:

@@ -49,7 +49,7 @@ class GoalKeeper:
         return self.controller.factor
 
     def on_fit_start(self) -> None:
-        """Read what a budget is relative to."""
+        """Read the curve of the run that a budget is relative to."""
         if isinstance(self.goal, Budget):
             _ = self.goal.curve
 
@@ -86,7 +86,7 @@ class GoalKeeper:
         self._observe(step, float(trainer.strategy.reduce(value.detach().clone(), reduce_op="mean")))
 
     def on_fit_end(self) -> None:
-        """Say so if there was nothing to steer by."""
+        """Warn if the measure of the goal was never logged."""
         if self.controller.last_step is None:
             rank_zero_warn(
                 f"{self.goal.name} was not measured once from step {self.first_step} on, so the weight stayed where it "

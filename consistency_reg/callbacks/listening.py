@@ -1,4 +1,4 @@
-"""The part of a Lightning callback that listens to the routers of its module."""
+"""Listen to the routers of a module from a Lightning callback."""
 
 from contextlib import ExitStack
 

@@ -105,7 +105,7 @@ class RoutingMonitor(ListeningCallback):
 
     @property
     def current(self) -> dict[str, float]:
-        """``SRP`` and ``misses`` as measured last; empty before that."""
+        """Return ``SRP`` and ``misses`` as measured last; empty before that."""
         return self.core.current
 
     @property
@@ -250,7 +250,7 @@ class RoutingMonitor(ListeningCallback):
         self.release()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say once that nothing is measured."""
+        """Warn once that nothing is measured in predictions."""
         if not self._said:
             self._said = True
             rank_zero_warn(

@@ -153,7 +153,7 @@ class ConsistencyRegularizer(TrainingStepTerm):
             self.goal_keeper.on_fit_start()
 
     def on_listen(self, listener: Listener, pl_module: LightningModule) -> None:
-        """Say if no router learns."""
+        """Warn if no router learns, and move the loss to the module's device."""
         warn_of_frozen(listener)
         self.loss.to(pl_module.device)
 
@@ -173,7 +173,7 @@ class ConsistencyRegularizer(TrainingStepTerm):
             self.goal_keeper.on_logged(trainer, "validation")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give ``training_step`` back, and say if a goal was never measured."""
+        """Restore ``training_step``, and warn if a goal was never measured."""
         super().on_fit_end(trainer, pl_module)
         if self.goal_keeper is not None:
             self.goal_keeper.on_fit_end()

@@ -70,16 +70,16 @@ class TrainingStepTerm(ListeningCallback):
         """Look at the term of one forward before it is added to the loss."""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give ``training_step`` back."""
+        """Restore ``training_step``."""
         self._release(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give ``training_step`` back where training did not begin."""
+        """Restore ``training_step`` where training did not begin."""
         if stage == "fit":
             self._release(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give ``training_step`` back."""
+        """Restore ``training_step``."""
         self._release(pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

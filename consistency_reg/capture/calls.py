@@ -41,7 +41,7 @@ class Call:
 
     @property
     def shape(self) -> Shape | None:
-        """(B, T) of the tokens that it was given, if it was."""
+        """Return (B, T) of the tokens that the module was given; None where it was given none."""
         return token_shape(self.given) if has_tokens(self.given) else None
 
 
@@ -55,12 +55,12 @@ class Caller:
 
     @property
     def takes_tokens(self) -> bool:
-        """Return whether tokens are among its arguments."""
+        """Return whether tokens are among the arguments of the module."""
         return any(name in self.arguments for name in TOKENS)
 
     @property
     def encoder_decoder(self) -> bool:
-        """Return whether it takes the tokens of an encoder and of a decoder."""
+        """Return whether the module takes the tokens of an encoder and of a decoder."""
         return f"{DECODER}input_ids" in self.arguments
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Say whether a router's choice can be changed, and what its experts are given instead of it."""
+"""Check whether a router's choice can be changed, and give its experts another one."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -35,12 +35,12 @@ class Router:
 
     @property
     def outer_name(self) -> str:
-        """The name by which its model has it, from before PEFT's target_parameters wrapped it."""
+        """Return the router's name in the model before PEFT's target_parameters wrapped the router."""
         return re.sub(r"(\.base_layer)+$", "", self.name)
 
     @property
     def block_name(self) -> str:
-        """The module around it, past what PEFT's target_parameters wrap it in."""
+        """Return the name of the module around the router, outside of PEFT's wrappers."""
         return self.outer_name.rpartition(".")[0]
 
     def __str__(self) -> str:
@@ -49,7 +49,9 @@ class Router:
 
 @dataclass(frozen=True)
 class ByShape(RouterAdapter):
-    """A router of an unknown class: its output's only [..., E] floats are its logits; ids are its own or the experts'.
+    """Reads a router of an unknown class: the only floats [..., E] of its output are the logits.
+
+    The ids are those of its output, or those that the experts beside it are given.
 
     It must select by its logits, which :class:`~consistency_reg.RouterCapture` checks on the first trace.
     """

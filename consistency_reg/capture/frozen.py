@@ -1,4 +1,4 @@
-"""Routers as they were."""
+"""Keep copies of routers as they were before training."""
 
 from copy import deepcopy
 
@@ -9,7 +9,7 @@ from consistency_reg.capture.adapters import RouterAdapter
 
 
 class FrozenRouter(nn.Module):
-    """A copy of a router that never learns: [N, H] router inputs -> [N, E] logits, no gradient.
+    """Computes the logits of a router as it was: [N, H] router inputs -> [N, E] logits, no gradient.
 
     Raises:
         ValueError: in a call, of a router that routes by more than its own input.

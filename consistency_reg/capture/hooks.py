@@ -1,4 +1,4 @@
-"""Hooks that belong to one object on one model."""
+"""Hook into modules for one object, without the hook being copied or saved with the model."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 class OwnedHook:
-    """A module hook that calls ``owner.method(*leading, module, ...)``; copies and pickles of it do nothing.
+    """Calls ``owner.method(*leading, module, ...)`` as a module's hook; copies and pickles of it do nothing.
 
     So a model can be copied, pickled and saved while something listens to it, and the copy is free of it.
 

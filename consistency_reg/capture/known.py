@@ -18,7 +18,7 @@ from consistency_reg.capture.weighing import Rerouted, RouterCall, Weighing
 
 @dataclass(frozen=True)
 class BiasGiven(RouterAdapter):
-    """The correction bias belongs to the block, which gives it to the router's forward beside the hidden states."""
+    """Reads a router whose block owns the correction bias, and gives it to the router next to the hidden states."""
 
     score_function: str | None = "sigmoid"
 
@@ -35,7 +35,7 @@ class BiasGiven(RouterAdapter):
 
 @dataclass(frozen=True)
 class BiasGivenRows(BiasGiven):
-    """The same for a router that takes rows, [B, T, H]."""
+    """Reads a router that takes rows [B, T, H], and a correction bias from its block."""
 
     def logits_of(self, router: nn.Module, inputs: Tensor) -> Tensor:
         """Return one row of logits."""
@@ -44,7 +44,7 @@ class BiasGivenRows(BiasGiven):
 
 @dataclass(frozen=True)
 class TableRouter(RouterAdapter):
-    """The token's id alone decides, by a table: no score moves the choice, so a loss on the scores has no gradient."""
+    """Reads a router that chooses by a table of token ids: a loss on its scores has no gradient."""
 
     def read_scores(self, router: nn.Module, logits: Tensor, expert_ids: Tensor, given: tuple[Any, ...]) -> Tensor:
         """Return 1 for the experts that the table names and 0 for the others."""
@@ -57,10 +57,10 @@ class TableRouter(RouterAdapter):
 
 @dataclass(frozen=True)
 class ContextRouter(RouterAdapter):
-    """A router whose logits depend on more than its own input."""
+    """Reads a router whose logits depend on more than its own input."""
 
     def logits_of(self, router: nn.Module, inputs: Tensor) -> Tensor:
-        """Raise: logits of other inputs cannot be told."""
+        """Raise ValueError: the logits of other inputs cannot be computed."""
         raise ValueError(f"{type(router).__name__} routes by more than its own input: it has no reference to anchor to")
 
 
@@ -120,7 +120,7 @@ def doge_logits(output: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class SwitchRouter(RouterAdapter):
-    """``(mask [B, T, E], weight [B, T, 1], logits)``; the mask lacks the tokens beyond an expert's capacity."""
+    """Reads ``(mask [B, T, E], weight [B, T, 1], logits)``; the mask lacks tokens beyond an expert's capacity."""
 
     def reroute(self, call: RouterCall, expert_ids: Tensor, weights: Tensor) -> Rerouted:
         """Return the router's output with the mask of another choice, within the capacity."""
@@ -133,7 +133,7 @@ class SwitchRouter(RouterAdapter):
 
 @dataclass(frozen=True)
 class Llama4Router(RouterAdapter):
-    """``(weights [N, E], 0 for experts that were not chosen, logits)``."""
+    """Reads ``(weights [N, E], logits)``; the weights are 0 for experts that were not chosen."""
 
     def own_weights(self, call: RouterCall, expert_ids: Tensor) -> Tensor:
         """Return the weights of the chosen experts, those that are not 0."""
@@ -147,7 +147,7 @@ class Llama4Router(RouterAdapter):
 
 @dataclass(frozen=True)
 class JetMoeRouter(RouterAdapter):
-    """``(order of the accesses by expert, their tokens, their weights, tokens of each expert, logits)``."""
+    """Reads ``(order of the accesses by expert, their tokens, their weights, tokens of each expert, logits)``."""
 
     def own_weights(self, call: RouterCall, expert_ids: Tensor) -> Tensor:
         """Return the router's own weights in the order of the tokens."""
@@ -166,7 +166,7 @@ class JetMoeRouter(RouterAdapter):
 
 @dataclass(frozen=True)
 class InklingRouter(RouterAdapter):
-    """``(logits, weights, ids, weights of the shared experts)``: the shared experts are weighed with the chosen."""
+    """Reads ``(logits, weights, ids, weights of shared experts)``, where all weights have one sum."""
 
     def reroute(self, call: RouterCall, expert_ids: Tensor, weights: Tensor) -> Rerouted:
         """Return the output for another choice; the sum stays, so shared experts gain what the chosen ones lose."""
@@ -224,7 +224,7 @@ def ernie_weights(call: RouterCall, expert_ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ZayaRouter(ContextRouter):
-    """The class behind the experts skips them: it is handed on as expert 0 with weight 0."""
+    """Reads a router whose last class skips the experts, and is handed on as expert 0 with weight 0."""
 
     def own_weights(self, call: RouterCall, expert_ids: Tensor) -> Tensor:
         """Return the router's own weights, 0 where the experts are skipped."""

@@ -37,13 +37,13 @@ class Reading:
 
     @property
     def ids(self) -> Tensor:
-        """The choice, where it is known."""
+        """Return the expert ids that the router chose."""
         assert self.expert_ids is not None
         return self.expert_ids
 
     @property
     def tokens(self) -> int:
-        """The number of tokens that were routed."""
+        """Return the number of tokens that were routed."""
         return self.logits.numel() // self.logits.shape[-1]
 
     @property

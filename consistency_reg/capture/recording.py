@@ -1,4 +1,4 @@
-"""Listening to routers during a forward pass."""
+"""Record what routers decide during a forward pass."""
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager

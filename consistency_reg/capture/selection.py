@@ -1,4 +1,4 @@
-"""The scores that a router selects by, whose top K are the chosen experts, from the logits and their graph."""
+"""Compute the scores that a router selects by, whose top K are the chosen experts, from its logits."""
 
 import torch
 from torch import Tensor, nn

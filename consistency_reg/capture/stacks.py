@@ -1,4 +1,4 @@
-"""Stacks of routers: those of one model that see the same tokens, and which of them a training is about."""
+"""Group routers that see the same tokens into stacks, and find the stacks that are trained."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from consistency_reg.capture.recording import RouterCapture
 
 @dataclass(frozen=True)
 class Stack:
-    """The routers of a list of layers, such as an encoder's.
+    """Holds the routers of a list of layers, such as an encoder's.
 
     Attributes:
         caller: the innermost module around them that is given tokens by name; "" where none is.
@@ -59,10 +59,10 @@ def _path(block: str, caller: str) -> str:
 def trained_stacks(
     capture: RouterCapture, stacks: Sequence[Stack], parameters: Collection[int] | None
 ) -> tuple[Stack, ...]:
-    """Return those of the stacks that ran and that the training is about.
+    """Return the stacks that ran and are trained.
 
-    Those are the ones that ran with gradient, if any did; of these the ones with parameters that are trained, if any
-    has some.
+    These are the stacks that ran with gradient, or all that ran if none did; among them those with parameters that are
+    trained, if any has some.
 
     Args:
         capture: what listened.

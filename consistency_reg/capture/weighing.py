@@ -1,4 +1,4 @@
-"""The weights of another choice of experts, and the router's output that holds them.
+"""Weigh another choice of experts, and put the weights into a router's output.
 
 The experts of another choice are weighed by the router's own rule from its unchanged logits. A :class:`Weighing` is the
 rule of most architectures; :mod:`.known` has those of the others.
@@ -35,7 +35,7 @@ class RouterCall:
 
 
 class Rerouted(tuple[Any, ...]):
-    """A router's output with another choice of experts, which it names: not every router returns ids.
+    """Holds a router's output with another choice of experts, and the ids of that choice.
 
     Example:
         >>> output = Rerouted(("logits", "weights"), torch.tensor([[0, 2]]))

@@ -15,7 +15,7 @@ SRP_SCALE = 0.15  # a deviation of this much in SRP, or in a hit rate, pushes th
 
 @dataclass(frozen=True)
 class Target:
-    """``name`` shall be at least ``bound``.
+    """Asks that the measure ``name`` is at least ``bound``.
 
     Args:
         name: ``srp/m16`` (of training batches) or, of validation, a measure for which more is more consistent:
@@ -91,7 +91,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Budget:
-    """``name`` shall be at most ``1 + bound`` times what it was in another run at the same step.
+    """Asks that the loss ``name`` is at most ``1 + bound`` times that of another run at the same step.
 
     The term takes what the budget leaves: its weight rises while there is some left.
 

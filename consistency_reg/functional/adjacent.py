@@ -1,4 +1,4 @@
-"""The dissimilarity of neighbours.
+"""Compute how unlike neighbouring tokens are routed.
 
 Means divide by what was counted and are 0, with a graph, where there was nothing to count.
 

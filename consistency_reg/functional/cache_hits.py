@@ -124,10 +124,10 @@ def cache_hit_counts(
 
 
 def mean_over_documents(parts: Iterable[tuple[Tensor, int]]) -> Tensor:
-    """Return the mean over documents [E] float64 of values [..., E] that some of them have, which sum to theirs.
+    """Return the mean over all documents, [E] float64, from parts that hold the values of some documents each.
 
     Args:
-        parts: values and the number of documents that they are of.
+        parts: values [..., E], and the number of documents whose values these are or sum up.
 
     Raises:
         ValueError: there is no document.

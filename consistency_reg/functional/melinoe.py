@@ -1,4 +1,4 @@
-"""Melinoe's soft cache.
+"""Compute Melinoe's soft cache (arXiv 2602.11192).
 
 Means divide by what was counted and are 0, with a graph, where there was nothing to count.
 

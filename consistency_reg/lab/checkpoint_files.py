@@ -70,7 +70,7 @@ class WholeCheckpoints(TorchCheckpointIO):
             self._holds = False
 
     def release(self) -> list[Path]:
-        """Let what was kept back take its place, and return which files that are."""
+        """Move the files that were kept back to their places, and return their paths."""
         held, self._held = self._held, {}
         for draft in held.values():
             draft.commit()

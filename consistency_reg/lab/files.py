@@ -180,7 +180,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 class _FirstError:
-    """A file that remembers why it could not be written: whoever writes to it may say something else."""
+    """Wraps a file and keeps the first error of writing, which its writer may replace by another."""
 
     def __init__(self) -> None:
         self.error: OSError | None = None
@@ -215,6 +215,6 @@ def _sync(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Let a rename reach the disk; some file systems have no such thing for folders."""
+    """Write a folder's renames to the disk, where its file system can do so."""
     with contextlib.suppress(OSError):
         _sync(folder)

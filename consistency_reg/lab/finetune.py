@@ -1,4 +1,4 @@
-"""Let ``consistency-reg fit`` begin with a checkpoint: the data follow it, and it is measured before the first step."""
+"""Begin ``consistency-reg fit`` with a checkpoint, which decides tokenizer and context and is measured first."""
 
 import hashlib
 from typing import Any

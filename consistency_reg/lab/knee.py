@@ -1,4 +1,4 @@
-"""The knee of a curve of hit rates by cache size: where it bends."""
+"""Find the cache size at which a curve of hit rates bends."""
 
 from collections.abc import Sequence
 

@@ -162,7 +162,7 @@ def pair_of(result: Mapping[str, Any]) -> str:
 
 
 def _with_first_paths(value: Any) -> Any:
-    """Name every class by the first path that it had, so that a recipe keeps its digest when a class moves."""
+    """Return a recipe with the first path of every class, so that its digest stays when a class moves."""
     if isinstance(value, Mapping):
         return {key: _with_first_paths(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -54,12 +54,12 @@ class RunFolder:
 
     @property
     def result(self) -> Path:
-        """What came out; it is there only when the run is finished."""
+        """Return the file of the result, which is written when the run is finished."""
         return self.path / RESULT
 
     @property
     def metrics(self) -> Path:
-        """What was logged since the run was resumed for the last time."""
+        """Return the file of the metrics that were logged since the run was resumed last."""
         return self.path / METRICS
 
     @property
@@ -84,37 +84,37 @@ class RunFolder:
 
     @property
     def prices(self) -> Path:
-        """What cache-aware routing costs and saves, by ``consistency-reg price``."""
+        """Return the file of the rows of ``consistency-reg price``."""
         return self.path / PRICES
 
     @property
     def cell_config(self) -> Path:
-        """What a cell of an ablation changes in its recipe."""
+        """Return the file of the keys that a cell of an ablation changes in its recipe."""
         return self.path / CELL_CONFIG
 
     @property
     def cell_settings(self) -> Path:
-        """What a cell of an ablation was made with, and its place in the grid."""
+        """Return the file of the settings of an ablation's cell, and of its place in the grid."""
         return self.path / CELL_SETTINGS
 
     @property
     def log(self) -> Path:
-        """What the process of a cell has printed."""
+        """Return the file of what the process of a cell has printed."""
         return self.path / LOG
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run came to its end."""
+        """Return whether the run came to its end."""
         return self.result.exists()
 
     @property
     def is_run(self) -> bool:
-        """Whether a run was begun here."""
+        """Return whether a run was begun in the folder."""
         return any((self.path / name).exists() for name in (RESULT, CELL_SETTINGS, CONFIG))
 
     @property
     def is_free(self) -> bool:
-        """Whether nothing is here but what an ablation writes first."""
+        """Return whether the folder holds nothing, or only what an ablation writes first."""
         known = {LOCK, CELL_CONFIG}
         return not self.path.is_dir() or all(one.name in known or one.match(".*.part") for one in self.path.iterdir())
 

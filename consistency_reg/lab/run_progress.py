@@ -77,7 +77,7 @@ class RunProgress(Callback):
             self._handlers = {number: signal.signal(number, self._heed) for number in SIGNALS}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, say that training has ended, and give the signals back."""
+        """Write that training has ended, and restore the handlers of signals."""
         if not self._saved:
             trainer.save_checkpoint(self.folder.last_checkpoint)
         self.files.release()
@@ -87,7 +87,7 @@ class RunProgress(Callback):
         self._give_back()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
+        """Restore the handlers of signals."""
         self._give_back()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -211,7 +211,7 @@ class StepCheckpoint(ModelCheckpoint):
         self.keep = keep
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        """Let the checkpoint of the step before take its place, and remember the step."""
+        """Move the checkpoint of the step before to its place, and note the step."""
         self._release(trainer)
         self._steps_before = trainer.global_step
 
@@ -222,12 +222,12 @@ class StepCheckpoint(ModelCheckpoint):
                 super().on_train_batch_end(trainer, *args, **kwargs)
 
     def on_train_epoch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Let the checkpoint of the epoch's last step take its place."""
+        """Move the checkpoint of the epoch's last step to its place."""
         self._release(trainer)
         super().on_train_epoch_end(trainer, *args)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Drop a checkpoint whose step or validation may not have been logged: a resumed run would never do so."""
+        """Remove a checkpoint whose step or validation may not have been logged, as a resumed run would not log it."""
         batches = trainer.fit_loop.epoch_loop.batch_progress.current
         is_logged = batches.completed == batches.processed  # type: ignore[attr-defined]
         if isinstance(exception, OSError) or trainer.validating or not is_logged:

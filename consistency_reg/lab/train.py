@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _end_with_verdict(cli: RecipeCLI) -> None:
-    """Say in the first process what the run saved and cost, and what to try next."""
+    """Print in the first process what the run saved and cost, and what to try next."""
     if is_first_process():
         print_verdict(verdict(cli.folder))
 

@@ -1,4 +1,4 @@
-"""The form of the commands' help and of their messages about wrong usage."""
+"""Format the commands' help and their messages about wrong usage."""
 
 import argparse
 import textwrap
@@ -63,12 +63,12 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument("--help-all", action=_HelpAll, nargs=0, help=f"explain these too: {named}")
 
     def explain_all(self) -> None:
-        """Let the help explain the rare options too."""
+        """Explain the rare options in the help too."""
         for action, explanation in self._rare.items():
             action.help = explanation
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong, and where to read how it is right."""
+        """Print what is wrong, and how to see the help."""
         self.exit(2, f"{self.format_usage()}{self.prog}: error: {message}\n`{self.prog} --help` shows an example\n")
 
 

@@ -1,4 +1,4 @@
-"""The dissimilarity of neighbours as a loss."""
+"""Train neighbouring tokens to be routed alike (arXiv 2608.18261)."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""The anchor: keep a router that is fine-tuned close to what it was."""
+"""Keep a router that is fine-tuned close to what it was before."""
 
 from collections.abc import Mapping
 from dataclasses import replace

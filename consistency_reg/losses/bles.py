@@ -1,4 +1,4 @@
-"""CoSMoEs' block-wise loss."""
+"""Train with the block-wise expert selection loss of CoSMoEs."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""The loss of a known cache: 1 - hit rate."""
+"""Train for the hit rate of a cache of known size: the loss is 1 - hit rate."""
 
 from collections.abc import Iterator
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Melinoe's loss."""
+"""Train with Melinoe's loss (arXiv 2602.11192)."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""ReMoE's loss."""
+"""Train with ReMoE's loss (arXiv 2605.27081)."""
 
 from collections.abc import Sequence
 

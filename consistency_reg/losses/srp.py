@@ -1,4 +1,4 @@
-"""The local-consistency loss: 1 - SRP."""
+"""Train for local routing consistency: the loss is 1 - SRP."""
 
 from collections.abc import Iterator, Sequence
 from typing import Literal

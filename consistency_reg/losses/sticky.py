@@ -1,4 +1,4 @@
-"""StickyMoE's loss."""
+"""Train with StickyMoE's loss (arXiv 2607.08780)."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""The router z-loss."""
+"""Keep router logits small with the z-loss."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The names under which a batch, or the call of a model, holds tokens, and what is read by them."""
+"""Read the tokens of a batch, or of the call of a model, by the names that trainers give them."""
 
 import inspect
 from collections.abc import Mapping

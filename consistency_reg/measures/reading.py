@@ -33,7 +33,7 @@ Where = Mapping[str, int | float | str]  # arguments of Measure.at
 
 @dataclass(frozen=True)
 class Measure:
-    """One row of the table.
+    """Holds one row of the table of measures.
 
     Attributes:
         key: its name in logs; ``{segment}``, ``{cache}``, ``{size}`` and ``{kind}`` stand for what :meth:`at` fills in.
@@ -75,22 +75,22 @@ class Measure:
 
     @property
     def record(self) -> str:
-        """Its name in ``compute()`` and in the rows of `evaluate`, without the parts of its key."""
+        """Return the measure's name in ``compute()`` and in the rows of `evaluate`, without the parts of its key."""
         return self.name or self.key
 
     @property
     def bare_label(self) -> str:
-        """Its label without the parts of its key: for a table that has those in a column of their own."""
+        """Return the label without the parts of the key, for a table with a column of these parts."""
         return re.sub(r" ?\{\w+\}", "", self.label).strip()
 
     @property
     def unit_label(self) -> str:
-        """Its unit as it stands behind a label: " (%)"."""
+        """Return the unit as it stands behind a label: " (%)"."""
         return f" ({self.unit})" if self.unit in (SHARE, POINTS) else ""
 
     @property
     def by_segment(self) -> bool:
-        """Whether it has a value for each segment length."""
+        """Return whether the measure has a value for each segment length."""
         return "{segment}" in self.key
 
     def at(
@@ -178,14 +178,14 @@ class Reading:
 
     @property
     def name(self) -> str:
-        """Its name in a log."""
+        """Return the name of the reading in a log."""
         key = self.measure.key.format(**dict(self.parts))
         layer = "" if self.layer is None else layer_name(self.layer)
         return "/".join(filter(None, (self.stage, key, layer, self.domain)))
 
     @property
     def label(self) -> str:
-        """What tables and axes call it, without layer and domain."""
+        """Return the label in tables and on axes, without layer and domain."""
         return self._filled(self.measure.label)
 
     @property
@@ -206,13 +206,13 @@ class Reading:
 
     @property
     def ratio(self) -> float | None:
-        """Slots of the cache over active experts; None where it is not given so."""
+        """Return the slots of the cache over active experts; None where the size is a share, or there is no cache."""
         size = dict(self.parts).get("size", "")
         return float(size[:-1] or 1) if size.endswith("k") else None
 
     @property
     def share(self) -> float | None:
-        """Slots of the cache over a layer's experts; None where it is not given so."""
+        """Return the slots of the cache over a layer's experts; None where the size is a ratio or there is no cache."""
         size = dict(self.parts).get("size", "")
         return float(size.removesuffix("pct")) / 100 if size.endswith("pct") else None
 

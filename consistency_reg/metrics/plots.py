@@ -1,4 +1,4 @@
-"""Helpers of the routing metrics' pictures."""
+"""Draw the pictures of routing metrics."""
 
 from collections.abc import Sequence
 from typing import Any

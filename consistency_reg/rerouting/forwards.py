@@ -64,7 +64,7 @@ class Stack:
 
     @property
     def name(self) -> str:
-        """The class of its outermost module."""
+        """Return the class name of the stack's outermost module."""
         return type(self.modules[0]).__name__
 
 
@@ -91,7 +91,7 @@ class Forwards:
         self._stack_of = {name: stack for stack in self._stacks for name in stack.routers}
 
     def listen(self) -> list[RemovableHandle]:
-        """Hook into the stacks; the handles of the hooks."""
+        """Hook into the stacks, and return the handles of the hooks."""
         handles = []
         for index, stack in enumerate(self._stacks):
             stack.open.clear()
@@ -111,7 +111,7 @@ class Forwards:
         return self._stack_of[router].name
 
     def forget(self) -> None:
-        """Let no forward continue the caches that were kept so far."""
+        """Forget the caches, so that no forward continues them."""
         self.owner = object()
 
     @torch.compiler.disable

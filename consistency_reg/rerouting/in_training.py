@@ -16,7 +16,7 @@ from consistency_reg.session import ListenOptions
 
 
 class TrainedRouting:
-    """The routing of a model in its training forwards alone, for whoever trains it by calling it.
+    """Routes the training forwards of a model with knowledge of the cache, whoever calls it.
 
     Args:
         model: is called in training; holds routers.

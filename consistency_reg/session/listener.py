@@ -1,4 +1,4 @@
-"""A listener of a session: which routers and tokens it wants, and the trace that it gets."""
+"""Hear a session's forwards: the routers and tokens that a listener wants, and the trace that it gets."""
 
 import re
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Listener:
-    """One that listens in a :class:`RoutingSession`: which routers and tokens it wants, and what was heard.
+    """Listens in a :class:`RoutingSession` to the routers and tokens that it was made for.
 
     Attributes:
         session: what it takes part in.
@@ -51,11 +51,11 @@ class Listener:
             yield
 
     def expect(self) -> None:
-        """Say that the trace of the forward that comes will be asked for: it is kept until :meth:`done`."""
+        """Ask for the trace of the coming forward: it is kept until :meth:`done`."""
         self.expects = True
 
     def done(self) -> None:
-        """Say that the trace is not needed any more: when nobody needs it, its tensors are free."""
+        """Give up the trace of the last forward, whose tensors are freed when no listener needs them."""
         self.session._done(self)
 
     def trace(self, batch: Any = None) -> RoutingTrace:
@@ -88,5 +88,5 @@ class Listener:
         return self.session.capture.frozen_routers(self.layer_names)
 
     def release(self) -> None:
-        """Leave; the last one gives the module back as it was."""
+        """Leave the session; the last listener takes the hooks off the module."""
         self.session._leave(self)

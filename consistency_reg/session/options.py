@@ -1,4 +1,4 @@
-"""What somebody wants to hear of a module: which routers, and which tokens."""
+"""Choose which routers and which tokens of a module a listener hears."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -96,7 +96,7 @@ class RoutingSession:
         return listener
 
     def _attach(self) -> None:
-        """Listen to what all listeners want."""
+        """Capture the routers that any listener wants."""
         patterns = [listener.options.layers for listener in self._listeners]
         layers = None if None in patterns else "|".join(f"(?:{one})" for one in dict.fromkeys(map(str, patterns)))
         adapters = tuple(dict.fromkeys(one for listener in self._listeners for one in listener.options.adapters))

@@ -51,7 +51,7 @@ class Measured:
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """The measures of the layers, and those of the domains as ``NAME/DOMAIN``."""
+        """Return the measures of the layers, and those of the domains as ``NAME/DOMAIN``."""
         by_domain = self.domains.items()
         return self.layers | {f"{name}/{domain}": value for domain, of in by_domain for name, value in of.items()}
 
@@ -142,24 +142,24 @@ class RoutingMeasures:
 
     @property
     def usual_length(self) -> int:
-        """The m of what is told for one segment length."""
+        """Return the segment length m for which single numbers are given."""
         return usual_length(self.segment_lengths)
 
     @property
     def srp(self) -> Reading:
-        """The SRP of what is told in one number."""
+        """Return the reading of SRP where one number is given."""
         return SRP.at(self.usual_length)
 
     @property
     def cache(self) -> Reading | None:
-        """The hit rate of what is told in one number: at the first share of the experts, else at the largest ratio."""
+        """Return the reading of the hit rate where one number is given: the first share, else the largest ratio."""
         if self.cache_shares:
             return HIT_RATE.at(share=self.cache_shares[0])
         return HIT_RATE.at(ratio=max(self.cache_ratios)) if self.cache_ratios else None
 
     @property
     def headline_names(self) -> tuple[str, ...]:
-        """The names of the measures of a model that say most: SRP, and the hit rate of one cache."""
+        """Return the names of the two measures that progress bars show: SRP, and the hit rate of one cache."""
         return tuple(reading.name for reading in (self.srp, self.cache) if reading is not None)
 
     @property

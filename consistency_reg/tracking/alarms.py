@@ -15,7 +15,7 @@ TOO_STRONG = "Lower the weight of the term, or hold balance over more steps: Loa
 
 @dataclass(frozen=True)
 class Alarm:
-    """Say what is wrong in a line, then more of it and what to do."""
+    """Holds what is wrong in one line, and in a text how to mend it."""
 
     title: str
     text: str

@@ -77,7 +77,7 @@ class MonitorCore:
 
     @property
     def headline_names(self) -> tuple[str, ...]:
-        """The names of the measures that say most: for progress bars."""
+        """Return the names of the measures that progress bars show."""
         return self._measures.headline_names
 
     def draw(self, board: Board, decode: Callable[[list[int]], str] | None = None) -> None:

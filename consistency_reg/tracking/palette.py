@@ -1,4 +1,4 @@
-"""The colours of all figures, of the library and of reports.
+"""Define the colours of all figures, of the library and of reports.
 
 Okabe and Ito's palette: told apart with every kind of colour vision, and in grey by their lightness.
 """

@@ -7,8 +7,8 @@ r"""How fast models decode whose experts are read from disk: arms side by side, 
     ... the same --read-bandwidth 100MB/s --runs 3 --state runs/offload/100MBps.jsonl
     make results
 
-Every model is an arm, and again with each bias to experts that are in slots (``--strength 0.1 0.2``); a model that was
-trained with the bias is one arm, with the strength that it was trained with. ``NAME=PLACE@0.1,0.2`` gives a model's
+Every model is an arm, and again with each bias to experts that are in slots (``--strength 0.1 0.2``); a model whose
+``config.json`` says with which it is to be deployed is one arm, with that one. ``NAME=PLACE@0.1,0.2`` gives a model's
 strengths itself, 0 for none. ``--cache-ratios 1 1.5 2 4 all`` are slots of a layer / K. Each arm reads the same
 held-out text token by token behind a prompt, from empty slots, so that perplexity is of the same tokens. Reads go past
 the page cache. ``--read-bandwidth`` stands for a slower device: a read returns when so many bytes would have passed,
@@ -116,7 +116,7 @@ def plan(arms: Sequence[Arm], options: argparse.Namespace) -> Iterator[tuple[Key
 
 
 def arms_of(model: Model, strengths: Sequence[float]) -> list[Arm]:
-    """Return the arms of a model: without and with each bias, or with the one that it was trained with."""
+    """Return the arms of a model: without and with each bias, or with the one that it is to be deployed with."""
     trained = getattr(AutoConfig.from_pretrained(path_of(model.place)), "cache_aware_routing", None)
     usual = (0.0, *strengths) if trained is None else (trained["strength"],)
     chosen = usual if model.strengths is None else model.strengths

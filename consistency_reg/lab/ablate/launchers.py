@@ -1,4 +1,4 @@
-"""Launchers of the processes of cells: on this machine, or (in its own module) on the machines of a Ray cluster."""
+"""Launch the processes of cells on this machine; :mod:`.ray_cluster` launches them in a Ray cluster."""
 
 import os
 import signal

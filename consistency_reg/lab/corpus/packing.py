@@ -49,12 +49,12 @@ class PackedRows(Dataset):
 
     @cached_property
     def whole_rows(self) -> int:
-        """How many rows need no padding."""
+        """Return the number of rows without padding."""
         return len(self.tokens.ids) // self.sequence_length
 
     @cached_property
     def predicted_tokens(self) -> int:
-        """How many tokens of all rows have a label."""
+        """Return the number of tokens that have a label."""
         return self._predicted(0, len(self.tokens.ids))
 
     def __len__(self) -> int:
@@ -164,7 +164,7 @@ class ResumableLoader(DataLoader):
         return {"epoch": self.sampler.epoch, "rows": done * self.sampler.num_replicas}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next pass begin there."""
+        """Begin the next pass where the state was saved."""
         self.sampler.set_epoch(state["epoch"])
         self.sampler.start = self.sampler.given = state["rows"] // self.sampler.num_replicas
 

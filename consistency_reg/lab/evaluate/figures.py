@@ -1,4 +1,4 @@
-"""Pictures of an evaluation."""
+"""Draw the pictures of an evaluation."""
 
 from collections.abc import Sequence
 

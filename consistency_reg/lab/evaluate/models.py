@@ -46,12 +46,12 @@ class Candidate:
 
     @property
     def body(self) -> nn.Module:
-        """The part that routes: without the head."""
+        """Return the part of the model that routes, without its head."""
         return self.model if self.is_encoder_decoder else self.model.base_model
 
     @property
     def predicts(self) -> bool:
-        """Whether its loss on text says how good it is: a causal model with its head."""
+        """Return whether the model predicts text: a causal model with its head."""
         return self.has_head and not self.is_encoder_decoder
 
     @property
@@ -65,7 +65,7 @@ class Candidate:
 
     @property
     def context(self) -> int | None:
-        """The longest row that the model can read; None where there is no limit."""
+        """Return the most tokens that the model reads at once; None where there is no limit."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def encode(self, documents: list[Document]) -> Rows:

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_gguf(model, tokenizer, options.out, name=_name(Path(options.model)), dtype=options.dtype)
     print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB, {config.model_type}")
     if deployed := getattr(config, "cache_aware_routing", None):
-        print(f"llama.cpp routes without the bias of {deployed['strength']:g} that this model was trained with")
+        print(f"llama.cpp has no bias towards cached experts: the one of {deployed['strength']:g} is not exported")
     return _check(model, tokenizer, options.out) if options.check else 0
 
 

@@ -44,14 +44,14 @@ CONFIG: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Mark:
-    """A place of a chart, or a line from there.
+    """Holds a point of a chart, or a line that begins there.
 
     Attributes:
-        x: where it stands; None or NaN where that was not measured, and then it is not drawn.
-        y: likewise; the name of its row in a chart of rows.
-        id: of what it stands for on the page; "" for nothing that can be opened.
-        cell: what the page's search compares with.
-        group: what the page's legend shows and hides.
+        x: position; a mark is not drawn where it is None or NaN, that is not measured.
+        y: position, or the name of the row in a chart of rows.
+        id: of the item that a click opens; "" for none.
+        cell: name that the page's search compares with.
+        group: name of the group that the page's legend shows and hides.
         colour: a variable of the style sheet.
         shape: as matplotlib names it.
         hollow: whether only its outline is drawn.
@@ -59,10 +59,10 @@ class Mark:
         alpha: how opaque it is, 0..1.
         say: a line of its own in what is shown when the pointer is over it.
         x2: where a line from it ends.
-        y2: likewise.
-        line: what the marks of one line have in common.
-        order: its place along that line, or the value of a field.
-        text: beside it.
+        y2: where it ends on the other axis.
+        line: name of the line that the mark is a part of.
+        order: position along that line, or the value of a coloured field.
+        text: that is written next to it.
     """
 
     x: float | str | None
@@ -89,7 +89,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Area:
-    """The part of a chart to the left of ``x`` and below ``y``, tinted and named."""
+    """Tints and names the part of a chart to the left of ``x`` and below ``y``."""
 
     x: float
     y: float
@@ -98,7 +98,7 @@ class Area:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart of a page: its title, where a figure has several, and its specification in Vega-Lite."""
+    """Holds a chart of a page: its specification in Vega-Lite, and a title where a figure has several charts."""
 
     title: str
     spec: dict[str, Any]
@@ -106,7 +106,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Figure:
-    """Charts side by side.
+    """Holds charts that stand side by side.
 
     Attributes:
         name: of the figure, such as "frontier".
@@ -138,7 +138,7 @@ def plane(
     Args:
         layers: the last is on top.
         x: title of the axis, in one or several lines.
-        y: likewise.
+        y: title of the other axis.
         title: of the chart.
         zeros: whether lines mark 0 on both axes.
         area: to be tinted.

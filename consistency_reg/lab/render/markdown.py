@@ -1,4 +1,4 @@
-"""Tables in Markdown files: made by a report, kept in step with committed results."""
+"""Write tables in Markdown, and keep those of a file in step with committed results."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The folder that a command writes into: refused before the work if nothing can be written, without stale pictures."""
+"""Check the folder that a command writes into before it works, and replace its pictures."""
 
 import os
 import re

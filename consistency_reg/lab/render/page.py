@@ -1,4 +1,4 @@
-"""One HTML page to explore that needs nothing beside itself: charts, tables that sort, and what a click shows."""
+"""Make one self-contained HTML page with charts to explore, tables that sort, and details that a click opens."""
 
 import json
 import re
@@ -47,7 +47,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of the legend; one with a group can be switched off."""
+    """Holds an entry of the legend; one with a group can be switched off."""
 
     label: str
     colour: str

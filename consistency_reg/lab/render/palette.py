@@ -1,4 +1,4 @@
-"""Colours and shapes that all figures of the lab share; the colours are the library's."""
+"""Define the colours and shapes that all figures of the lab share."""
 
 from consistency_reg.tracking.palette import COLOURS
 

@@ -1,4 +1,4 @@
-"""Figures of matplotlib: panels, legends, and how they become PNGs."""
+"""Draw panels and legends with matplotlib, and turn figures into PNGs."""
 
 import io
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""A table of text cells, and how numbers become text."""
+"""Hold a table of text cells, and write numbers as text."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ MARKS = ("(collapsed)", "(left out)")  # at the end of a row's first cell
 
 @dataclass(frozen=True)
 class Table:
-    """A title, a header, and rows of text.
+    """Holds a table: a title, a header, and rows of text.
 
     Attributes:
         title: what the table is about.

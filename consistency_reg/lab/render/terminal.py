@@ -1,4 +1,4 @@
-"""Tables on a terminal: as many columns as it is wide for, each with all of its letters; on a pipe all columns."""
+"""Print tables on a terminal with as many whole columns as fit, and on a pipe with all of them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ UNLIMITED = 100_000  # letters of a line on a pipe
 
 @dataclass(frozen=True)
 class Layout:
-    """Which columns of a table are shown, and how wide.
+    """Holds which columns of a table are shown on a terminal, and how wide.
 
     Attributes:
         widths: letters of each shown column by its place in the header.

@@ -31,7 +31,7 @@ Values = Mapping[str, float]  # measures by their name in a log, with or without
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found and what to try next, a sentence each."""
+    """Holds what was found and what to try next, a sentence each."""
 
     found: str
     advice: str
@@ -42,7 +42,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model changes against its baseline; NaN where something was not measured.
+    """Holds the changes of a model against its baseline; NaN where something was not measured.
 
     Attributes:
         name: of the model.
@@ -66,7 +66,7 @@ class Outcome:
 
     @property
     def is_balanced(self) -> bool:
-        """Whether no expert is dead and global balance is about the baseline's, as far as they were measured."""
+        """Return whether no expert is dead and global balance is near the baseline's, as far as measured."""
         return not (self.smallest_share < COLLAPSED_BELOW or self.cv_ratio > CV_RATIO_AT_MOST)
 
     def __str__(self) -> str:

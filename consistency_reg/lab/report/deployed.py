@@ -26,7 +26,7 @@ DECIMALS = 6  # of what validation logs as float32: 0.1 is 0.10000000149 there
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is deployed, apart from the strength of the bias.
+    """Holds the settings by which a model is deployed, apart from the strength of the bias.
 
     Attributes:
         method: of cache-aware routing.
@@ -49,7 +49,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Point:
-    """A model deployed at one strength; strength 0 is the model as it is. NaN where something was not measured."""
+    """Holds what a model reaches as deployed at one strength (0: as it is); NaN where it was not measured."""
 
     strength: float
     perplexity: float

@@ -1,4 +1,4 @@
-"""Make the page of a report: what stands on it, and what a click on a run or a cell shows."""
+"""Make the page of a report, and the details that a click on a run or a cell opens."""
 
 from collections.abc import Sequence
 from statistics import fmean

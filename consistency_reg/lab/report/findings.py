@@ -25,7 +25,7 @@ with require("plots"):
 
 @dataclass(frozen=True)
 class Findings:
-    """Runs, what they are compared with, and what follows from that.
+    """Compares runs with their baselines, and keeps what follows from it.
 
     Attributes:
         runs: validated on the same data.
@@ -39,17 +39,17 @@ class Findings:
 
     @cached_property
     def pair_frame(self) -> pd.DataFrame:
-        """A row for each pair."""
+        """Return a row for each pair."""
         return pair_frame(self.pairs)
 
     @cached_property
     def cells(self) -> pd.DataFrame:
-        """A row for each cell that has a baseline."""
+        """Return a row for each cell that has a baseline."""
         return cell_frame(self.pair_frame)
 
     @cached_property
     def shown(self) -> list[str]:
-        """Cells for figures that cannot hold all: those without a baseline, and the best of each loss."""
+        """Return the cells to draw where not all have room: those without a baseline, and the best of each loss."""
         compared = {pair.run.cell for pair in self.pairs}
         best = set(chosen(self.cells)["cell"]) if self.pairs else set()
         cells = dict.fromkeys(run.cell for run in self.runs)
@@ -57,32 +57,32 @@ class Findings:
 
     @cached_property
     def effects(self) -> pd.DataFrame:
-        """A row for each design choice."""
+        """Return a row for each design choice."""
         return effect_frame(self.runs, self.baseline)
 
     @cached_property
     def published(self) -> pd.DataFrame:
-        """A row for each design that was published; empty where these are not."""
+        """Return a row for each published design; empty where the runs have none of them."""
         return beside_published(self.runs)
 
     @cached_property
     def costs(self) -> pd.DataFrame:
-        """A row for each validation of each pair; empty where runs were validated once."""
+        """Return a row for each validation of each pair; empty where runs were validated once."""
         return cost_frame(self.pairs)
 
     @cached_property
     def deployed(self) -> pd.DataFrame:
-        """A row for each run and strength of cache-aware routing; empty where no run was measured with it."""
+        """Return a row for each run and strength of cache-aware routing; empty where no run was measured with it."""
         return deployed_frame(self.runs, self.pairs)
 
     @cached_property
     def strengths(self) -> pd.DataFrame:
-        """A row for each cell and strength of cache-aware routing."""
+        """Return a row for each cell and strength of cache-aware routing."""
         return strength_frame(self.deployed)
 
     @cached_property
     def deployed_ranks(self) -> pd.DataFrame:
-        """A row for each cell that was measured with cache-aware routing, the best first."""
+        """Return a row for each cell that was measured with cache-aware routing, the best first."""
         return rank_frame(self.deployed, self.strengths)
 
     def tables(self) -> list[Table]:

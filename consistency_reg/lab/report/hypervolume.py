@@ -14,7 +14,7 @@ REFERENCE = (0.05, 0.0)
 
 @dataclass(frozen=True)
 class Budget:
-    """The most perplexity that a cell may cost: on average over its seeds, and each of them."""
+    """Holds the most perplexity that a cell may cost: on average over its seeds, and for each seed."""
 
     mean: float
     each: float
@@ -24,7 +24,7 @@ BUDGETS = (Budget(0.005, 0.01), Budget(0.005, 0.005), Budget(0.01, 0.01))
 
 
 def hypervolume(points: Iterable[tuple[float, float]], reference: tuple[float, float]) -> float:
-    """Return the area that points dominate, both coordinates to be small, within what a reference point is worse than.
+    """Return the area that points dominate up to a reference point; small coordinates are better.
 
     Example:
         >>> hypervolume([(1.0, 2.0), (2.0, 1.0), (2.0, 2.0)], reference=(3.0, 3.0))

@@ -20,9 +20,10 @@ with require("plots"):
 
 @dataclass(frozen=True)
 class Looks:
-    """Colour by consistency term, shape by what runs have in common besides it; the same in all figures of a report.
+    """Holds the colour and the shape of each run, the same in all figures of a report.
 
-    Where all have the rest in common, shape too tells the terms apart.
+    The colour tells the consistency term, the shape the rest of the recipe; where all runs have the rest in common, the
+    shape tells the term too.
     """
 
     colours: dict[str, str]
@@ -47,7 +48,7 @@ class Looks:
         return self.colours[self.loss_of[run.name]]
 
     def shape(self, run: Run) -> str:
-        """Return the shape of what it shares with other terms, or of the term where all share it."""
+        """Return the shape of the run's recipe without its term, or of the term where all recipes share the rest."""
         return self.shapes.get(self.setting_of[run.cell]) or self.shapes[self.loss_of[run.name]]
 
     def point(self, axes: Axes, run: Run, x: float, y: float) -> None:
@@ -93,7 +94,7 @@ class Looks:
         return entries
 
     def legend(self, runs: Sequence[Run], *, collapsed: bool = True) -> list[Line2D]:
-        """Return what colours and shapes mean."""
+        """Return the legend of a picture: what colours and shapes mean."""
         handles = []
         shaped_by_loss = set(self.shapes) == set(self.colours)
         for loss, colour in self.colours.items():

@@ -16,7 +16,7 @@ with require("plots"):
 
 @dataclass(frozen=True)
 class Pair:
-    """A run and its baseline: the same seed, so the same initial weights and data order. NaN where not measured."""
+    """Holds a run and its baseline of the same seed, weights at first and data; NaN where not measured."""
 
     run: Run
     baseline: Run
@@ -62,7 +62,7 @@ class Pair:
 
     @property
     def left_out(self) -> bool:
-        """Whether what the run gained is not to be compared: it collapsed, or gave up global balance."""
+        """Return whether the run is excluded from comparisons: it collapsed, or gave up global balance."""
         return self.run.collapsed or self.cv_ratio > CV_RATIO_AT_MOST
 
 

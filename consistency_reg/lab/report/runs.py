@@ -32,7 +32,7 @@ ROUTING = "routing."  # how the options of cache-aware routing in training begin
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run.
+    """Holds a finished run.
 
     Attributes:
         name: of the run's folder.
@@ -82,7 +82,7 @@ class Run:
 
     @property
     def cell(self) -> str:
-        """The name without its seed: what runs of different seeds have in common."""
+        """Return the name without its seed, which runs of different seeds have in common."""
         return self.name.removesuffix(f"-seed{self.seed}")
 
     @property
@@ -110,7 +110,7 @@ class Run:
         return all(reading.name in self.metrics for reading in readings)
 
     def readings(self) -> Iterator[tuple[Reading, float]]:
-        """Give each metric that is in the table of measures, with its value."""
+        """Yield each metric that is in the table of measures, with its value."""
         for name, value in self.metrics.items():
             if (reading := parse(name)) is not None:
                 yield reading, value

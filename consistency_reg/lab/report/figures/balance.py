@@ -1,4 +1,4 @@
-"""Consistency against global and against local balance: which of the two it has to give up."""
+"""Draw consistency against global and against local balance."""
 
 from consistency_reg.lab.render.charts import Chart, plane, points
 from consistency_reg.lab.render.charts import Figure as Explored

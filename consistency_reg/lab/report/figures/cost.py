@@ -1,4 +1,4 @@
-"""What the term costs and saves as tokens are seen."""
+"""Draw what the term costs and saves by the tokens seen."""
 
 from consistency_reg.lab.render.charts import Figure as Explored
 from consistency_reg.lab.render.charts import lines, plane, points

@@ -1,4 +1,4 @@
-"""The frontier as models are deployed: a line for each cell through the strengths of cache-aware routing."""
+"""Draw the frontier of deployed models: a line for each cell through the strengths of cache-aware routing."""
 
 from collections import Counter
 from typing import Any

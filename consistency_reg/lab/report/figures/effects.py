@@ -1,4 +1,4 @@
-"""The effect of each design choice at equal budget."""
+"""Draw the effect of each design choice at equal budget."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The frontier: what each cell gains and costs against its baseline, with its seeds as intervals."""
+"""Draw the frontier: what each cell gains and costs against its baseline, with its seeds as intervals."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,7 @@ COST = "perplexity, change against the baseline (%)\n← better"
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two panels: what is gained, which way is better, and the title of its axis."""
+    """Holds one of the two panels: what is gained, which way is better, and the title of its axis."""
 
     gain: str
     towards: int

@@ -1,4 +1,4 @@
-"""LRU hit rate by cache size, with the knee of each curve."""
+"""Draw LRU hit rates by cache size, with the knee of each curve."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""SRP of every layer."""
+"""Draw the SRP of every layer."""
 
 from consistency_reg.lab.render.charts import Figure as Explored
 from consistency_reg.lab.render.charts import fields
@@ -43,7 +43,7 @@ def draw(findings: Findings, looks: Looks) -> Figure | None:
 
 
 def explore(findings: Findings, looks: Looks) -> Explored | None:
-    """Return the same to be pointed at and opened."""
+    """Return the chart of the layers' SRP, whose fields open their cells."""
     table = _by_layer(findings)
     if table.empty:
         return None

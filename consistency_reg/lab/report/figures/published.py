@@ -1,4 +1,4 @@
-"""Our design ablation beside the published one."""
+"""Draw our design ablation next to the published one."""
 
 from typing import Any
 

