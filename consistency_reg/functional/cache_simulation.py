@@ -22,6 +22,7 @@ SIMULATED = (*EVICTING, "sch")
 REPLAYS = ("token", "access")
 COLD = ("free", "miss")
 CHUNK_ACCESSES = 2**22  # that are looked at together: bounds memory, and leaves enough documents to work on at once
+KERNEL_CHUNK_ACCESSES = 2**24  # 4,096 documents of 512 x 8: a GPU of 132 multiprocessors works on 4,224 at once
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,8 @@ def _chunks(trace: RoutingTrace, *, by_access: bool = False) -> Iterator[tuple[s
     By access, each access is a token of its own: T*K tokens of one expert.
     """
     (N, T), experts = trace.shape, [layer.num_experts for layer in trace]
-    for rows in row_chunks(N, T * sum(layer.top_k for layer in trace), CHUNK_ACCESSES):
+    most = KERNEL_CHUNK_ACCESSES if devices.has_kernels(trace.expert_ids[0]) else CHUNK_ACCESSES
+    for rows in row_chunks(N, T * sum(layer.top_k for layer in trace), most):
         ids_BTK = side_by_side([layer[rows] for layer in trace.expert_ids], experts)
         masks = [None if mask is None else mask[rows] for mask in (trace.valid, trace.document_ids)]
         position_BT = document_positions((len(ids_BTK), T), *masks, device=ids_BTK.device)

@@ -273,6 +273,14 @@ def test_every_cell_of_a_grid_is_a_recipe_that_fit_takes(
     check_cells(grid, grid.cells, lambda arguments: fit.check_config([*arguments, *options(SMALL)]))
 
 
+def test_every_cell_of_the_upcycled_mixtures_grid_is_a_recipe_that_fit_takes(checkpoint, tmp_path, monkeypatch):
+    grid = load_grid(RECIPES / "ablations" / "upcycle_deployed.yaml")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "upcycle").symlink_to(checkpoint)
+    check_cells(grid, grid.cells, lambda arguments: fit.check_config([*arguments, *options(SMALL)]))
+
+
 def test_agreement_counts_what_two_sets_share():
     generator = torch.Generator().manual_seed(0)
     ids, other = (torch.rand(3, 5, 8, generator=generator).topk(3).indices for _ in range(2))

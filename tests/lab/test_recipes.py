@@ -14,7 +14,8 @@ from consistency_reg.lab.model import count_parameters, small_moe
 
 RECIPES = ROOT / "recipes"
 GRIDS = sorted(path.stem for path in (RECIPES / "ablations").glob("*.yaml"))
-GRIDS = [name for name in GRIDS if name not in ("finetune", "finetune_deployed")]  # of checkpoints: test_finetune.py
+OF_CHECKPOINTS = ("finetune", "finetune_deployed", "upcycle_deployed")  # test_finetune.py has those
+GRIDS = [name for name in GRIDS if name not in OF_CHECKPOINTS]
 PAPER = ["Baseline", "FewerExp", "ActMore", "ActFewer", "1ShrExp", "2ShrExp", "DenseFst", "DenseHlf", "NoLB", "OverLB"]
 SMALL = {  # what makes a cell a run of two steps
     "data": {

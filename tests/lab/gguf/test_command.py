@@ -1,14 +1,12 @@
 """``consistency-reg export``: llama.cpp writes the text that transformers writes, and a bad request leaves no file."""
 
 import errno
-import subprocess
 import sys
 from importlib.util import find_spec
 
 import pytest
 import torch
 import transformers
-from places import ROOT
 from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -81,6 +79,28 @@ def test_llama_cpp_writes_the_text_of_transformers(kind, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "write the same 32 of 32 greedy tokens" in shown
     assert [path.name for path in out.parent.iterdir()] == ["tiny.gguf"]
+
+
+@in_llama_cpp
+@pytest.mark.parametrize("steps", [[], [pre_tokenizers.Digits(individual_digits=True)]], ids=["gpt-2", "smollm"])
+def test_llama_cpp_cuts_text_as_the_tokenizer_does(steps, tmp_path):
+    from consistency_reg.lab.gguf.engine import LlamaCpp
+
+    tokenizer = byte_level_tokenizer(steps)
+    place, out = save(tmp_path / "tiny", lab_model(0), tokenizer), tmp_path / "a.gguf"
+    assert main(["export", place, "--out", str(out)]) == 0
+    engine = LlamaCpp(out)
+    hard = [
+        "a\r\n\n  b",
+        "x²=½ Ⅷ 12345",
+        "I'LL we'll 's",
+        "中文 日本語 привет",
+        "👩‍👩‍👧\u00a0\u2003\u200b",
+        "a <|endoftext|> b",
+        "   ",
+    ]
+    for text in [TEXT, *hard]:
+        assert engine.token_ids(text) == tokenizer(text)["input_ids"], text
 
 
 @in_llama_cpp
@@ -160,11 +180,10 @@ def test_a_full_disk_leaves_the_former_file(place, tmp_path, capsys, monkeypatch
     assert {path.name for path in tmp_path.iterdir()} == {"a.gguf", "tiny"}
 
 
-def test_a_missing_package_names_the_extra(place, tmp_path):
-    code = (
-        "import sys; sys.modules['gguf'] = None\nfrom consistency_reg.lab.cli import main\nsys.exit(main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, "export", place, "--out", str(tmp_path / "a.gguf")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "pip install 'consistency-reg[gguf]'" in done.stderr.splitlines()[-1]
+def test_a_missing_package_names_the_extra(place, tmp_path, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("consistency_reg.lab.gguf.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "gguf", None)  # as if it were not installed
+    assert main(["export", place, "--out", str(tmp_path / "a.gguf")]) == 1
+    assert "gguf is not installed: pip install 'consistency-reg[gguf]'" in capsys.readouterr().err
+    assert not (tmp_path / "a.gguf").exists()

@@ -24,6 +24,7 @@ from consistency_reg.lab.cli import main
 from consistency_reg.lab.offload.decoding import read_text, sampler, write_text
 from consistency_reg.lab.offload.measure import quantiles
 from consistency_reg.offload import OffloadedExperts
+from consistency_reg.offload.reading import FileReader
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "mat", "road", "and", "then", "far"]
 
@@ -242,6 +243,32 @@ def reads(process, folder):
         opened = [os.path.realpath(link) for link in Path(f"/proc/{process}/fd").iterdir()]
         return any(path.startswith(str(folder)) and path.endswith(".safetensors") for path in opened)
     return False
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes() + b"x"), "has changed since it was opened"),
+        (lambda file: os.truncate(file, 5000), "has changed since it was opened"),
+    ],
+    ids=["grows", "is cut"],
+)
+def test_a_file_that_changes_meanwhile_is_one_error(folders, prompt, tmp_path, monkeypatch, capsys, spoil, message):
+    place, out, read_into, reads = tmp_path / "model", tmp_path / "out", FileReader.read_into, []
+    shutil.copytree(folders[0], place)
+
+    def spoiled(reader, destination, offset):
+        reads.append(offset)
+        if len(reads) == 60:
+            spoil(reader.path)
+        read_into(reader, destination, offset)
+
+    monkeypatch.setattr(FileReader, "read_into", spoiled)
+    assert main(["offload", str(place), "--prompt", str(prompt), "--tokens", "50", "--out", str(out)]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"consistency-reg: error: {place}")
+    assert message in last
+    assert not out.exists()
 
 
 def test_a_full_disk_is_one_error(folders, prompt, tmp_path, monkeypatch, capsys):
