@@ -43,6 +43,7 @@ MOVED = {  # former path below consistency_reg -> present path; a package takes 
     "lm.sources": "lab.corpus.sources",
     "lm.tokens": "lab.corpus.tokens",
     "lm.tracking": "lab.run_loggers",
+    "losses.distributed": "distributed",
     "metrics.cache": "metrics.cache_hits",
     "metrics.hit_rates": "metrics.simulated_caches",
     "provenance": "lab.provenance",

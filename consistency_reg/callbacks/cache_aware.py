@@ -11,7 +11,7 @@ from torch import Tensor
 from consistency_reg.callbacks.batches import domain_names
 from consistency_reg.callbacks.monitor import RoutingMonitor
 from consistency_reg.capture import RouterAdapter, RouterCapture
-from consistency_reg.losses.distributed import all_sum
+from consistency_reg.distributed import all_sum
 from consistency_reg.masks import Masks, batch_masks
 from consistency_reg.measures import (
     AGREEMENT,

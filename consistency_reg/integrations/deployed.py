@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from consistency_reg.distributed import all_sum
 from consistency_reg.integrations.attach import attachments
 from consistency_reg.integrations.outputs import loss_of
-from consistency_reg.losses.distributed import all_sum
 from consistency_reg.measures import AGREEMENT, CACHE_RATIO, STRENGTH
 from consistency_reg.rerouting import CacheAwareRouting, RoutingSchedule
 from consistency_reg.routing import RoutingTrace

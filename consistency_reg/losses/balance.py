@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from consistency_reg.distributed import all_sum, world_size
 from consistency_reg.functional.segments import active_experts
 from consistency_reg.losses.base import RoutingLoss, without_padding
-from consistency_reg.losses.distributed import all_sum, world_size
 from consistency_reg.losses.envelope import SCOPES
 from consistency_reg.routing import LayerRouting, RoutingTrace
 
@@ -140,10 +140,6 @@ class LoadBalanceLoss(RoutingLoss):
         """Take up what :meth:`get_extra_state` returned."""
         self._average, self._pending = dict(state["average"]), dict(state["pending"])
         self._calls = state["calls"]
-
-    def extra_repr(self) -> str:
-        """Return the options, for printing."""
-        return f"scope={self.scope!r}, running={self.running}"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The base of every routing loss: a value for each layer, averaged over the layers."""
 
 from dataclasses import replace
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ class RoutingLoss(nn.Module):
     """A differentiable scalar of a :class:`~consistency_reg.RoutingTrace`, unweighted: the caller applies the weight.
 
     A subclass writes :meth:`layer_loss`, or :meth:`per_layer` where layers of one shape are worked on together. They
-    are never pooled before that (trap 3 of the design: a mean over layers hides what each of them does).
+    are never pooled before that: a mean over layers hides what each of them does.
     """
 
     def layer_loss(self, layer: LayerRouting, trace: RoutingTrace) -> Tensor:
@@ -26,6 +27,11 @@ class RoutingLoss(nn.Module):
     def forward(self, trace: RoutingTrace) -> Tensor:
         """Return the mean over the layers."""
         return self.per_layer(trace).mean()
+
+    def extra_repr(self) -> str:
+        """Return the options that the loss keeps under the names of its constructor's arguments, for printing."""
+        kept = {name: getattr(self, name) for name in signature(type(self)).parameters if hasattr(self, name)}
+        return ", ".join(f"{name}={value!r}" for name, value in kept.items() if not isinstance(value, nn.Module))
 
 
 def without_padding(layer: LayerRouting, trace: RoutingTrace) -> LayerRouting:

@@ -40,7 +40,3 @@ class BlockwiseLoss(RoutingLoss):
         probability = (log_probability / self.temperature).softmax(dim=-1)
         replaced, accesses = replaced_experts(layer.expert_ids, layer.num_experts, position)
         return mean_absolute_step(probability, position) * replaced / accesses.clamp_min(1)
-
-    def extra_repr(self) -> str:
-        """Return the options, for printing."""
-        return f"temperature={self.temperature}"

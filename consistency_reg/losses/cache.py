@@ -5,9 +5,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from consistency_reg.distributed import all_sum
 from consistency_reg.functional.consistency import Marginals, hit_rate_marginals, lru_residents
 from consistency_reg.functional.segments import active_experts
-from consistency_reg.losses.distributed import all_sum
 from consistency_reg.losses.envelope import EnvelopeLoss
 from consistency_reg.routing import LayerStack
 
@@ -51,7 +51,3 @@ class CacheConsistencyLoss(EnvelopeLoss):
         if self.scope == "global":
             hits, accesses = all_sum(hits, accesses)
         yield hit_rate_marginals(residents, active, hits, accesses)
-
-    def extra_repr(self) -> str:
-        """Return the options, for printing."""
-        return f"cache_ratio={self.cache_ratio}, membership={self.membership!r}, temperature={self.temperature}"

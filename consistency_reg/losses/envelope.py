@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from consistency_reg.devices import is_on_host
+from consistency_reg.distributed import all_sum, largest, world_size
 from consistency_reg.functional.consistency import Marginals, margin_membership
 from consistency_reg.losses.base import RoutingLoss
-from consistency_reg.losses.distributed import all_sum, largest, world_size
 from consistency_reg.routing import LayerRouting, LayerStack, RoutingTrace, probabilities
 from consistency_reg.routing.documents import row_chunks
 

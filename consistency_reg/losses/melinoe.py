@@ -23,8 +23,8 @@ class MelinoeLoss(RoutingLoss):
             through the requests only.
 
     Source: arXiv 2602.11192 (MELINOE): gamma 0.9 and C = E / 4, with a weight of 0.5 in its runs on instructions. The
-    paper's text was not at hand; the recursion is that of the design page and of public code that cites its equations
-    4 and 11, from which the first state also comes (``c = C / E`` everywhere, ``Z = 1``). Its second loss, which keeps
+    paper's text was not at hand; the recursion is that of public code that cites its equations 4 and 11, from which the
+    first state also comes (``c = C / E`` everywhere, ``Z = 1``). Its second loss, which keeps
     the order of the base router's experts, is not part of this.
 
     Example:
@@ -55,7 +55,3 @@ class MelinoeLoss(RoutingLoss):
         slots = self.cache_share * layer.num_experts
         cache = soft_cache(kept, trace.positions, slots, layer.top_k, self.decay)
         return masked_mean((requests * (1 - cache)).sum(dim=-1), valid)
-
-    def extra_repr(self) -> str:
-        """Return the options, for printing."""
-        return f"decay={self.decay}, cache_share={self.cache_share}, through_cache={self.through_cache}"

@@ -71,10 +71,3 @@ class ReMoELoss(RoutingLoss):
         counted_D = torch.stack([has_predecessor(position, d).any() for d in self.distances])
         loss = loss + self.lag * masked_mean(divergence_D, counted_D)
         return loss + self.working_set * window_entropy(probability, position, self.window)
-
-    def extra_repr(self) -> str:
-        """Return the options, for printing."""
-        return (
-            f"smooth={self.smooth}, lag={self.lag}, working_set={self.working_set}, "
-            f"distances={self.distances}, window={self.window}"
-        )

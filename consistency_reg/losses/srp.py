@@ -5,6 +5,7 @@ from typing import Literal
 
 from torch import Tensor, iinfo, int32
 
+from consistency_reg.distributed import all_sum
 from consistency_reg.functional.consistency import Marginals, count_histogram, srp_marginals
 from consistency_reg.functional.segments import (
     active_experts,
@@ -13,7 +14,6 @@ from consistency_reg.functional.segments import (
     window_ends,
     window_sums,
 )
-from consistency_reg.losses.distributed import all_sum
 from consistency_reg.losses.envelope import EnvelopeLoss
 from consistency_reg.routing import LayerStack
 
@@ -62,7 +62,3 @@ class LocalConsistencyLoss(EnvelopeLoss):
             if self.scope == "global":
                 (histogram,) = all_sum(histogram)
             yield srp_marginals(counts, position, histogram, m)
-
-    def extra_repr(self) -> str:
-        """Return the options, for printing."""
-        return f"segment_lengths={self.segment_lengths}, membership={self.membership!r}, temperature={self.temperature}"

@@ -21,7 +21,7 @@ class StickyLoss(RoutingLoss):
 
     Source: arXiv 2607.08780 (StickyMoE), as quoted in public notes on it: lambda = 0.1 with alpha from 0.05 to 1 and
     W = 4 were best there. Our defaults with a weight of 0.1 on the whole are lambda = alpha = 0.1. The paper's text was
-    not at hand: one mean over t for both terms is the reading of the design page.
+    not at hand: that both terms have one mean over t is our reading.
 
     Example:
         >>> import torch
@@ -45,7 +45,3 @@ class StickyLoss(RoutingLoss):
         if self.anchor == 0:
             return loss
         return loss + self.anchor * mean_window_drift(probability, position, self.window)
-
-    def extra_repr(self) -> str:
-        """Return the options, for printing."""
-        return f"smooth={self.smooth}, anchor={self.anchor}, window={self.window}"

@@ -58,6 +58,7 @@ def token_ids(batch: Any) -> Tensor | None:
     """Return the [B, T] token ids of a batch: ``input_ids`` of a mapping, the first of a sequence, or the batch itself.
 
     Example:
+        >>> import torch
         >>> token_ids((torch.tensor([[3, 1, 2]]), "anything")).shape
         torch.Size([1, 3])
     """

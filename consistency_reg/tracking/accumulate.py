@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from consistency_reg.distributed import world_size
 from consistency_reg.functional.agreement import agreement_mean
 from consistency_reg.functional.srp import ModelSRP
-from consistency_reg.losses.distributed import world_size
 from consistency_reg.measures import HIT_RATE, SRP, usual_length
 from consistency_reg.measures.reading import TRAINING, VALIDATION, Reading
 from consistency_reg.metrics import CacheHitRate, RoutingBalance, SegmentRoutingPerformance
