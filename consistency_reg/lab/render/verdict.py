@@ -26,6 +26,7 @@ from consistency_reg.measures.reading import DEPLOYED, VALIDATION, Reading
 CV_RATIO_AT_MOST = 1.5  # of the baseline's global CV: what a run may give up of balance and still be compared
 WORTH_ITS_COST = 0.005  # more perplexity than this is too much for what it saves
 LEAST_SEEDS = 3
+WITH_TERM = "Next: the same command with --consistency.weight 0.35, and consistency-reg report on both."
 Values = Mapping[str, float]  # measures by their name in a log, with or without "val/" before it
 
 
@@ -191,12 +192,14 @@ def of_run(
     if before:
         outcome = compare(name, metrics, "the checkpoint before", before)
         deployed = as_deployed(name, metrics, "the checkpoint before", before)
+        if not has_term:
+            return Verdict(f"{outcome}{deployed}", WITH_TERM)
         control = "Next: the control, the same command with --consistency.weight 0, and consistency-reg report on both."
-        return Verdict(f"{outcome}{deployed}", control if has_term and outcome.is_balanced else advise(outcome))
+        return Verdict(f"{outcome}{deployed}", control if outcome.is_balanced else advise(outcome))
     if has_term:
         advice = "Next: the baseline, the same command with --consistency.weight 0, and consistency-reg report on both."
     else:
-        advice = "Next: the same command with --consistency.weight 0.35, and consistency-reg report on both."
+        advice = WITH_TERM
     return Verdict(f"{describe(name, metrics)}{deployed}", advice)
 
 

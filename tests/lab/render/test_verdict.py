@@ -83,6 +83,7 @@ def test_a_run_by_itself_is_told_to_have_a_baseline_and_a_baseline_a_term():
     tuned = of_run("tuned", ON, before=OFF, has_term=True)
     assert "50.0% fewer LRU misses at 25% of the experts for +0.2% perplexity against the checkpoint" in tuned.found
     assert "the control" in tuned.advice
+    assert "--consistency.weight 0.35" in of_run("control", OFF, before=OFF, has_term=False).advice
 
 
 def test_a_run_is_compared_with_its_baseline_among_its_neighbours(tmp_path):
