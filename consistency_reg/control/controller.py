@@ -57,7 +57,7 @@ class WeightController:
 
     @property
     def factor(self) -> float:
-        """What the weight is to be multiplied by, 0..limit."""
+        """Return the factor that the weight is to be multiplied by, 0..limit."""
         return _clip(self._lasting + self._passing, 0.0, self.limit)
 
     @property

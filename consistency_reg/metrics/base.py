@@ -16,7 +16,7 @@ from consistency_reg.routing import RoutingTrace
 
 @dataclass(frozen=True)
 class Value:
-    """One measure of a model and of its layers."""
+    """Holds one measure of a model and of its layers."""
 
     reading: Reading
     model: Tensor

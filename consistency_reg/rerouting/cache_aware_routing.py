@@ -144,7 +144,7 @@ class CacheAwareRouting:
 
     @property
     def active(self) -> bool:
-        """Whether the next forwards are changed (and counted); may be set."""
+        """Return whether the next forwards are changed (and counted); may be set."""
         return self._forwards.active
 
     @active.setter

@@ -18,7 +18,7 @@ TOKENS = ("input_ids", "inputs_embeds")
 
 @dataclass
 class Forward:
-    """One forward of a stack of layers.
+    """Holds one forward of a stack of layers.
 
     Attributes:
         shape: (B, T), None where it cannot be told.

@@ -14,7 +14,7 @@ Axes = dict[str, dict[str, Overrides]]
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of an ablation.
+    """Holds one run of an ablation.
 
     Attributes:
         labels: axis -> label of the value that this cell takes.
@@ -69,7 +69,7 @@ class Grid:
 
     @property
     def cells(self) -> tuple[Cell, ...]:
-        """Every cell of the grid, the seeds of a cell next to each other."""
+        """Return every cell of the grid, the seeds of a cell next to each other."""
         cells = []
         for labels in product(*self.axes.values()):
             values = dict(zip(self.axes, labels, strict=True))

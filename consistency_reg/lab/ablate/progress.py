@@ -110,7 +110,7 @@ def clock(seconds: float | None) -> str:
 
 
 class Display(Protocol):
-    """Is told how far the cells are, many times a second."""
+    """Shows how far the cells are; it is told many times a second."""
 
     def update(self, states: Sequence[CellState]) -> None:
         """Show the states."""

@@ -1,4 +1,4 @@
-"""Text for language models as a LightningDataModule: domains of packed rows, and what a model is to be called with."""
+"""Feed language models with packed rows of several domains, as a LightningDataModule."""
 
 import os
 from collections.abc import Mapping

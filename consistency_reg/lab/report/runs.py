@@ -98,7 +98,7 @@ class Run:
 
     @property
     def collapsed(self) -> bool:
-        """Whether an expert is used less than a tenth of its fair share."""
+        """Return whether an expert is used less than a tenth of its fair share."""
         return self.metrics.get(MIN_SHARE.name, 1.0) < COLLAPSED_BELOW
 
     def get(self, reading: Reading) -> float:
