@@ -36,7 +36,7 @@ class Accesses(Protocol):
 
 @dataclass(frozen=True)
 class Priority:
-    """The priorities of all accesses.
+    """Holds the priorities of all accesses.
 
     Attributes:
         values: integers of at least 0, in the layout of the accesses; None where all are 0.

@@ -13,7 +13,7 @@ from consistency_reg.masks import Shape
 
 @dataclass(eq=False)
 class Reading:
-    """The decision of a router in one call.
+    """Holds the decision of a router in one call.
 
     Attributes:
         logits: its logits, with their graph.

@@ -48,7 +48,7 @@ class Target:
 
     @property
     def segment_length(self) -> int | None:
-        """The m of an SRP that is measured on training batches; None for a measure of validation."""
+        """Return the m of an SRP that is measured on training batches; None for a measure of validation."""
         reading = parse(self.name)
         return reading.m if reading is not None and reading == SRP.at(reading.m) else None
 

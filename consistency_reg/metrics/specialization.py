@@ -42,7 +42,7 @@ class Specialization:
 
 @dataclass(frozen=True)
 class ModelSpecialization:
-    """The specialization of a model's experts.
+    """Holds the specialization of a model's experts.
 
     Attributes:
         srp: for each layer [E] float64, the SRP of each expert.

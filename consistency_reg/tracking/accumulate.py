@@ -163,7 +163,7 @@ class RoutingMeasures:
 
     @property
     def trade_off_names(self) -> dict[str, str]:
-        """The names of the trade-off by :meth:`headline`'s names: "srp_m16" and "misses_25pct"."""
+        """Return the names of the trade-off by :meth:`headline`'s names: "srp_m16" and "misses_25pct"."""
         cache = dict(self.cache.parts)["size"] if self.cache else ""
         return {"SRP": self.srp.name.replace("/", "_"), "misses": f"misses_{cache}"}
 

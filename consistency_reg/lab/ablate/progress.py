@@ -23,7 +23,7 @@ BAR = 20  # letters
 
 @dataclass
 class CellState:
-    """A cell as the display sees it.
+    """Holds a cell as the display sees it.
 
     Attributes:
         status: "waiting", "running", "elsewhere" (another process works on it), "finished" or "failed".

@@ -120,7 +120,7 @@ class TextDataModule(LightningDataModule):
 
     @property
     def domains(self) -> list[str]:
-        """The domains that were asked for, and after ``setup`` those that could be read."""
+        """Return the domains that were asked for, and after ``setup`` those that could be read."""
         return list(self.texts) or [*self.corpus_domains, *self.sources]
 
     @property

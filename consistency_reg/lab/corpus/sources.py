@@ -47,7 +47,7 @@ class Text:
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set of the hub or of this machine, as ``datasets.load_dataset`` takes it.
+    """Holds a data set of the hub or of this machine, as ``datasets.load_dataset`` takes it.
 
     Attributes:
         path: a hub id, a folder, or a format ("json", "text", "parquet", ...) with ``data_files``.

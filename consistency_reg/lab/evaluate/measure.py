@@ -75,7 +75,7 @@ class Evaluation:
 
     @cached_property
     def caches(self) -> dict[str, ModelHitRates]:
-        """The hit rates of every simulated cache, by its name in a log: "sch_m16", "lru" and so on."""
+        """Return the hit rates of every simulated cache, by its name in a log: "sch_m16", "lru" and so on."""
         return {f"sch_{segment_name(m)}": rates for m, rates in self.sch.items()} | self.policies
 
     @cached_property
