@@ -39,12 +39,12 @@ class MetricsFile(Logger):
 
     @property
     def name(self) -> str:
-        """Return None, as the logger has no name."""
+        """Return "", as the logger has no name."""
         return ""
 
     @property
     def version(self) -> str:
-        """Return None, as the logger has no version."""
+        """Return "", as the logger has no version."""
         return ""
 
     @property
