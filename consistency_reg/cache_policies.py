@@ -1,4 +1,4 @@
-"""The registry of cache policies: which expert stays when a cache is full.
+"""Register the cache policies, which decide which expert stays when a cache is full.
 
 A policy gives each access a priority, which its expert keeps until its next access; ties fall to the more recent use.
 The resident with the lowest priority is evicted. That makes it a stack algorithm, so that one pass gives the hits of
@@ -36,7 +36,7 @@ class Accesses(Protocol):
 
 @dataclass(frozen=True)
 class Priority:
-    """The priorities of all accesses.
+    """Holds the priorities of all accesses.
 
     Attributes:
         values: integers of at least 0, in the layout of the accesses; None where all are 0.
@@ -49,7 +49,7 @@ class Priority:
 
 @dataclass(frozen=True)
 class CachePolicy:
-    """One cache policy.
+    """Holds a cache policy: its name, its label, and which expert it keeps.
 
     Attributes:
         name: in options and logs.

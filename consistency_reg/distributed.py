@@ -1,4 +1,4 @@
-"""Sums and maxima over data-parallel processes."""
+"""Sum over data-parallel processes."""
 
 import torch
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""A routing loss as a training term: its weight at each step, its name, the value to add, the values to log."""
+"""Make a routing loss a training term: its weight at each step, its name, the value to add, the values to log."""
 
 import math
 import re

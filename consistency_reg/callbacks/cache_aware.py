@@ -13,18 +13,12 @@ from consistency_reg.callbacks.monitor import RoutingMonitor
 from consistency_reg.capture import RouterAdapter, RouterCapture
 from consistency_reg.distributed import all_sum
 from consistency_reg.masks import Masks, batch_masks
-from consistency_reg.measures import (
-    AGREEMENT,
-    CACHE_RATIO,
-    STRENGTH,
-    TRAINED_CACHE_RATIO,
-    TRAINED_MISSES,
-    TRAINED_STRENGTH,
-)
+from consistency_reg.measures import TRAINED_CACHE_RATIO, TRAINED_MISSES, TRAINED_STRENGTH
 from consistency_reg.measures.reading import DEPLOYED, TRAINING, Measure
 from consistency_reg.optional import require
 from consistency_reg.rerouting import CacheAwareRouting, RoutingSchedule
-from consistency_reg.tracking.accumulate import RoutingMeasures, agreed_choices
+from consistency_reg.tracking.accumulate import RoutingMeasures
+from consistency_reg.tracking.deployed import DeployedMeasures
 
 with require("lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -188,26 +182,21 @@ class CacheAwareTraining(Callback):
     ) -> dict[str, Tensor | float]:
         """Return the measures of all validation data by name."""
         names, device = domain_names(trainer), pl_module.device
-        measures = _measures(trainer)
+        measures = DeployedMeasures(_measures(trainer))
         capture = RouterCapture(pl_module, self.adapters)
         sums_D2 = torch.zeros(len(names), 2, dtype=torch.float64, device=_double(device))  # nats, predicted tokens
-        agreed_2 = torch.zeros(2, dtype=torch.int64, device=device)
         with capture:
             for domain, batch in _batches(trainer):
                 routing.given_masks = masks = self.masks(batch)
                 with trainer.precision_plugin.val_step_context(), capture.recording():
                     losses = cast(Any, pl_module).token_losses(batch)
                 sums_D2[domain] += torch.stack([losses.double().sum(), losses.new_tensor(losses.numel()).double()])
-                trace = capture.trace(*masks)
-                measures.add(trace, domain)
-                agreed_2 += agreed_choices(trace)
-        measured = measures.results(names, device)
-        if measured is None:
+                measures.add(capture.trace(*masks), domain)
+        found = measures.results(names, device, routing.strength, routing.cache_ratio)
+        if not found:
             return {}
-        (sums_D2,), (agreed_2,) = all_sum(sums_D2), all_sum(agreed_2)
-        values: dict[str, Tensor | float] = {name: value.float() for name, value in measured.model.items()}
-        values |= {AGREEMENT.key: (agreed_2[0] / agreed_2[1].clamp_min(1)).float()}
-        values |= {STRENGTH.key: routing.strength, CACHE_RATIO.key: routing.cache_ratio}
+        values = {name: value.float() if isinstance(value, Tensor) else value for name, value in found.items()}
+        (sums_D2,) = all_sum(sums_D2)
         nats = {f"/{name}": sums for name, sums in zip(names, sums_D2, strict=True)} | {"": sums_D2.sum(dim=0)}
         for name, (total, tokens) in nats.items():
             cross_entropy = total / tokens.clamp_min(1)

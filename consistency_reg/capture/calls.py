@@ -19,7 +19,7 @@ OTHER_THAN_TEXT = re.compile(r"vision|visual|image|audio|video|speech|pixel|patc
 
 @dataclass(eq=False)
 class Call:
-    """A call of a module that contains routers.
+    """Holds a call of a module that contains routers.
 
     Attributes:
         caller: where the module stands in the model.
@@ -47,7 +47,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Caller:
-    """A module whose calls are noted, and the names of its forward's arguments."""
+    """Holds a module whose calls are noted, and the names of its forward's arguments."""
 
     name: str
     module: nn.Module

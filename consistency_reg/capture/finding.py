@@ -19,7 +19,7 @@ LOOKS_LIKE_A_ROUTER = re.compile(r"rout|gate$|gating", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Router:
-    """A router of a model.
+    """Holds a router of a model.
 
     Attributes:
         name: where it stands in the model.

@@ -1,7 +1,7 @@
 """Hold what a router decided in one call, and what the calls of one forward have in common."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from consistency_reg.masks import Shape
 
 @dataclass(eq=False)
 class Reading:
-    """The decision of a router in one call.
+    """Holds the decision of a router in one call.
 
     Attributes:
         logits: its logits, with their graph.
@@ -53,6 +53,48 @@ class Reading:
 
 
 Forward = dict[str, Reading]  # a reading of every router, by name
+
+
+def by_forward(
+    readings: Mapping[str, Sequence[Reading]], most: int | None = None, *, attached: bool = True
+) -> list[Forward]:
+    """Return the readings of routers by forward, where a model was called several times in a recording.
+
+    Args:
+        readings: of each router, in their order.
+        most: how many forwards there may be.
+        attached: whether a capture listens, for the message where nothing was heard.
+
+    Raises:
+        RuntimeError: a router did not run, or not once in each forward.
+    """
+    counts = {name: len(of_router) for name, of_router in readings.items()}
+    number = max(counts.values())
+    calls = [[reading.call for reading in of_router] for of_router in readings.values()]
+    apart = number <= 1 or all(None not in one and len(set(one)) == len(one) for one in calls)
+    if not number or any(count != number for count in counts.values()) or not apart or number > (most or number):
+        raise RuntimeError(_explain(counts, attached=attached))
+    return [{name: of_router[index] for name, of_router in readings.items()} for index in range(number)]
+
+
+def _explain(counts: dict[str, int], *, attached: bool) -> str:
+    found = f"{sum(count > 0 for count in counts.values())} of {len(counts)} routers were captured"
+    if not any(counts.values()):
+        reason = "run a forward of the model first" if attached else "attach the capture before the forward"
+        return (
+            f"{found}: {reason} (a fused or replaced MoE block that does not call its router cannot be captured, "
+            "nor a model that torch.compile has compiled before the capture was attached, nor one whose routers PEFT "
+            "has wrapped since; the steps of generate are "
+            "recorded with generation=True alone)"
+        )
+    missing = [name for name, count in counts.items() if count == 0]
+    if missing:
+        return (
+            f"{found}: {missing} did not run, so a fused or replaced MoE block may bypass them. Where they need not "
+            "run, as in a vision tower without pictures, leave them out with RouterCapture(model, layers=...)"
+        )
+    repeated = {name: count for name, count in counts.items() if count > 1}
+    return f"{found}, some more than once in one forward ({repeated}): take a trace after each forward of the model"
 
 
 def learns(forward: Forward) -> bool:

@@ -14,7 +14,7 @@ from consistency_reg.capture.finding import ByShape, Router, find_routers, how_t
 from consistency_reg.capture.frozen import FrozenRouter
 from consistency_reg.capture.hooks import OwnedHook
 from consistency_reg.capture.known import DEFAULT_ADAPTERS
-from consistency_reg.capture.readings import Forward, Reading, shape_of, warn_of_lost_graphs
+from consistency_reg.capture.readings import Forward, Reading, by_forward, shape_of, warn_of_lost_graphs
 from consistency_reg.capture.traces import check_selection, trace_of
 from consistency_reg.masks import Shape
 from consistency_reg.routing import RoutingTrace
@@ -201,14 +201,8 @@ class RouterCapture:
         Raises:
             RuntimeError: a router did not run, or not once in each forward.
         """
-        names = self.layer_names if names is None else names
-        counts = {name: len(self._readings.get(name, ())) for name in names}
-        number = max(counts.values())
-        calls = {name: [reading.call for reading in self._readings.get(name, ())] for name in names}
-        apart = number <= 1 or all(None not in one and len(set(one)) == len(one) for one in calls.values())
-        if not number or any(count != number for count in counts.values()) or not apart or number > (most or number):
-            raise RuntimeError(_explain(counts, attached=bool(self._handles)))
-        return [{name: self._readings[name][index] for name in names} for index in range(number)]
+        heard = {name: self.readings(name) for name in (self.layer_names if names is None else names)}
+        return by_forward(heard, most, attached=bool(self._handles))
 
     def make_trace(
         self, forward: Forward, shape: Shape, valid: Tensor | None = None, document_ids: Tensor | None = None
@@ -330,23 +324,3 @@ def _is_step_of_generation(args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
     if torch.is_grad_enabled():
         return False  # tuned prefixes are given as a cache, too
     return any(kwargs.get(name) is not None for name in CACHES) or any(hasattr(arg, "get_seq_length") for arg in args)
-
-
-def _explain(counts: dict[str, int], *, attached: bool) -> str:
-    found = f"{sum(count > 0 for count in counts.values())} of {len(counts)} routers were captured"
-    if not any(counts.values()):
-        reason = "run a forward of the model first" if attached else "attach the capture before the forward"
-        return (
-            f"{found}: {reason} (a fused or replaced MoE block that does not call its router cannot be captured, "
-            "nor a model that torch.compile has compiled before the capture was attached, nor one whose routers PEFT "
-            "has wrapped since; the steps of generate are "
-            "recorded with generation=True alone)"
-        )
-    missing = [name for name, count in counts.items() if count == 0]
-    if missing:
-        return (
-            f"{found}: {missing} did not run, so a fused or replaced MoE block may bypass them. Where they need not "
-            "run, as in a vision tower without pictures, leave them out with RouterCapture(model, layers=...)"
-        )
-    repeated = {name: count for name, count in counts.items() if count > 1}
-    return f"{found}, some more than once in one forward ({repeated}): take a trace after each forward of the model"

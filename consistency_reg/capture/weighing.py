@@ -15,7 +15,7 @@ from consistency_reg.routing import WEIGHTS
 
 @dataclass(frozen=True)
 class RouterCall:
-    """One call of a router, which chooses for N tokens.
+    """Holds one call of a router, which chooses experts for N tokens.
 
     Attributes:
         router: the router.

@@ -57,17 +57,17 @@ class WeightController:
 
     @property
     def factor(self) -> float:
-        """What the weight is to be multiplied by, 0..limit."""
+        """Return the factor that the weight is to be multiplied by, 0..limit."""
         return _clip(self._lasting + self._passing, 0.0, self.limit)
 
     @property
     def last_step(self) -> int | None:
-        """The step of the last measurement; None before the first."""
+        """Return the step of the last measurement; None before the first."""
         return self._step
 
     @property
     def stuck_steps(self) -> int:
-        """The number of steps for which the factor has been at a limit and pushed against it."""
+        """Return the number of steps for which the factor has been at a limit and pushed against it."""
         return 0 if self._stuck_since is None or self._step is None else self._step - self._stuck_since
 
     def observe(self, step: int, push: float) -> None:

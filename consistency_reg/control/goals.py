@@ -48,13 +48,13 @@ class Target:
 
     @property
     def segment_length(self) -> int | None:
-        """The m of an SRP that is measured on training batches; None for a measure of validation."""
+        """Return the m of an SRP that is measured on training batches; None for a measure of validation."""
         reading = parse(self.name)
         return reading.m if reading is not None and reading == SRP.at(reading.m) else None
 
     @property
     def _is_of_validation(self) -> bool:
-        """Whether it names a share of validation for which more is better."""
+        """Return whether the goal names a share of validation for which more is better."""
         reading = parse(self.name)
         if reading is None or reading.stage != VALIDATION:
             return False
@@ -62,7 +62,7 @@ class Target:
 
     @property
     def source(self) -> str:
-        """Where it is measured: on the "routing" of training batches, or what "validation" logs."""
+        """Return where the goal is measured: "routing" of training batches, or what "validation" logs."""
         return "routing" if self.segment_length else "validation"
 
     def is_comparable(self, step: int) -> bool:
@@ -116,17 +116,17 @@ class Budget:
 
     @cached_property
     def curve(self) -> ReferenceCurve:
-        """What ``name`` was in the other run."""
+        """Return the values of ``name`` in the other run."""
         return ReferenceCurve.read(self.reference, self.name)
 
     @property
     def scale(self) -> float:
-        """The bound: the whole budget."""
+        """Return the bound, which is the whole budget."""
         return self.bound
 
     @property
     def source(self) -> str:
-        """What logs it: "training" or "validation"."""
+        """Return which of "training" and "validation" logs the loss."""
         return "validation" if self.name.startswith("val") else "training"
 
     def is_comparable(self, step: int) -> bool:

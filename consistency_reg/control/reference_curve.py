@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ReferenceCurve:
-    """The values that another run logged, at some of its steps.
+    """Holds the values that another run logged, at some of its steps.
 
     Args:
         steps: in ascending order.

@@ -42,7 +42,7 @@ class UsageBalance:
 
 @dataclass(frozen=True)
 class Mean:
-    """An average that adds up over batches: what was counted and how often.
+    """Holds an average that adds up over batches: what was counted and how often.
 
     Attributes:
         total: a scalar.

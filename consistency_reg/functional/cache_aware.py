@@ -34,7 +34,7 @@ METHODS = ("prior", "max_rank", "cumulative")
 
 @dataclass(frozen=True)
 class CacheAwareState:
-    """The caches of some rows after a token: what the next token's choice depends on.
+    """Holds the caches of some rows after a token: what the next token's choice depends on.
 
     Attributes:
         last_use: [..., B, E] int64, higher for experts that were used later in the document, 0 for experts that it has
@@ -89,7 +89,7 @@ class CacheAwareState:
 
 @dataclass(frozen=True)
 class CacheAwareChoice:
-    """The experts that were chosen for some tokens, and the caches around them.
+    """Holds the experts that were chosen for some tokens, and the caches around them.
 
     Attributes:
         expert_ids: [..., B, T, K] int64, in the order of the scores, the best first.
@@ -306,7 +306,7 @@ def _is_all_real(valid: Tensor | None) -> bool:
 
 @dataclass(frozen=True)
 class _Clocks:
-    """The clocks and positions of tokens: all [..., B, T] int64.
+    """Holds the clocks and positions of tokens: all [..., B, T] int64.
 
     Attributes:
         clock: counts the tokens of a row, those of a document that it goes on with included.

@@ -16,7 +16,7 @@ from consistency_reg import devices
 
 
 class Scanned(NamedTuple):
-    """The choice and the caches of a scan, see :func:`scan`."""
+    """Holds the choice and the caches of a scan, see :func:`scan`."""
 
     expert_ids: Tensor  # [..., B, T, K] int64, in any order
     residents: Tensor  # [..., B, T, E] bool, the experts in the cache before each token

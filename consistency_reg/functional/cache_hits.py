@@ -1,4 +1,4 @@
-"""Hit rates of cache policies on recorded routing, for every cache size at once: LRU, LFU, Belady and the fixed set.
+"""Compute hit rates of LRU, LFU, Belady and the fixed set on recorded routing, for every cache size at once.
 
 A cache of experts that starts empty with each document. Counting, the same for every policy (and for SCH, see
 :mod:`~consistency_reg.functional.sch`):

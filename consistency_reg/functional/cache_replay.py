@@ -118,7 +118,7 @@ def _serve(
 
 @dataclass(frozen=True)
 class EngineReplay:
-    """The contents of an engine's cache, access by access.
+    """Holds the contents of an engine's cache, access by access.
 
     Attributes:
         held: for each layer [T, K] bool, whether the cache held the expert before the layer's call.
@@ -132,17 +132,17 @@ class EngineReplay:
 
     @property
     def hits(self) -> int:
-        """The number of look-ups that hit."""
+        """Return the number of look-ups that hit."""
         return sum(int((held & asked).sum()) for held, asked in zip(self.held, self.looked_up, strict=True))
 
     @property
     def misses(self) -> int:
-        """The look-ups that missed, first uses included."""
+        """Return the look-ups that missed, first uses included."""
         return sum(int(asked.sum()) for asked in self.looked_up) - self.hits
 
     @property
     def hit_rate(self) -> float:
-        """The share of look-ups that hit."""
+        """Return the share of look-ups that hit."""
         return self.hits / max(self.hits + self.misses, 1)
 
     def bytes_of_calls(self, expert_bytes: Sequence[int], calls: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ KERNEL_CHUNK_ACCESSES = 2**24  # 4,096 documents of 512 x 8: a GPU of 132 multip
 
 @dataclass(frozen=True)
 class Simulation:
-    """A policy to simulate, and how its hits are counted.
+    """Holds a policy to simulate, and how its hits are counted.
 
     Args:
         policy: "lru", "lfu", "belady", or "sch" with windows of ``segment_length`` tokens.
@@ -66,7 +66,7 @@ class Simulation:
 
 @dataclass(frozen=True)
 class HitCounts:
-    """The hits and accesses of some documents: integers, to be concatenated over batches.
+    """Holds the hits and accesses of some documents: integers, to be concatenated over batches.
 
     Attributes:
         hits: [D, E] int64, with a cache of 1, 2, ..., E slots.
@@ -80,13 +80,13 @@ class HitCounts:
 
     @property
     def hit_rate(self) -> Tensor:
-        """The hit rate of each document: [D, E] float64."""
+        """Return the hit rate of each document: [D, E] float64."""
         return self.hits / self.accesses[:, None].double()
 
 
 @dataclass(frozen=True)
 class UseCounts:
-    """The uses of each expert by some documents: integers, to be concatenated over batches.
+    """Holds the uses of each expert by some documents: integers, to be concatenated over batches.
 
     Attributes:
         uses: [D, E] int64.
@@ -99,7 +99,7 @@ class UseCounts:
 
     @property
     def share(self) -> Tensor:
-        """The share of each document's accesses that each expert has: [D, E] float64."""
+        """Return the share of each document's accesses that each expert has: [D, E] float64."""
         return self.uses / self.accesses[:, None].double()
 
 

@@ -18,7 +18,7 @@ from consistency_reg.functional.srp import best_f1
 
 
 class Marginals(NamedTuple):
-    """A value in [0, 1], the mean over the groups that had anything to count, and what each activation is worth."""
+    """Holds a value in [0, 1], the mean over the groups that had anything to count, and each activation's worth."""
 
     value: Tensor  # [...] float64; 0 where nothing was counted
     marginal: Tensor  # [..., B, T, E] float32, the derivative of value

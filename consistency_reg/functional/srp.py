@@ -22,7 +22,7 @@ from consistency_reg.routing import RoutingTrace
 
 @dataclass(frozen=True)
 class BestF1:
-    """The best segment router of each group of (expert, window) pairs; every tensor has the groups' shape.
+    """Holds the best segment router of each group of (expert, window) pairs; every tensor has the groups' shape.
 
     Attributes:
         f1: float64, ``max_a 2 TP(a) / (P(a) + A)``, the SRP of the group; 0 where it is never active.

@@ -71,7 +71,7 @@ class Columns:
 
     @cached_property
     def _next_and_first(self) -> tuple[Tensor, Tensor]:
-        """The next access of each access [T', K, D], and the first access to each expert [D, E]; ``size`` for none."""
+        """Return each access's next one [T', K, D], and the first access to each expert [D, E]; ``size`` for none."""
         dtype = fitting_dtype(self.size)
         following = torch.full((self.D * (self.E + 1),), self.size, dtype=dtype, device=self.device)  # by slot
         no_expert = following.view(self.D, self.E + 1)[:, 0]

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from consistency_reg.distributed import all_sum
 from consistency_reg.integrations.attach import attachments
 from consistency_reg.integrations.outputs import loss_of
-from consistency_reg.measures import AGREEMENT, CACHE_RATIO, STRENGTH
 from consistency_reg.rerouting import CacheAwareRouting, RoutingSchedule
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.session import ListenOptions
-from consistency_reg.tracking.accumulate import RoutingMeasures, agreed_choices
+from consistency_reg.tracking.accumulate import RoutingMeasures
+from consistency_reg.tracking.deployed import DeployedMeasures
 
 
 class DeployedEvaluation:
@@ -46,17 +46,16 @@ class DeployedEvaluation:
         self._own = None
         if self._schedule is not None and self._schedule.strength:
             self._own = self._schedule.routing(model, options.adapters, options.masks, options.layers)
-        self._measures = measures
+        self._measures = DeployedMeasures(measures)
         self.running = False
         self._heard: RoutingTrace | None = None
         self._used_settings = (0.0, 1.0)  # strength and cache ratio
         self._losses: dict[int, Tensor] = {}  # by dataset: the sum over rows, and the rows
-        self._agreed: Tensor | None = None
 
     def forget(self) -> None:
         """Forget what was counted."""
         self._measures.forget()
-        self._losses, self._agreed = {}, None
+        self._losses = {}
 
     def routed(self) -> AbstractContextManager[CacheAwareRouting] | None:
         """Return the context in which a forward is that of the deployed model; None where there is no routing."""
@@ -95,8 +94,6 @@ class DeployedEvaluation:
     def _add(self, trace: RoutingTrace, output: Any, rows: int, dataset: int) -> None:
         """Count the routing of a batch, and the model's own loss, weighted by rows as the Trainer's."""
         self._measures.add(trace, dataset)
-        agreed = agreed_choices(trace)
-        self._agreed = agreed if self._agreed is None else self._agreed + agreed
         if (loss := loss_of(output)) is not None:
             sums = torch.stack([loss.detach().float() * rows, loss.new_tensor(rows).float()])
             self._losses[dataset] = self._losses.get(dataset, torch.zeros_like(sums)) + sums
@@ -108,16 +105,9 @@ class DeployedEvaluation:
             names: of the datasets, by number.
             device: of this process.
         """
-        measured = self._measures.results(names, device)
-        agreed, losses = self._agreed, self._losses
-        self.forget()
-        if measured is None or agreed is None:
-            return {}
-        values: dict[str, Any] = dict(measured.model)
-        (agreed,) = all_sum(agreed)
-        values |= {AGREEMENT.key: agreed[0] / agreed[1].clamp_min(1)}
-        values |= {STRENGTH.key: self._used_settings[0], CACHE_RATIO.key: self._used_settings[1]}
-        if losses:
+        values = self._measures.results(names, device, *self._used_settings)
+        losses, self._losses = self._losses, {}
+        if values and losses:
             (sums,) = all_sum(torch.stack([losses[dataset] for dataset in sorted(losses)]))
             values["loss"] = sums[:, 0].sum() / sums[:, 1].sum().clamp_min(1)
             if len(losses) > 1:

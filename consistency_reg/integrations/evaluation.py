@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Evaluated:
-    """An evaluation whose datasets are all done.
+    """Holds an evaluation whose datasets are all done.
 
     Attributes:
         prefix: of its names in the log, such as "eval".

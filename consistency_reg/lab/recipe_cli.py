@@ -117,7 +117,7 @@ class RecipeCLI(LightningCLI):
 
     @property
     def deployment(self) -> dict[str, Any]:
-        """The routing that the model is to be deployed with, as arguments of CacheAwareRouting; empty for none."""
+        """Return the routing to deploy the model with, as arguments of CacheAwareRouting; empty for none."""
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         routing = next(one for one in callbacks if isinstance(one, CacheAwareTraining))
         return routing.deployed.settings() if routing.deployed.strength else {}

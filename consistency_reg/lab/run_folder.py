@@ -30,7 +30,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of a run, which need not exist yet.
+    """Holds the folder of a run, which need not exist yet.
 
     Args:
         path: where it is.
@@ -44,12 +44,12 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        """The name of the run: the folder's own, also where it is given as ``.``."""
+        """Return the name of the run: the folder's own, also where it is given as ``.``."""
         return self.path.resolve().name
 
     @property
     def config(self) -> Path:
-        """The whole recipe of the run, defaults included."""
+        """Return the whole recipe of the run, defaults included."""
         return self.path / CONFIG
 
     @property
@@ -64,22 +64,22 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of the checkpoints."""
+        """Return the folder of the checkpoints."""
         return self.path / CHECKPOINTS
 
     @property
     def last_checkpoint(self) -> Path:
-        """The checkpoint that a resumed run continues from."""
+        """Return the checkpoint that a resumed run continues from."""
         return self.checkpoints / LAST
 
     @property
     def model(self) -> Path:
-        """The folder of the trained model, its tokenizer and its card."""
+        """Return the folder of the trained model, its tokenizer and its card."""
         return self.path / MODEL
 
     @property
     def wandb(self) -> Path:
-        """The files of wandb."""
+        """Return the files of wandb."""
         return self.path / WANDB
 
     @property

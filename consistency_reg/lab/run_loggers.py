@@ -39,22 +39,22 @@ class MetricsFile(Logger):
 
     @property
     def name(self) -> str:
-        """The logger has no name."""
+        """Return "", as the logger has no name."""
         return ""
 
     @property
     def version(self) -> str:
-        """The logger has no version."""
+        """Return "", as the logger has no version."""
         return ""
 
     @property
     def save_dir(self) -> str:
-        """The folder of the file."""
+        """Return the folder of the file."""
         return str(self.path.parent)
 
     @property
     def log_dir(self) -> str:
-        """The folder of the file."""
+        """Return the folder of the file."""
         return self.save_dir
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:

@@ -144,7 +144,7 @@ class LoadBalanceLoss(RoutingLoss):
 
 @dataclass(frozen=True)
 class _Counts:
-    """The counts that the loss needs of a layer's batch: E numbers for each row, not for each token."""
+    """Holds the counts that the loss needs of a layer's batch: E numbers for each row, not for each token."""
 
     name: str
     num_experts: int

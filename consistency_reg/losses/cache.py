@@ -13,7 +13,7 @@ from consistency_reg.routing import LayerStack
 
 
 class CacheConsistencyLoss(EnvelopeLoss):
-    """1 - hit rate of an LRU cache of known size, the sibling of :class:`LocalConsistencyLoss` for a known device.
+    """Trains for an LRU cache of known size: 1 - hit rate, the sibling of :class:`LocalConsistencyLoss`.
 
     Resident before t are the experts that the simulated cache holds, and
     ``g[e, t] = (2*R[e, t] - hit rate) / (2*accesses)``. The value is the miss rate over all accesses of the batch, the

@@ -1,4 +1,4 @@
-"""The base of the losses whose value is optimal in what it holds fixed: the gradient of the envelope theorem."""
+"""Derive losses by the envelope theorem, where the value is optimal in what it holds fixed."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ STACKED_ON_GPU = 2**22  # fills it, and takes about 150 MB
 
 
 class EnvelopeLoss(RoutingLoss):
-    """1 - value, where the value is optimal in what it holds fixed, so that only the activations move it.
+    """Computes 1 - value for a value that is optimal in what it holds fixed, so that only the activations move it.
 
     A subclass says what the value is and what each activation is worth (:meth:`marginals`); this class makes the hard
     activations soft, keeps the gradient from favouring an expert everywhere, and attaches it to the router.

@@ -19,7 +19,7 @@ from consistency_reg.routing import LayerStack
 
 
 class LocalConsistencyLoss(EnvelopeLoss):
-    r"""1 - SRP of the batch, averaged over segment lengths and layers, with the gradient of the envelope theorem.
+    r"""Trains for 1 - SRP of the batch, averaged over segment lengths and layers, by the envelope theorem.
 
     With the activations ``a[e, t]``, the window counts ``f[e, w]``, the best threshold and its resident sets
     ``R[e, w] = [f[e, w] >= threshold]``: ``dSRP/df[e, w] = (2*R[e, w] - SRP) / D``, ``D = m*sum(R) + sum(f)``.

@@ -160,7 +160,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Reading:
-    """A measure as it stands in a log: with its parts, stage, and the layer or domain that it is of.
+    """Holds a measure as it stands in a log: with its parts, stage, and the layer or domain that it is of.
 
     Attributes:
         measure: its row of the table.
@@ -190,17 +190,17 @@ class Reading:
 
     @property
     def header(self) -> str:
-        """The label with its unit, as the header of a column."""
+        """Return the label with its unit, as the header of a column."""
         return self.label + self.measure.unit_label
 
     @property
     def complement(self) -> str:
-        """The label of 1 - value."""
+        """Return the label of 1 - value."""
         return self._filled(self.measure.complement)
 
     @property
     def m(self) -> int | None:
-        """The segment length; None for none and for whole documents."""
+        """Return the segment length; None for none and for whole documents."""
         segment = dict(self.parts).get("segment", "document")
         return None if segment == "document" else int(segment[1:])
 
@@ -218,7 +218,7 @@ class Reading:
 
     @property
     def cache(self) -> str:
-        """The simulated cache, such as "lru" or "sch_m16"; "" for none."""
+        """Return the simulated cache, such as "lru" or "sch_m16"; "" for none."""
         return dict(self.parts).get("cache", "")
 
     def within(self, stage: str = "", layer: int | None = None, domain: str = "") -> "Reading":

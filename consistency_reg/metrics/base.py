@@ -16,7 +16,7 @@ from consistency_reg.routing import RoutingTrace
 
 @dataclass(frozen=True)
 class Value:
-    """One measure of a model and of its layers."""
+    """Holds one measure of a model and of its layers."""
 
     reading: Reading
     model: Tensor
@@ -24,12 +24,12 @@ class Value:
 
     @property
     def metric_key(self) -> str:
-        """The name in ``compute()``."""
+        """Return the name in ``compute()``."""
         return self.reading.measure.metric_key(self.reading.m)
 
     @property
     def logged_layers(self) -> Sequence[Tensor]:
-        """The layers, if the measure is logged of layers."""
+        """Return the layers, if the measure is logged of layers."""
         return self.layers if LAYER in self.reading.measure.of else ()
 
 
@@ -109,7 +109,7 @@ class RoutingMetric(Metric):
 
     @property
     def _layer_experts(self) -> list[slice]:
-        """The place of each layer's experts when those of all layers lie side by side."""
+        """Return the place of each layer's experts when those of all layers lie side by side."""
         ends = list(accumulate(self.num_experts))
         return [slice(end - E, end) for end, E in zip(ends, self.num_experts, strict=True)]
 

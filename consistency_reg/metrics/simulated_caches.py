@@ -21,7 +21,7 @@ CHUNK_RATES = 2**22  # hit rates of rows that are in memory at a time
 
 @dataclass(frozen=True)
 class CacheHitRates:
-    """The hit rate of one cache for every size.
+    """Holds the hit rate of one cache for every size.
 
     Attributes:
         hit_rate: [E] float64, with 1, 2, ..., E slots; the mean over documents.
@@ -52,7 +52,7 @@ class CacheHitRates:
 
 @dataclass(frozen=True)
 class ModelHitRates:
-    """The hit rates of a model.
+    """Holds the hit rates of a model.
 
     Attributes:
         layers: those of a cache for each layer.

@@ -26,7 +26,7 @@ from consistency_reg.routing import RoutingTrace
 
 @dataclass(frozen=True)
 class Specialization:
-    """One kind of specialization.
+    """Holds one kind of specialization.
 
     Attributes:
         layers: for each layer [E] float64; NaN for an expert that is never used.
@@ -42,7 +42,7 @@ class Specialization:
 
 @dataclass(frozen=True)
 class ModelSpecialization:
-    """The specialization of a model's experts.
+    """Holds the specialization of a model's experts.
 
     Attributes:
         srp: for each layer [E] float64, the SRP of each expert.
@@ -56,7 +56,7 @@ class ModelSpecialization:
 
     @property
     def kinds(self) -> dict[str, Specialization]:
-        """What was asked for, by name."""
+        """Return the kinds of specialization that were measured, by name."""
         both = {"domain": self.domain, "vocabulary": self.vocabulary}
         return {name: kind for name, kind in both.items() if kind is not None}
 

@@ -117,7 +117,7 @@ class CacheAwareRouting:
 
     @property
     def strength(self) -> float:
-        """The strength from the next forward on."""
+        """Return the strength from the next forward on."""
         return self._strength
 
     @strength.setter
@@ -144,7 +144,7 @@ class CacheAwareRouting:
 
     @property
     def active(self) -> bool:
-        """Whether the next forwards are changed (and counted); may be set."""
+        """Return whether the next forwards are changed (and counted); may be set."""
         return self._forwards.active
 
     @active.setter
@@ -153,7 +153,7 @@ class CacheAwareRouting:
 
     @property
     def given_masks(self) -> Masks | None:
-        """The ``(valid, document_ids)`` of the next forwards, instead of what their arguments say; may be set."""
+        """Return the ``(valid, document_ids)`` that the next forwards have in place of their arguments'; may be set."""
         return self._forwards.given_masks
 
     @given_masks.setter
@@ -162,32 +162,32 @@ class CacheAwareRouting:
 
     @property
     def layer_names(self) -> tuple[str, ...]:
-        """The routers' names in the model, in its order."""
+        """Return the routers' names in the model, in its order."""
         return tuple(self._routers)
 
     @property
     def layer_hits(self) -> dict[str, int]:
-        """The uses of experts that were in the cache of their layer, by the router's name, since the last reset."""
+        """Return the uses of experts that were in their layer's cache, by the router's name, since the last reset."""
         return {name: int(self._hits.get(name, 0)) for name in self._routers}
 
     @property
     def layer_misses(self) -> dict[str, int]:
-        """The uses of experts that were not, the first ones of a document included, by the router's name."""
+        """Return the uses of experts that were not, the first ones of a document included, by the router's name."""
         return {name: int(self._uses.get(name, 0)) - hits for name, hits in self.layer_hits.items()}
 
     @property
     def hits(self) -> int:
-        """The sum of :attr:`layer_hits`."""
+        """Return the sum of :attr:`layer_hits`."""
         return sum(self.layer_hits.values())
 
     @property
     def misses(self) -> int:
-        """The sum of :attr:`layer_misses`."""
+        """Return the sum of :attr:`layer_misses`."""
         return sum(self.layer_misses.values())
 
     @property
     def counts(self) -> Tensor:
-        """The hits and the misses of all layers since the last reset, [2] int64, where the model is: no wait for it."""
+        """Return the hits and misses of all layers since the last reset, [2] int64, on the model's device: no wait."""
         if not self._hits:
             return torch.zeros(2).long()
         hits = torch.stack(list(self._hits.values())).sum()

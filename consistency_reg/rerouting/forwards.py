@@ -18,7 +18,7 @@ TOKENS = ("input_ids", "inputs_embeds")
 
 @dataclass
 class Forward:
-    """One forward of a stack of layers.
+    """Holds one forward of a stack of layers.
 
     Attributes:
         shape: (B, T), None where it cannot be told.
@@ -49,7 +49,7 @@ class Forward:
 
 @dataclass
 class Stack:
-    """The layers of some routers, whose call is a forward.
+    """Holds the layers of some routers, whose call is a forward.
 
     Attributes:
         modules: the innermost model around the routers; where none is called with tokens, all modules around them, of

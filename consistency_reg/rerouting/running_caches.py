@@ -21,7 +21,7 @@ PLACE = "_caches_of_experts"  # attribute of a KV cache
 
 @dataclass
 class RunningCaches:
-    """The caches of experts of the rows of one KV cache.
+    """Holds the caches of experts of the rows of one KV cache.
 
     Attributes:
         owner: whose they are; the caches of another owner are not continued.

@@ -71,7 +71,7 @@ class RoutingSchedule:
 
     @property
     def cache_ratios(self) -> tuple[float, ...]:
-        """The one cache ratio, or the least and the greatest."""
+        """Return the one cache ratio, or the least and the greatest."""
         given = self.cache_ratio
         return tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
 

@@ -12,7 +12,7 @@ from consistency_reg.routing.weights import LOG_WEIGHTS, SCORE_FUNCTIONS, exact,
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """The routing of one MoE layer: B rows, T tokens, K active of E routed experts.
+    """Holds the routing of one MoE layer: B rows, T tokens, K active of E routed experts.
 
     Attributes:
         name: where the router stands in the model.

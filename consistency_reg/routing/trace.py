@@ -14,7 +14,7 @@ from consistency_reg.routing.layers import LayerRouting, check_layer
 
 @dataclass(frozen=True)
 class RoutingTrace:
-    """The routing of every MoE layer on one batch. Layers may differ in E and K.
+    """Holds the routing of every MoE layer on one batch. Layers may differ in E and K.
 
     Args:
         expert_ids: a [B, T, K] integer tensor for each layer.
@@ -78,13 +78,13 @@ class RoutingTrace:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The rows and the tokens of a row, (B, T)."""
+        """Return the rows and the tokens of a row, (B, T)."""
         B, T = self.expert_ids[0].shape[:2]
         return B, T
 
     @property
     def layers(self) -> tuple[LayerRouting, ...]:
-        """The layers, in the model's order."""
+        """Return the layers, in the model's order."""
         assert self.layer_names is not None
         assert self.score_functions is not None
         assert not isinstance(self.num_experts, int)

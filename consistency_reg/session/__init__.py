@@ -1,4 +1,4 @@
-"""The one session that listens to a module for all who want to know its routing.
+"""Listen to a module once for all who want to know its routing.
 
 A regularizer, a monitor, an anchor and a progress bar each hold a :class:`Listener` of the module's
 :class:`RoutingSession`, so that a step is recorded once, its masks are read once, and its trace is made once.

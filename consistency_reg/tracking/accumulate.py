@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from consistency_reg.distributed import world_size
-from consistency_reg.functional.agreement import agreement_mean
 from consistency_reg.functional.srp import ModelSRP
 from consistency_reg.measures import HIT_RATE, SRP, usual_length
 from consistency_reg.measures.reading import TRAINING, VALIDATION, Reading
@@ -164,7 +163,7 @@ class RoutingMeasures:
 
     @property
     def trade_off_names(self) -> dict[str, str]:
-        """The names of the trade-off by :meth:`headline`'s names: "srp_m16" and "misses_25pct"."""
+        """Return the names of the trade-off by :meth:`headline`'s names: "srp_m16" and "misses_25pct"."""
         cache = dict(self.cache.parts)["size"] if self.cache else ""
         return {"SRP": self.srp.name.replace("/", "_"), "misses": f"misses_{cache}"}
 
@@ -298,13 +297,3 @@ def _below_each_other(traces: Sequence[RoutingTrace]) -> RoutingTrace:
         )
     layers = zip(*(trace.expert_ids for trace in traces), strict=True)
     return replace(first, expert_ids=[torch.cat(ids) for ids in layers], valid=valid, document_ids=document_ids)
-
-
-def agreed_choices(trace: RoutingTrace) -> Tensor:
-    """Return how many of the chosen experts are among the K that the router itself prefers, and how many there are."""
-    means = [
-        agreement_mean(layer.expert_ids, layer.scores.topk(layer.top_k).indices, trace.valid)
-        for layer in trace
-        if layer.scores is not None
-    ]
-    return torch.stack([torch.stack([mean.total, mean.count]) for mean in means]).sum(dim=0)

@@ -12,7 +12,7 @@ STEP, TOKENS = "trainer/global_step", "trainer/tokens"  # the axes; the first is
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a header."""
+    """Holds a table with a header."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]

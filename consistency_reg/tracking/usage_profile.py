@@ -1,4 +1,4 @@
-"""How often each expert was used, in the form that engines read which pin experts in memory."""
+"""Write how often each expert was used, in the form that engines read which pin experts in memory."""
 
 from collections.abc import Iterable
 

@@ -14,7 +14,7 @@ Axes = dict[str, dict[str, Overrides]]
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of an ablation.
+    """Holds one run of an ablation.
 
     Attributes:
         labels: axis -> label of the value that this cell takes.
@@ -30,23 +30,23 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The folder's name: the labels and the seed."""
+        """Return the folder's name: the labels and the seed."""
         return self.folder.name
 
     @property
     def run(self) -> RunFolder:
-        """The folder of the run with all that is in it."""
+        """Return the folder of the run with all that is in it."""
         return RunFolder(self.folder)
 
     @property
     def config(self) -> dict[str, Any]:
-        """The keys that the cell adds to its recipe, as a recipe."""
+        """Return the keys that the cell adds to its recipe, as a recipe."""
         return nest({**self.overrides, "seed_everything": self.seed})
 
 
 @dataclass(frozen=True)
 class Grid:
-    """An ablation: every value of every axis with every other, or a list of cells, each with every seed.
+    """Holds an ablation: every value of every axis with every other, or a list of cells, each with every seed.
 
     Attributes:
         path: the YAML it came from.
@@ -64,12 +64,12 @@ class Grid:
 
     @property
     def name(self) -> str:
-        """The name that the runs of this ablation share: their wandb group."""
+        """Return the name that the runs of this ablation share: their wandb group."""
         return self.runs.name
 
     @property
     def cells(self) -> tuple[Cell, ...]:
-        """Every cell of the grid, the seeds of a cell next to each other."""
+        """Return every cell of the grid, the seeds of a cell next to each other."""
         cells = []
         for labels in product(*self.axes.values()):
             values = dict(zip(self.axes, labels, strict=True))

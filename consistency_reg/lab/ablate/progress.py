@@ -23,7 +23,7 @@ BAR = 20  # letters
 
 @dataclass
 class CellState:
-    """A cell as the display sees it.
+    """Holds a cell as the display sees it.
 
     Attributes:
         status: "waiting", "running", "elsewhere" (another process works on it), "finished" or "failed".
@@ -110,7 +110,7 @@ def clock(seconds: float | None) -> str:
 
 
 class Display(Protocol):
-    """Is told how far the cells are, many times a second."""
+    """Shows how far the cells are; it is told many times a second."""
 
     def update(self, states: Sequence[CellState]) -> None:
         """Show the states."""

@@ -18,7 +18,7 @@ GRACE_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a cell: finished, failed or interrupted.
+    """Holds the end of a cell: finished, failed or interrupted.
 
     Attributes:
         ran: False when it had been finished before.

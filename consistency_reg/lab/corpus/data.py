@@ -1,4 +1,4 @@
-"""Text for language models as a LightningDataModule: domains of packed rows, and what a model is to be called with."""
+"""Feed language models with packed rows of several domains, as a LightningDataModule."""
 
 import os
 from collections.abc import Mapping
@@ -120,7 +120,7 @@ class TextDataModule(LightningDataModule):
 
     @property
     def domains(self) -> list[str]:
-        """The domains that were asked for, and after ``setup`` those that could be read."""
+        """Return the domains that were asked for, and after ``setup`` those that could be read."""
         return list(self.texts) or [*self.corpus_domains, *self.sources]
 
     @property

@@ -1,4 +1,4 @@
-"""The text that is here (two ``datasets.Dataset`` a domain), and where it comes from if not from the default corpus."""
+"""Hold the text of a domain as two ``datasets.Dataset``, and read it from files, folders and the hub."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ TEXT_FORMATS = ("json", "csv", "text")
 
 @dataclass(frozen=True)
 class Text:
-    """The documents of one domain.
+    """Holds the documents of one domain.
 
     Attributes:
         train: one column; a row is a document. The column is "text", or "messages" where a document is a chat, a list
@@ -41,13 +41,13 @@ class Text:
 
     @property
     def is_chat(self) -> bool:
-        """Whether the documents are chats, which a tokenizer's template turns into text."""
+        """Return whether the documents are chats, which a tokenizer's template turns into text."""
         return CHAT in self.train.column_names
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set of the hub or of this machine, as ``datasets.load_dataset`` takes it.
+    """Holds a data set of the hub or of this machine, as ``datasets.load_dataset`` takes it.
 
     Attributes:
         path: a hub id, a folder, or a format ("json", "text", "parquet", ...) with ``data_files``.

@@ -13,7 +13,7 @@ from consistency_reg.metrics.simulated_caches import ModelHitRates
 
 @dataclass(frozen=True)
 class CacheChoice:
-    """A cache size for every layer and what comes of it.
+    """Holds a cache size for every layer and what comes of it.
 
     Attributes:
         ratio: rho, slots / K.

@@ -29,7 +29,7 @@ SUFFIXES = (".csv", ".csv.gz", ".npz")
 
 @dataclass(frozen=True)
 class RouteTrace:
-    """A trace that an engine wrote: what it routed and what its cache held.
+    """Holds a trace that an engine wrote: what it routed and what its cache held.
 
     Attributes:
         model: the model's file.

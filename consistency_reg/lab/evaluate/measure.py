@@ -36,7 +36,7 @@ FAVOURITES = 10  # token ids of an expert
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All measures of one model.
+    """Holds all measures of one model.
 
     Attributes:
         recording: what it is measured on.
@@ -75,12 +75,12 @@ class Evaluation:
 
     @cached_property
     def caches(self) -> dict[str, ModelHitRates]:
-        """The hit rates of every simulated cache, by its name in a log: "sch_m16", "lru" and so on."""
+        """Return the hit rates of every simulated cache, by its name in a log: "sch_m16", "lru" and so on."""
         return {f"sch_{segment_name(m)}": rates for m, rates in self.sch.items()} | self.policies
 
     @cached_property
     def values(self) -> dict[str, float]:
-        """Every measure of the model under the name that a training run gives it in validation, without its "val/"."""
+        """Return every measure of the model under the name that a training run logs below "val/"."""
         of_specialization = () if self.specialization is None else self.specialization.values()
         hit_rates = [
             rates.value(HIT_RATE.at(cache=cache, ratio=ratio))
@@ -106,12 +106,12 @@ class Evaluation:
 
     @property
     def kinds(self) -> dict[str, Specialization]:
-        """What the experts' specialization is measured in: "domain", "vocabulary", none or one of them."""
+        """Return the specialization by kind: "domain", "vocabulary", both or neither."""
         return {} if self.specialization is None else self.specialization.kinds
 
     @cached_property
     def advice(self) -> dict[str, CacheChoice]:
-        """The cache at the "knee" of LRU's hit rates, if there is one, and at "2K" slots."""
+        """Return the cache at the "knee" of LRU's hit rates, if there is one, and at "2K" slots."""
         rates, sizes = self.policies[ADVISED_POLICY], self.recording.expert_bytes
         bend = knee_ratio(rates)
         at = {"knee": bend, "2K": 2.0}

@@ -172,7 +172,7 @@ class Within:
 
     @property
     def sizes(self) -> range:
-        """Every number of slots that a layer can have."""
+        """Return every number of slots that a layer can have."""
         return range(self.least, max(self.num_experts) + 1)
 
     def memory(self, slots: int) -> int:

@@ -25,7 +25,7 @@ with require("transformers"):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to judge.
+    """Holds a model to judge.
 
     Attributes:
         name: what tables call it.

@@ -56,7 +56,7 @@ CHUNK_ROWS = 1024  # in int64 at a time
 
 @dataclass(frozen=True)
 class Recording:
-    """The routing of every MoE layer on every row.
+    """Holds the routing of every MoE layer on every row.
 
     Attributes:
         model: the model's name.
@@ -95,7 +95,7 @@ class Recording:
 
     @property
     def tokens(self) -> int:
-        """The number of real tokens of all rows."""
+        """Return the number of real tokens of all rows."""
         return int(self.valid.sum())
 
     def perplexity(self, domain: str | None = None) -> float | None:
@@ -106,7 +106,7 @@ class Recording:
 
     @property
     def longest_document(self) -> int:
-        """The number of tokens of the longest document."""
+        """Return the number of tokens of the longest document."""
         positions = document_positions((len(self.valid), self.valid.shape[1]), self.valid, self.document_ids)
         return int(positions.max()) + 1 if positions.numel() else 0
 

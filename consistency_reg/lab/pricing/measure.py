@@ -19,7 +19,8 @@ from consistency_reg.masks import batch_masks
 from consistency_reg.metrics import CacheHitRate
 from consistency_reg.rerouting import CacheAwareRouting
 from consistency_reg.routing import RoutingTrace
-from consistency_reg.tracking.accumulate import RoutingMeasures, agreed_choices
+from consistency_reg.tracking.accumulate import RoutingMeasures
+from consistency_reg.tracking.deployed import agreed_choices
 
 MEASURES = (
     *("balance/cv", "balance/max_mean", "balance/min_share", "balance/local_cv/m16"),

@@ -19,7 +19,7 @@ DPI = 150
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as PNG.
+    """Holds a figure as PNG.
 
     Attributes:
         name: of its file, without the ending.

@@ -12,7 +12,7 @@ with require("plots"):
 
 @dataclass(frozen=True)
 class Criterion:
-    """A bound on one column of :func:`~consistency_reg.lab.report.cells.cell_frame`.
+    """Holds a bound on one column of :func:`~consistency_reg.lab.report.cells.cell_frame`.
 
     Attributes:
         name: what is bounded.

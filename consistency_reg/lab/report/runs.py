@@ -77,7 +77,7 @@ class Run:
 
     @property
     def loop(self) -> float:
-        """The strength of the cache-aware routing that the run was trained in; 0 without."""
+        """Return the strength of the cache-aware routing that the run was trained in; 0 without."""
         return float(self.options.get(f"{ROUTING}strength") or 0.0)
 
     @property
@@ -87,7 +87,7 @@ class Run:
 
     @property
     def domains(self) -> list[str]:
-        """The domains of the validation, each with a perplexity of its own."""
+        """Return the domains of the validation, each with a perplexity of its own."""
         found = (reading for reading, _ in self.readings() if reading.within(reading.stage) == PERPLEXITY)
         return [reading.domain for reading in found if reading.domain]
 
@@ -98,7 +98,7 @@ class Run:
 
     @property
     def collapsed(self) -> bool:
-        """Whether an expert is used less than a tenth of its fair share."""
+        """Return whether an expert is used less than a tenth of its fair share."""
         return self.metrics.get(MIN_SHARE.name, 1.0) < COLLAPSED_BELOW
 
     def get(self, reading: Reading) -> float:

@@ -18,7 +18,7 @@ ASKED_FIRST = (HITS, PERPLEXITY, SRP, LOCAL_GAIN, MIN_SHARE, MAX_MEAN, GLOBAL_CV
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table of runs: its name, what it reads of a run, and how that becomes text."""
+    """Holds a column of a table of runs: its name, what it reads of a run, and how that becomes text."""
 
     name: str
     read: Callable[[Run], float]
