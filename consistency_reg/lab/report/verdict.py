@@ -59,7 +59,7 @@ def _as_deployed(findings: Findings) -> str:
         return f"As deployed with {usual['deployed'].iloc[0]}, no strength of the bias is within +0.5% perplexity."
     said = f"As deployed with {best['deployed']}, {best['cell']} has {_reached(best)}"
     if best["cell"] == best["against"]:
-        return f"{said}, without any training."
+        return f"{said}, by the bias alone."
     bias = best_within(kept[(kept["cell"] == best["against"]) & (kept["strength"] > 0)], BUDGETS[0])
     return f"{said}{'' if bias is None else f'; the bias alone has {_reached(bias)}'}."
 
