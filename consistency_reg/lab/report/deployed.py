@@ -228,7 +228,8 @@ def _ordered(settings: Iterable[Setting]) -> list[Setting]:
     usual = Setting()
 
     def unusual(one: Setting) -> tuple[bool | float | str | int, ...]:
-        return one.domains, one.method != usual.method, one.method, one.guaranteed != 1, abs(one.cache_ratio - 2)
+        unlike = one.method != usual.method, one.method, one.guaranteed != 1, one.guaranteed
+        return one.domains, *unlike, abs(one.cache_ratio - 2), one.cache_ratio
 
     return sorted(settings, key=unusual)
 
