@@ -18,6 +18,7 @@ from consistency_reg.lab.evaluate.models import Candidate, load
 from consistency_reg.lab.evaluate.text import corpus_documents
 from consistency_reg.lab.files import write_atomically
 from consistency_reg.lab.pricing.rows import origin, to_csv
+from consistency_reg.lab.pricing.strengths import check_strengths
 from consistency_reg.lab.render.outputs import check_writable
 from consistency_reg.lab.render.table import Table, percent, points
 from consistency_reg.lab.render.terminal import print_tables
@@ -134,8 +135,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("items", "passage", "continuation"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
-    if not options.cache_aware or any(not strength >= 0 for strength in options.cache_aware):
-        raise ValueError(f"--cache-aware must be strengths of 0 or more, got {options.cache_aware}")
+    check_strengths(options.cache_aware)
     if not options.cache_ratio >= 1:
         raise ValueError(f"--cache-ratio must be at least 1, got {options.cache_ratio}")
     if options.csv is not None:

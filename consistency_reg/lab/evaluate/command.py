@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from consistency_reg.byte_sizes import parse_bandwidth, parse_bytes
-from consistency_reg.functional.cache_aware import check_cache_aware
 from consistency_reg.functional.segments import check_segment_lengths
 from consistency_reg.lab.arguments.evaluate import SEQUENCE_LENGTH, parser
 from consistency_reg.lab.corpus.text import DOMAINS
@@ -36,6 +35,7 @@ from consistency_reg.lab.files import write_atomically
 from consistency_reg.lab.pricing.rows import to_csv as price_csv
 from consistency_reg.lab.pricing.show import figure as price_figure
 from consistency_reg.lab.pricing.show import price_table
+from consistency_reg.lab.pricing.strengths import check_strengths
 from consistency_reg.lab.provenance import git_commit, package_versions
 from consistency_reg.lab.render.outputs import check_writable, write_pictures
 from consistency_reg.lab.render.png import png
@@ -236,12 +236,9 @@ def _check_cache_aware(options: argparse.Namespace) -> None:
     """Raise ValueError where cache-aware routing could only be refused after the models have run."""
     if not options.models:
         raise ValueError("--cache-aware needs a MODEL to run, got saved routing alone")
-    if not all(0 <= strength < math.inf for strength in options.cache_aware):
-        raise ValueError(f"--cache-aware must be strengths of 0 or more, got {options.cache_aware}")
+    check_strengths(options.cache_aware, options.method)
     if min(options.cache_ratios) < 1:
         raise ValueError(f"--cache-ratios must be at least 1 for --cache-aware, got {options.cache_ratios}")
-    for strength in options.cache_aware:
-        check_cache_aware(1, 1, 1, strength, 1, options.method)
 
 
 def _documents(options: argparse.Namespace) -> dict[str, datasets.Dataset]:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-from consistency_reg.functional.cache_aware import check_cache_aware
 from consistency_reg.lab.arguments.price import STRENGTHS, parser
 from consistency_reg.lab.pricing.rows import Row, read, with_changes
 from consistency_reg.lab.pricing.runs import price_missing
 from consistency_reg.lab.pricing.show import bought, price_table
+from consistency_reg.lab.pricing.strengths import check_strengths
 from consistency_reg.lab.render.outputs import check_writable
 from consistency_reg.lab.render.table import percent
 from consistency_reg.lab.render.terminal import print_tables
@@ -78,12 +78,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         options.cache_aware = [STRENGTHS]
     for name in ("cache_aware", "cache_ratios", "domains"):  # with spaces or commas between them
         setattr(options, name, list(dict.fromkeys(chain.from_iterable(getattr(options, name)))))
-    if not options.cache_aware or not all(0 <= strength < math.inf for strength in options.cache_aware):
-        raise ValueError(f"--cache-aware must be strengths of 0 or more, got {options.cache_aware}")
+    check_strengths(options.cache_aware, options.method)
     if not options.cache_ratios or not all(1 <= ratio < math.inf for ratio in options.cache_ratios):
         raise ValueError(f"--cache-ratios must be numbers of at least 1, got {options.cache_ratios}")
-    for strength in options.cache_aware:
-        check_cache_aware(1, 1, 1, strength, 1, options.method)
     if options.guaranteed < 0:
         raise ValueError(f"--guaranteed must be 0 or more, got {options.guaranteed}")
     if 0 not in options.cache_aware:
