@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from padding import assert_padding_has_no_effect
 from processes import on_processes
 from reference import central_differences, load_balance_oracle, softmax, usage_share_oracle
 from strategies import routings
@@ -158,17 +159,8 @@ def test_sigmoid_routers_are_balanced_by_their_own_weights():
 def test_padding_has_no_effect_whatever_it_holds(loss):
     plain = random_trace()
     valid = torch.rand(3, 7, generator=torch.Generator().manual_seed(1)) < 0.7
-    results = []
-    for junk_logit, junk_id in ((0.0, 0), (float("nan"), -100), (float("inf"), 10**6), (-1e4, 3)):
-        leaf = plain.logits[0].masked_fill(~valid[:, :, None], junk_logit).requires_grad_()
-        ids = plain.expert_ids[0].masked_fill(~valid[:, :, None], junk_id)
-        value = copy.deepcopy(loss)(RoutingTrace([ids], 5, logits=[leaf], valid=valid))
-        value.backward()
-        assert (leaf.grad[~valid] == 0).all()
-        results.append((value.item(), leaf.grad))
-    for value, gradient in results:
-        assert value == results[0][0]
-        assert torch.equal(gradient, results[0][1])
+    junk = ((0.0, 0), (float("nan"), -100), (float("inf"), 10**6), (-1e4, 3))
+    assert_padding_has_no_effect(loss, plain.logits[0], plain.expert_ids[0], 5, valid, junk)
 
 
 @pytest.mark.parametrize("loss", [*map(LoadBalanceLoss, SCOPES), RouterZLoss()])

@@ -1,0 +1,23 @@
+"""What losses are to make of padding: nothing, whatever the scores and ids are that stand there."""
+
+import copy
+
+import torch
+
+from consistency_reg import RoutingTrace
+
+
+def assert_padding_has_no_effect(loss, logits, ids, num_experts, valid, junk):
+    """Return the gradient of the logits, which is the same for every (score, id) of ``junk`` on the padding."""
+    results = []
+    for junk_score, junk_id in junk:
+        leaf = logits.masked_fill(~valid[:, :, None], junk_score).requires_grad_()
+        held = ids.masked_fill(~valid[:, :, None], junk_id)
+        value = copy.deepcopy(loss)(RoutingTrace([held], num_experts, logits=[leaf], valid=valid))
+        value.backward()
+        assert (leaf.grad[~valid] == 0).all()
+        results.append((value.item(), leaf.grad))
+    for value, gradient in results:
+        assert value == results[0][0]
+        assert torch.equal(gradient, results[0][1])
+    return results[0][1]
