@@ -82,7 +82,7 @@ def trainable(
     lora_targets: Sequence[str] | None = None,
 ) -> nn.Module:
     """Let a part of a model learn and freeze the rest; see :func:`pretrained_moe`."""
-    routers = RouterCapture(model).routers
+    routers = RouterCapture(model).found
     model.requires_grad_(train == "all")
     wrapped: nn.Module = model
     if train in ("lora", "lora_experts"):
@@ -95,8 +95,8 @@ def trainable(
             options["target_modules"] += linear
             options["target_parameters"] = stacked
         wrapped = get_peft_model(model, LoraConfig(**options))
-    for name, router in routers.items():
-        learns = model.get_submodule(name.rpartition(".")[0]) if train == "experts" else router
+    for router in routers:
+        learns = model.get_submodule(router.block_name) if train == "experts" else router.module
         learns.requires_grad_(True)
     return wrapped
 
@@ -139,7 +139,7 @@ def expert_matrices(model: nn.Module) -> tuple[list[str], list[str]]:
         >>> expert_matrices(small_moe(hidden_size=64, num_layers=1))[1][0]
         'model.layers.0.block_sparse_moe.experts.gate_up_proj'
     """
-    blocks = tuple(f"{router.rpartition('.')[0]}." for router in RouterCapture(model).layer_names)
+    blocks = tuple(f"{router.block_name}." for router in RouterCapture(model).found)
     stacked = [name for name, weights in model.named_parameters() if name.startswith(blocks) and weights.dim() == 3]
     linear = [
         name
