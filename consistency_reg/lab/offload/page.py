@@ -16,7 +16,7 @@ SOURCE = "recipes/results/offload.csv"
 
 @dataclass(frozen=True)
 class Row:
-    """One arm with one number of slots, as ``recipes/benchmarks/offload.py`` writes it.
+    """Holds the measurements of one arm with one number of slots, as ``recipes/benchmarks/offload.py`` writes it.
 
     Attributes:
         place: what experts were read from: the disk, or a slower one that is emulated, of which machine.
@@ -35,7 +35,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Place:
-    """What experts were read from.
+    """Names the storage that experts were read from.
 
     Attributes:
         bandwidth: bytes per second that reads were held back to, infinite for as fast as the disk.
