@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference import adjacent_oracle, bles_oracle, documents, melinoe_oracle, remoe_oracle, softmax, sticky_oracle
 from strategies import routings
@@ -174,7 +174,10 @@ def test_gradient_equals_finite_differences_of_the_oracle(name, extra, case):
     rng = np.random.default_rng(0)
     directions = [rng.normal(size=z.shape) for _ in range(3)]
     for direction in directions:
-        slope = (oracle(z + step * direction) - oracle(z - step * direction)) / (2 * step)
+        before, here, after = (oracle(z + by * direction) for by in (-step, 0, step))
+        slope = (after - before) / (2 * step)
+        # an absolute difference of the loss turns within the step: there is no slope to compare with
+        assume(after - here == pytest.approx(here - before, abs=1e-9, rel=1e-3))
         assert (leaf.grad.numpy() * direction).sum() == pytest.approx(slope, abs=1e-6, rel=1e-5)
 
 
