@@ -58,9 +58,12 @@ def _as_deployed(findings: Findings) -> str:
     if best is None or (best["cell"] == best["against"] and not best["strength"]):
         return f"As deployed with {usual['deployed'].iloc[0]}, no strength of the bias is within +0.5% perplexity."
     said = f"As deployed with {best['deployed']}, {best['cell']} has {_reached(best)}"
-    if best["cell"] == best["against"]:
+    if best["loss"] == "none":
         return f"{said}, by the bias alone."
-    bias = best_within(kept[(kept["cell"] == best["against"]) & (kept["strength"] > 0)], BUDGETS[0])
+    if not best["has_baseline"]:
+        return f"{said}, next to itself without any bias: its baseline is not among the runs."
+    alone = (kept["cell"] == best["against"]) & (kept["loss"] == "none") & (kept["strength"] > 0)
+    bias = best_within(kept[alone], BUDGETS[0])
     return f"{said}{'' if bias is None else f'; the bias alone has {_reached(bias)}'}."
 
 

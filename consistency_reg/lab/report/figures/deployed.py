@@ -105,7 +105,7 @@ def _line(axes: Axes, cell: pd.DataFrame, looks: Looks, run: Run, dashes: Any) -
     """Draw a cell's points, joined in the order of the strengths."""
     colour, shape = looks.colour(run), looks.shape(run)
     kept = cell[cell["left_out"] == 0]
-    alone = run.cell == cell["against"].iloc[0]
+    alone = run.loss == "none"
     style: dict[str, Any] = {"color": colour, "marker": shape, "markersize": 6, "linewidth": 1.5, "zorder": 3}
     style |= {"markerfacecolor": "white", "linestyle": "--"} if alone else {"linestyle": dashes}
     xs, ys = 100 * kept["misses_change_mean"], 100 * kept["perplexity_change_mean"]
