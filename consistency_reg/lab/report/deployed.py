@@ -103,10 +103,7 @@ def strength_frame(points: pd.DataFrame) -> pd.DataFrame:
         "deployed", "against", "cell", "strength", "loss", "weight", "has_baseline", "seeds", "left_out" (how many of
         the seeds), and for every name of :data:`CHANGES` "name_mean", "name_min" and "name_max".
     """
-    groups = points.groupby(["deployed", "against", "cell", "strength"], sort=False)
-    same = groups[["loss", "weight", "has_baseline"]].first()
-    counted = groups.agg(seeds=("seed", "size"), left_out=("left_out", "sum"))
-    return same.join([counted, over_seeds(groups, CHANGES)]).reset_index()
+    return over_seeds(points, [*WITHIN, "cell", "strength"], ["loss", "weight", "has_baseline"], CHANGES)
 
 
 def rank_frame(points: pd.DataFrame, strengths: pd.DataFrame) -> pd.DataFrame:

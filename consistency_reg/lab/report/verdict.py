@@ -82,9 +82,9 @@ def best_cell(cells: pd.DataFrame) -> pd.Series:
     the fewest misses.
     """
     kept = cells[cells["left_out"] == 0]
-    budget = BUDGETS[0]
-    cheap = kept[(kept["perplexity_change_mean"] <= budget.mean) & (kept["perplexity_change_max"] <= budget.each)]
-    for group, by in ((cheap, "misses_change_mean"), (kept, "perplexity_change_mean"), (cells, "misses_change_mean")):
+    if (cheap := best_within(kept, BUDGETS[0])) is not None:
+        return cheap
+    for group, by in ((kept, "perplexity_change_mean"), (cells, "misses_change_mean")):
         if group[by].notna().any():
             return group.loc[group[by].idxmin()]
     return cells.iloc[0]
