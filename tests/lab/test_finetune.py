@@ -256,7 +256,11 @@ def test_each_seed_can_have_a_checkpoint_of_its_own(tune, checkpoint):
 
 @pytest.mark.parametrize(
     ("tuned", "pretrained", "baseline"),
-    [("finetune", "finetune_checkpoints", "baseline"), ("finetune_deployed", "deployed", "off")],
+    [
+        ("finetune", "finetune_checkpoints", "baseline"),
+        ("finetune_deployed", "deployed", "off"),
+        ("finetune_mature", "longer_deployed", "off"),
+    ],
 )
 def test_every_cell_of_a_grid_is_a_recipe_that_fit_takes(
     tuned, pretrained, baseline, checkpoint, tmp_path, monkeypatch

@@ -14,7 +14,7 @@ from consistency_reg.lab.model import count_parameters, small_moe
 
 RECIPES = ROOT / "recipes"
 GRIDS = sorted(path.stem for path in (RECIPES / "ablations").glob("*.yaml"))
-OF_CHECKPOINTS = ("finetune", "finetune_deployed", "upcycle_deployed")  # test_finetune.py has those
+OF_CHECKPOINTS = ("finetune", "finetune_deployed", "finetune_mature", "upcycle_deployed")  # in test_finetune.py
 GRIDS = [name for name in GRIDS if name not in OF_CHECKPOINTS]
 PAPER = ["Baseline", "FewerExp", "ActMore", "ActFewer", "1ShrExp", "2ShrExp", "DenseFst", "DenseHlf", "NoLB", "OverLB"]
 SMALL = {  # what makes a cell a run of two steps
