@@ -392,37 +392,7 @@ TRAINED_MISSES = Measure(
     logged_by=ROUTING_CALLBACK,
 )
 
-MEASURES = (
-    PERPLEXITY,
-    CROSS_ENTROPY,
-    DENSE_PERPLEXITY,
-    DENSE_DIVERGENCE,
-    CLOZE,
-    SRP,
-    SIZE_RATIO,
-    THRESHOLD,
-    STATIC_SRP,
-    LOCAL_GAIN,
-    OVERLAP,
-    AGREEMENT,
-    HIT_RATE,
-    SHARED_HIT_RATE,
-    BALANCE_SD,
-    GLOBAL_CV,
-    MAX_MEAN,
-    LOCAL_CV,
-    MIN_SHARE,
-    SPECIALIZATION,
-    SPECIALIZATION_SPEARMAN,
-    TERM,
-    TERM_WEIGHT,
-    TERM_WEIGHTED,
-    STRENGTH,
-    CACHE_RATIO,
-    TRAINED_STRENGTH,
-    TRAINED_CACHE_RATIO,
-    TRAINED_MISSES,
-)
+MEASURES = tuple(row for row in list(globals().values()) if isinstance(row, Measure))  # in the order above
 
 
 def usual_length(segment_lengths: Sequence[int]) -> int:
