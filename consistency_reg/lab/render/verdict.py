@@ -26,6 +26,10 @@ from consistency_reg.measures.reading import DEPLOYED, VALIDATION, Reading
 CV_RATIO_AT_MOST = 1.5  # of the baseline's global CV: what a run may give up of balance and still be compared
 WORTH_ITS_COST = 0.005  # more perplexity than this is too much for what it saves
 LEAST_SEEDS = 3
+WITH_BASELINE, WITH_CONTROL = (
+    f"Next: the {other}, the same command with --consistency.weight 0, and consistency-reg report on both."
+    for other in ("baseline", "control")
+)
 WITH_TERM = "Next: the same command with --consistency.weight 0.35, and consistency-reg report on both."
 Values = Mapping[str, float]  # measures by their name in a log, with or without "val/" before it
 
@@ -71,9 +75,8 @@ class Outcome:
         return not (self.smallest_share < COLLAPSED_BELOW or self.cv_ratio > CV_RATIO_AT_MOST)
 
     def __str__(self) -> str:
-        saved = f"{abs(100 * self.misses):.1f}% {'fewer' if self.misses <= 0 else 'more'} {self.cache}"
-        if math.isnan(self.misses):
-            saved = "no cache misses that were measured"
+        known = not math.isnan(self.misses)
+        saved = in_words(self.misses, self.cache) if known else "no cache misses that were measured"
         cost = "perplexity not measured" if math.isnan(self.perplexity) else f"{change(self.perplexity)} perplexity"
         over = f", the means of {self.seeds} seeds" if self.seeds > 1 else ""
         return f"{self.name} has {saved} for {cost} against {self.against}{over}, {self._balance()}."
@@ -90,6 +93,16 @@ class Outcome:
         return f"and balance held ({said})" if self.is_balanced else f"but balance did not hold ({said})"
 
 
+def in_words(change: float, misses: str) -> str:
+    """Return a relative change of misses in words.
+
+    Example:
+        >>> in_words(-0.305, "LRU misses")
+        '30.5% fewer LRU misses'
+    """
+    return f"{abs(100 * change):.1f}% {'fewer' if change <= 0 else 'more'} {misses}"
+
+
 def compare(name: str, values: Values, against: str, baseline: Values) -> Outcome:
     """Return what one model changes against another, from the measures of both.
 
@@ -101,14 +114,18 @@ def compare(name: str, values: Values, against: str, baseline: Values) -> Outcom
         share 0.40, global CV over the baseline's 1.00).
     """
     cache = _cache([values, baseline])
+
+    def compared(reading: Reading) -> float:
+        return reading.compare(_get(values, reading), _get(baseline, reading))
+
     return Outcome(
         name=name,
         against=against,
-        misses=_relative(1 - _get(values, cache), 1 - _get(baseline, cache)) if cache else math.nan,
+        misses=compared(cache) if cache else math.nan,
         cache=cache.complement if cache else "cache misses",
-        perplexity=_relative(_get(values, PERPLEXITY.at()), _get(baseline, PERPLEXITY.at())),
-        smallest_share=_get(values, MIN_SHARE.at()),
-        cv_ratio=_relative(_get(values, GLOBAL_CV.at()), _get(baseline, GLOBAL_CV.at())) + 1,
+        perplexity=compared(PERPLEXITY.at()),
+        smallest_share=compared(MIN_SHARE.at()),
+        cv_ratio=compared(GLOBAL_CV.at()),
     )
 
 
@@ -129,9 +146,10 @@ def describe(name: str, values: Values, *, one_domain: bool = False) -> str:
     parts = [f"{cache.complement} of {percent(1 - _get(values, cache))}%"] if cache else ["no measured cache"]
     if (perplexity := number(1)(_get(values, PERPLEXITY.at()))) != "":
         parts[0] += f" at perplexity {perplexity}"
-    if srp := _srp(values):
+    srp = SRP.at(USUAL_LENGTH)
+    if consistency := percent(_get(values, srp)):
         static = percent(_get(values, STATIC_SRP.at()))
-        parts.append(f"{srp.label} {percent(_get(values, srp))}%" + (f" (static SRP {static}%)" if static else ""))
+        parts.append(f"{srp.label} {consistency}%" + (f" (static SRP {static}%)" if static else ""))
     share = _get(values, MIN_SHARE.at())
     if math.isnan(share):
         balance = "and balance was not measured"
@@ -185,22 +203,17 @@ def of_run(
         before: measures of the checkpoint that it began with, on the same text; none for a run from scratch.
         baseline: name and measures of the run that differs in the term alone, where there is one.
     """
-    deployed = as_deployed(name, metrics, *(baseline or ("the model as it is", metrics)))
-    if baseline is not None:
-        outcome = compare(name, metrics, *baseline)
-        return Verdict(f"{outcome}{deployed}", advise(outcome))
-    if before:
-        outcome = compare(name, metrics, "the checkpoint before", before)
-        deployed = as_deployed(name, metrics, "the checkpoint before", before)
-        if not has_term:
-            return Verdict(f"{outcome}{deployed}", WITH_TERM)
-        control = "Next: the control, the same command with --consistency.weight 0, and consistency-reg report on both."
-        return Verdict(f"{outcome}{deployed}", control if outcome.is_balanced else advise(outcome))
-    if has_term:
-        advice = "Next: the baseline, the same command with --consistency.weight 0, and consistency-reg report on both."
-    else:
-        advice = WITH_TERM
-    return Verdict(f"{describe(name, metrics)}{deployed}", advice)
+    reference = baseline or (("the checkpoint before", before) if before else None)
+    if reference is None:
+        deployed = as_deployed(name, metrics, "the model as it is", metrics)
+        return Verdict(f"{describe(name, metrics)}{deployed}", WITH_BASELINE if has_term else WITH_TERM)
+    outcome = compare(name, metrics, *reference)
+    found = f"{outcome}{as_deployed(name, metrics, *reference)}"
+    if baseline is None and not has_term:
+        return Verdict(found, WITH_TERM)
+    if baseline is None and outcome.is_balanced:
+        return Verdict(found, WITH_CONTROL)
+    return Verdict(found, advise(outcome))
 
 
 def as_deployed(name: str, values: Values, against: str, baseline: Values) -> str:
@@ -224,13 +237,13 @@ def as_deployed(name: str, values: Values, against: str, baseline: Values) -> st
     if not strength > 0 or math.isnan(ratio):
         return ""
     hits = HIT_RATE.at(ratio=round(ratio, 6))  # logged as float32
-    misses = _relative(1 - values.get(hits.within(DEPLOYED).name, math.nan), 1 - _get(baseline, hits))
-    perplexity = _relative(values.get(PERPLEXITY.at().within(DEPLOYED).name, math.nan), _get(baseline, PERPLEXITY.at()))
+    misses, perplexity = (
+        one.compare(values.get(one.within(DEPLOYED).name, math.nan), _get(baseline, one))
+        for one in (hits, PERPLEXITY.at())
+    )
     if math.isnan(misses) or math.isnan(perplexity):
         return ""
-    saved = (
-        f"{abs(100 * misses):.1f}% {'fewer' if misses <= 0 else 'more'} LRU misses for {change(perplexity)} perplexity"
-    )
+    saved = f"{in_words(misses, 'LRU misses')} for {change(perplexity)} perplexity"
     how = f"cache-aware routing of strength {strength:g}, {ratio:g} x K slots"
     return f" As deployed ({how}) {name} has {saved} against {against}."
 
@@ -274,14 +287,5 @@ def _is_lru(name: str) -> bool:
     )
 
 
-def _srp(values: Values) -> Reading | None:
-    usual = SRP.at(USUAL_LENGTH)
-    return None if math.isnan(_get(values, usual)) else usual
-
-
 def _get(values: Values, reading: Reading) -> float:
     return values.get(reading.name, values.get(reading.within(VALIDATION).name, math.nan))
-
-
-def _relative(value: float, reference: float) -> float:
-    return value / reference - 1 if reference else math.nan

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from consistency_reg.lab.render.table import change
-from consistency_reg.lab.render.verdict import Outcome, Verdict, advise, describe
+from consistency_reg.lab.render.verdict import Outcome, Verdict, advise, describe, in_words
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.hypervolume import BUDGETS, best_within
 from consistency_reg.lab.report.measured import HITS
@@ -68,11 +68,8 @@ def _as_deployed(findings: Findings) -> str:
 
 
 def _reached(row: pd.Series) -> str:
-    saved = (
-        f"{abs(100 * row['misses_change_mean']):.1f}% {'fewer' if row['misses_change_mean'] <= 0 else 'more'} misses"
-    )
     how = f"at strength {row['strength']:g}" if row["strength"] else "without any bias"
-    return f"{saved} for {change(row['perplexity_change_mean'])} {how}"
+    return f"{in_words(row['misses_change_mean'], 'misses')} for {change(row['perplexity_change_mean'])} {how}"
 
 
 def best_cell(cells: pd.DataFrame) -> pd.Series:
