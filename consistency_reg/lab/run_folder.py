@@ -202,6 +202,20 @@ class RunFolder:
             remove_leftovers(folder)
 
 
+def runs_within(place: Path) -> tuple[list[Path], list[Path]]:
+    """Return the finished and the unfinished runs at a place: those in it, or itself where it is one or has none.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    if not place.is_dir():
+        raise ValueError(f"{place} does not exist")
+    inner = sorted(one for one in place.iterdir() if RunFolder(one).is_run)
+    every = [place] if RunFolder(place).is_finished or not inner else inner
+    finished = [one for one in every if RunFolder(one).is_finished]
+    return finished, [one for one in every if one not in finished]
+
+
 class Claim:
     """The right to work in a run folder, which one process at a time has.
 

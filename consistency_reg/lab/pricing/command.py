@@ -16,7 +16,7 @@ from consistency_reg.lab.pricing.strengths import check_strengths
 from consistency_reg.lab.render.outputs import check_writable
 from consistency_reg.lab.render.table import percent
 from consistency_reg.lab.render.terminal import print_tables
-from consistency_reg.lab.run_folder import RunFolder
+from consistency_reg.lab.run_folder import RunFolder, runs_within
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,14 +57,12 @@ def finished_runs(places: Sequence[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for place in places:
-        if not place.is_dir():
-            raise ValueError(f"{place} does not exist")
-        inner = [place] if RunFolder(place).is_run else sorted(one for one in place.iterdir() if RunFolder(one).is_run)
-        finished = [one for one in inner if RunFolder(one).is_finished]
+        finished, unfinished = runs_within(place)
         if not finished:
             raise ValueError(f"{place} must hold a finished run, with a result.json")
-        if unfinished := [one.name for one in inner if one not in finished]:
-            print(f"{place}: left out, not finished: {', '.join(unfinished)}", file=sys.stderr)
+        if unfinished:
+            names = ", ".join(one.name for one in unfinished)
+            print(f"{place}: left out, not finished: {names}", file=sys.stderr)
         found += finished
     return list(dict.fromkeys(found))
 

@@ -1,6 +1,5 @@
 """Price finished runs on their own validation text, and keep the rows next to each run."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ def price_run(
     here = RunFolder(folder)
     if not here.is_finished:
         raise ValueError(f"{folder} must hold a finished run, with a result.json")
-    result = json.loads(here.result.read_text())
+    result = here.read_result()
     about = _about(result, domains)
     there = {point(row) for row in known}
     settings = {"method": method, "guaranteed": guaranteed}

@@ -21,7 +21,7 @@ from consistency_reg.lab.recipe import (
 )
 from consistency_reg.lab.report.curves import Curve, read_curve
 from consistency_reg.lab.report.measured import HITS, MIN_SHARE, PERPLEXITY
-from consistency_reg.lab.run_folder import RunFolder
+from consistency_reg.lab.run_folder import RunFolder, runs_within
 from consistency_reg.measures import COLLAPSED_BELOW, parse
 from consistency_reg.measures.reading import Reading
 
@@ -93,7 +93,7 @@ class Run:
 
     @property
     def misses(self) -> float:
-        """LRU misses at cache = 25% of the experts, as a share of all accesses; NaN where they were not measured."""
+        """Return the share of accesses that an LRU cache of 25% of the experts misses; NaN where not measured."""
         return 1 - self.get(HITS)
 
     @property
@@ -166,16 +166,13 @@ def read_folder(folder: Path) -> tuple[list[Run], list[str]]:
     Raises:
         ValueError: there is no finished run.
     """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} does not exist")
-    inner = [inner for inner in sorted(folder.iterdir()) if RunFolder(inner).is_run]
-    if RunFolder(folder).is_finished or not inner:
-        return [read_run(folder)], []
-    finished = [run for run in inner if RunFolder(run).is_finished]
-    unfinished = [run.name for run in inner if run not in finished]
+    finished, unfinished = runs_within(folder)
+    if unfinished == [folder]:
+        return [read_run(folder)], []  # it says what is there instead
+    names = [run.name for run in unfinished]
     if not finished:
-        raise ValueError(f"{folder} has no finished run; not finished: {', '.join(unfinished)}")
-    return [read_run(run) for run in finished], unfinished
+        raise ValueError(f"{folder} has no finished run; not finished: {', '.join(names)}")
+    return [read_run(run) for run in finished], names
 
 
 def distinct_names(runs: Iterable[Run]) -> list[Run]:
