@@ -72,6 +72,12 @@ class ModelHitRates:
         """Return the mean over layers of the hit rate with ``share`` of a layer's experts in its cache."""
         return torch.stack([layer.at_share(share) for layer in self.layers]).mean()
 
+    @property
+    def ratios(self) -> list[float]:
+        """Return the cache ratios of 1, 2, ... slots of the layer with the most experts for an active one."""
+        widest = max(self.layers, key=lambda layer: len(layer.hit_rate) / max(layer.top_k, 1))
+        return [slots / max(widest.top_k, 1) for slots in range(1, len(widest.hit_rate) + 1)]
+
     def value(self, reading: Reading) -> Value:
         """Return the hit rate at the cache size that a reading of the table of measures names."""
         if reading.share is not None:
@@ -152,9 +158,7 @@ class HitRateMetric(ResampledMetric):
         results = self._by_name(self.results() if val is None else val)
         ax = axes_of(ax)
         for name, model in results.items():
-            widest = max(model.layers, key=lambda layer: len(layer.hit_rate) / max(layer.top_k, 1))
-            ratios = [slots / max(widest.top_k, 1) for slots in range(1, len(widest.hit_rate) + 1)]
-            (line,) = ax.plot(ratios, [float(model.at(ratio)) for ratio in ratios], label=name)
+            (line,) = ax.plot(model.ratios, [float(model.at(ratio)) for ratio in model.ratios], label=name)
             for ratio, interval in model.intervals.items():
                 ax.vlines(ratio, *interval.tolist(), color=line.get_color(), linewidth=3)
             if model.shared is not None:

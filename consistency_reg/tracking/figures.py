@@ -144,10 +144,8 @@ def cache_curve(rates: ModelHitRates, shares: Sequence[float] = ()) -> Figure:
 
 
 def mean_curve(rates: ModelHitRates) -> tuple[list[float], list[float]]:
-    """Return cache ratios up to all experts, for the layer with the most per K, and the layers' mean hit rates."""
-    widest = max(rates.layers, key=lambda layer: len(layer.hit_rate) / max(layer.top_k, 1))
-    ratios = [slots / max(widest.top_k, 1) for slots in range(1, len(widest.hit_rate) + 1)]
-    return ratios, [float(rates.at(ratio)) for ratio in ratios]
+    """Return cache ratios up to all experts, and the layers' mean hit rates."""
+    return rates.ratios, [float(rates.at(ratio)) for ratio in rates.ratios]
 
 
 def pixels(figure: Figure) -> np.ndarray:

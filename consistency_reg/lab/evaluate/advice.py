@@ -34,8 +34,7 @@ class CacheChoice:
 
 def ratios(rates: ModelHitRates) -> list[float]:
     """Return the cache ratios of every size of the widest layer, from K slots, which one token needs, to E."""
-    widest = max(rates.layers, key=lambda layer: len(layer.hit_rate) / layer.top_k)
-    return [slots / widest.top_k for slots in range(widest.top_k, len(widest.hit_rate) + 1)]
+    return [ratio for ratio in rates.ratios if ratio >= 1]
 
 
 def knee_ratio(rates: ModelHitRates) -> float | None:
