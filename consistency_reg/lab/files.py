@@ -1,11 +1,13 @@
 """Files that are whole or not there, and names that may become file names."""
 
 import contextlib
+import csv
+import io
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -96,6 +98,35 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) 
 def write_json(path: Path, content: Any, *, durable: bool = True) -> None:
     """Write indented JSON, whole or not at all; what JSON does not know becomes a string."""
     write_atomically(path, json.dumps(content, indent=1, default=str), durable=durable)
+
+
+def csv_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """Return rows as CSV; the columns are those that any of the rows has when None, and empty where a row lacks them.
+
+    Example:
+        >>> csv_text([{"run": "a", "misses": 0.5}, {"run": "b", "note": "x"}]).splitlines()
+        ['run,misses,note', 'a,0.5,', 'b,,x']
+    """
+    rows, text = list(rows), io.StringIO()
+    fields = list(dict.fromkeys(name for row in rows for name in row)) if columns is None else columns
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def without_nan(content: Any) -> Any:
+    """Return nested lists and dictionaries with None in the place of NaN, which JSON does not know.
+
+    Example:
+        >>> without_nan({"srp": [0.5, float("nan")]})
+        {'srp': [0.5, None]}
+    """
+    if isinstance(content, dict):
+        return {key: without_nan(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and content != content else content
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The table of experts: how much each is used, how consistent it is, and what it is for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,3 +66,20 @@ def expert_rows(
                 Expert(layer, expert, used, srp_e, names[domain] if known else None, share if known else torch.nan)
             )
     return rows
+
+
+def usage_profile(counts: Iterable[Tensor]) -> str:
+    """Return a line ``layer expert count`` for each expert, as engines read it which pin experts in memory.
+
+    Args:
+        counts: for each layer [E] int64, the tokens that used the expert; experts that none used get a line too.
+
+    Example:
+        >>> usage_profile([torch.tensor([5, 0]), torch.tensor([2, 3])]).splitlines()
+        ['0 0 5', '0 1 0', '1 0 2', '1 1 3']
+    """
+    return "".join(
+        f"{layer} {expert} {count}\n"
+        for layer, counts_E in enumerate(counts)
+        for expert, count in enumerate(counts_E.tolist())
+    )

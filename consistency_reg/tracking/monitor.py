@@ -15,8 +15,8 @@ from consistency_reg.routing import RoutingTrace
 from consistency_reg.tracking.accumulate import Measured, RoutingMeasures
 from consistency_reg.tracking.alarms import Alarms, gradient_norm
 from consistency_reg.tracking.board import Board
+from consistency_reg.tracking.experts import usage_profile
 from consistency_reg.tracking.tradeoff import TradeOff
-from consistency_reg.tracking.usage_profile import usage_profile
 
 
 class MonitorCore:

@@ -4,7 +4,7 @@ import argparse
 import csv
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from consistency_reg.lab.cloze.answers import answered, mean_and_error
 from consistency_reg.lab.cloze.items import Item, make_items
 from consistency_reg.lab.evaluate.models import Candidate, load
 from consistency_reg.lab.evaluate.text import corpus_documents
-from consistency_reg.lab.files import write_atomically
-from consistency_reg.lab.pricing.rows import origin, to_csv
+from consistency_reg.lab.files import csv_text, write_atomically
+from consistency_reg.lab.pricing.rows import origin
 from consistency_reg.lab.pricing.strengths import check_strengths
 from consistency_reg.lab.render.outputs import check_writable
 from consistency_reg.lab.render.table import Table, percent, points
@@ -74,9 +74,8 @@ def _questions(candidate: Candidate, documents: dict[str, datasets.Dataset], opt
 def _answers(candidate: Candidate, questions: Questions, options: argparse.Namespace) -> Iterator[tuple[float, Tensor]]:
     """Yield each strength with whether every question, one domain after the other, was answered rightly."""
     for strength in options.cache_aware:
-        with ExitStack() as stack:
-            if strength:
-                stack.enter_context(CacheAwareRouting(candidate.model, options.cache_ratio, strength))
+        routing = CacheAwareRouting(candidate.model, options.cache_ratio, strength) if strength else nullcontext()
+        with routing:
             yield strength, torch.cat([answered(candidate.model, items) for items in questions.values()])
 
 
@@ -126,7 +125,7 @@ def _add(path: Path, row: Row) -> None:
         with path.open(encoding="utf-8", newline="") as file:
             kept = list(csv.DictReader(file))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, to_csv([*kept, row]))
+    write_atomically(path, csv_text([*kept, row]))
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -7,7 +7,7 @@ from random import Random
 
 @dataclass(frozen=True)
 class Item:
-    """A passage and what may follow it.
+    """Holds a passage and what may follow it.
 
     Attributes:
         context: token ids of the passage.

@@ -21,18 +21,15 @@ from consistency_reg.lab.evaluate.measure import Evaluation, measure
 from consistency_reg.lab.evaluate.memory import Device, Needs, Within, about_memory
 from consistency_reg.lab.evaluate.memory_show import figure as memory_figure
 from consistency_reg.lab.evaluate.memory_show import table as memory_table
-from consistency_reg.lab.evaluate.memory_show import to_csv as memory_csv
 from consistency_reg.lab.evaluate.models import Candidate, load
-from consistency_reg.lab.evaluate.records import to_csv, to_json
+from consistency_reg.lab.evaluate.records import to_csv, to_json, usage_lines
 from consistency_reg.lab.evaluate.run import record
 from consistency_reg.lab.evaluate.tables import tables
 from consistency_reg.lab.evaluate.text import corpus_documents, cut, dataset_documents, sampled
 from consistency_reg.lab.evaluate.traces import Recording, load_trace, save_trace
 from consistency_reg.lab.evaluate.tracking import log_to_wandb
-from consistency_reg.lab.evaluate.usage_profile import usage_lines
 from consistency_reg.lab.evaluate.verdict import verdict
-from consistency_reg.lab.files import write_atomically
-from consistency_reg.lab.pricing.rows import to_csv as price_csv
+from consistency_reg.lab.files import csv_text, write_atomically
 from consistency_reg.lab.pricing.show import figure as price_figure
 from consistency_reg.lab.pricing.show import price_table
 from consistency_reg.lab.pricing.strengths import check_strengths
@@ -149,9 +146,9 @@ def write(
     for name in (CACHE_AWARE, WITHIN):
         (folder / name).unlink(missing_ok=True)  # of another evaluation
     if within:
-        texts[WITHIN] = memory_csv(rows_of(within))
+        texts[WITHIN] = csv_text(rows_of(within))
     if priced:
-        texts[CACHE_AWARE] = price_csv(priced)
+        texts[CACHE_AWARE] = csv_text(priced)
     for name, text in texts.items():
         write_atomically(folder / name, text)
     return write_pictures(folder, drawn, NAMES)
@@ -171,6 +168,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         setattr(options, name, None if given is None else list(chain.from_iterable(given)))
     if not options.models and not options.trace:
         raise ValueError("evaluate needs a MODEL or a --trace FILE, got neither")
+    for name in ("domains", "memory"):
+        if getattr(options, name) == []:
+            raise ValueError(f"--{name} must have at least one value, got none")
     if options.save_trace is not None and len(options.models) != 1:
         raise ValueError(f"--save-trace keeps the routing of one MODEL, got {len(options.models)}")
     check_segment_lengths(options.segment_lengths)

@@ -130,7 +130,7 @@ def read_route_csv(path: Path) -> RouteTrace:
 
 
 class _RouteRows:
-    """The rows of a route trace, put in the order of tokens, layers and slots."""
+    """Puts the rows of a route trace in the order of tokens, layers and slots."""
 
     def __init__(self, path: Path, comments: list[str], rows: list[dict[str, str]]) -> None:
         self.path = path

@@ -65,7 +65,7 @@ class Evaluation:
 
     @property
     def min_share(self) -> float:
-        """Usage of the least used expert of all layers, as a share of the fair share."""
+        """Return the usage of the least used expert of all layers, as a share of the fair share."""
         return self.get(MIN_SHARE.at())
 
     @property

@@ -97,15 +97,16 @@ class Needs:
             )
         context = device.context or about.get("sequence_length") or 0
         each = itemsize if device.bytes_per_weight is None else KV_BYTES
+        self.num_experts = recording.num_experts
         self.kv_bytes = round(about.get("kv_elements_per_token", 0) * (each or 0) * context)
 
-    def slots(self, memory: int, num_experts: Sequence[int]) -> int:
+    def slots(self, memory: int) -> int:
         """Return the slots of each layer that fit beside everything else, 0 for none."""
-        return equal_slots(memory - self.dense_bytes - self.kv_bytes, self.expert_bytes, num_experts)
+        return equal_slots(memory - self.dense_bytes - self.kv_bytes, self.expert_bytes, self.num_experts)
 
-    def memory(self, slots: int, num_experts: Sequence[int]) -> int:
+    def memory(self, slots: int) -> int:
         """Return the memory that so many slots of each layer take, with everything else."""
-        held = sum(min(slots, E) * size for E, size in zip(num_experts, self.expert_bytes, strict=True))
+        held = sum(min(slots, E) * size for E, size in zip(self.num_experts, self.expert_bytes, strict=True))
         return self.dense_bytes + self.kv_bytes + held
 
 
@@ -120,6 +121,7 @@ class Curves:
 
     def __init__(self, recording: Recording, expert_bytes: Sequence[int], device: torch.device | str) -> None:
         self.top_k = [ids.shape[-1] for ids in recording.expert_ids]
+        self.num_experts = recording.num_experts
         self._bytes = expert_bytes
         empty = [torch.zeros(E, dtype=torch.float64) for E in recording.num_experts]
         self._hits = {policy: [hits.clone() for hits in empty] for policy in POLICIES}
@@ -145,15 +147,15 @@ class Curves:
         """Return the hits per use of an expert."""
         return 1 - sum(self.misses(policy, slots)) / sum(self.top_k)
 
-    def cliff(self, num_experts: Sequence[int]) -> int | None:
+    def cliff(self) -> int | None:
         """Return the least slots with which LRU hits more often than as many fixed experts drawn blindly, C / E."""
-        chance = sum(K / E for K, E in zip(self.top_k, num_experts, strict=True)) / sum(self.top_k)
-        sizes = range(max(self.top_k), max(num_experts))
+        chance = sum(K / E for K, E in zip(self.top_k, self.num_experts, strict=True)) / sum(self.top_k)
+        sizes = range(max(self.top_k), max(self.num_experts))
         return next((slots for slots in sizes if self.hit_rate("lru", slots) > slots * chance), None)
 
 
 class Within:
-    """A recorded model on a device.
+    """Predicts a recorded model on a device.
 
     Args:
         recording: of the model.
@@ -165,7 +167,7 @@ class Within:
     """
 
     def __init__(self, recording: Recording, device: Device, count_on: torch.device | str = "cpu") -> None:
-        self.model, self.device, self.num_experts = recording.model, device, recording.num_experts
+        self.model, self.device = recording.model, device
         self.needs = Needs(recording, device)
         self.curves = Curves(recording, self.needs.expert_bytes, count_on)
         self.least = max(self.curves.top_k)
@@ -173,11 +175,7 @@ class Within:
     @property
     def sizes(self) -> range:
         """Return every number of slots that a layer can have."""
-        return range(self.least, max(self.num_experts) + 1)
-
-    def memory(self, slots: int) -> int:
-        """Return the memory that so many slots of each layer take, with everything else."""
-        return self.needs.memory(slots, self.num_experts)
+        return range(self.least, max(self.needs.num_experts) + 1)
 
     def tokens_per_s(self, policy: str, slots: int) -> float:
         """Return the predicted speed."""
@@ -185,19 +183,19 @@ class Within:
 
     def rows(self) -> list[Row]:
         """Return a row for each budget, the smallest first."""
-        cliff = self.curves.cliff(self.num_experts)
+        cliff = self.curves.cliff()
         about: Row = {
             "dense_bytes": self.needs.dense_bytes,
             "kv_bytes": self.needs.kv_bytes,
-            "least_bytes": self.memory(self.least),
+            "least_bytes": self.needs.memory(self.least),
             "cliff_slots": cliff,
-            "cliff_bytes": None if cliff is None else self.memory(cliff),
+            "cliff_bytes": None if cliff is None else self.needs.memory(cliff),
             "read_bytes_per_s": self.device.bandwidth,
             "compute_seconds": self.device.compute_seconds,
         }
         rows = []
         for memory in sorted(self.device.memory):
-            slots = self.needs.slots(memory, self.num_experts)
+            slots = self.needs.slots(memory)
             row: Row = {"model": self.model, "memory_bytes": memory, "slots": slots, **about}
             row |= self._at(slots) if slots >= self.least else {}
             rows.append(row | {"advice": _advice(row, self.sizes)})

@@ -1,7 +1,5 @@
-"""Show what is predicted within a memory budget: a table, CSV and a picture."""
+"""Show what is predicted within a memory budget: a table and a picture."""
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 
@@ -65,21 +63,11 @@ def _of_model(row: Row) -> str:
     return f"{row['model']}: {in_bytes(row['dense_bytes'])} of other weights, {kv}, {cliff}"
 
 
-def to_csv(rows: Sequence[Row]) -> str:
-    """Return all budgets as CSV."""
-    fields = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fields, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def figure(models: Sequence[Within], rows: Sequence[Row]) -> Figure:
     """Return predicted tokens/s by memory, of LRU and of Belady, with the budgets marked."""
     drawn, (axes,) = panels(1, 1, 6.5, 4.2)
     for one, colour in zip(models, COLOURS * len(models), strict=False):
-        memory = [one.memory(slots) / 1e9 for slots in one.sizes]
+        memory = [one.needs.memory(slots) / 1e9 for slots in one.sizes]
         for policy, style, label in (("lru", "-", one.model), ("belady", ":", f"{one.model}, Belady")):
             axes.plot(
                 memory, [one.tokens_per_s(policy, slots) for slots in one.sizes], style, color=colour, label=label

@@ -56,7 +56,7 @@ class Candidate:
 
     @property
     def vocabulary(self) -> int:
-        """Tokens that the head chooses among."""
+        """Return the number of tokens that the head chooses among."""
         return int(self.model.config.get_text_config().vocab_size)
 
     def text_of(self, token: int) -> str:

@@ -1,7 +1,5 @@
-"""An evaluation as JSON, in full, and as CSV, a row for each number."""
+"""An evaluation as JSON, in full, as CSV, a row for each number, and the usage of its experts for engines."""
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -9,11 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
+from consistency_reg.functional.balance import usage_counts
 from consistency_reg.functional.srp import ModelSRP, SRPResult
 from consistency_reg.lab.evaluate.measure import FAVOURITES, Evaluation
+from consistency_reg.lab.evaluate.traces import Recording
+from consistency_reg.lab.files import csv_text, without_nan
 from consistency_reg.measures import HIT_RATE, PERPLEXITY, SRP, of_metric
 from consistency_reg.metrics.simulated_caches import ModelHitRates
 from consistency_reg.metrics.specialization import Specialization
+from consistency_reg.tracking.experts import usage_profile
 
 COLUMNS = ("model", "domain", "layer", "measure", "m", "cache_ratio", "value", "low", "high")
 ALL = "all"
@@ -22,18 +24,23 @@ SHARED = "shared by all"  # in the place of a layer: one cache for all of them
 
 def to_csv(evaluations: Sequence[Evaluation]) -> str:
     """Return a row for each number; ``low`` and ``high`` are its 95% interval where there is one."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for evaluation in evaluations:
-        for row in _rows(evaluation):
-            writer.writerow({"model": evaluation.recording.model, "domain": ALL, "layer": ALL} | row)
-    return text.getvalue()
+    rows = (
+        {"model": evaluation.recording.model, "domain": ALL, "layer": ALL} | row
+        for evaluation in evaluations
+        for row in _rows(evaluation)
+    )
+    return csv_text(rows, COLUMNS)
 
 
 def to_json(evaluations: Sequence[Evaluation], about: dict[str, Any]) -> str:
     """Return all that was measured, down to the hit rate of every layer's cache at every size."""
-    return json.dumps(_without_nan({**about, "models": [_model(one) for one in evaluations]}), indent=1) + "\n"
+    return json.dumps(without_nan({**about, "models": [_model(one) for one in evaluations]}), indent=1) + "\n"
+
+
+def usage_lines(recording: Recording) -> str:
+    """Return how many tokens used each expert of each layer, for engines that pin experts in memory."""
+    layers = zip(recording.expert_ids, recording.num_experts, strict=True)
+    return usage_profile(usage_counts(ids.long(), E, recording.valid) for ids, E in layers)
 
 
 def _rows(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
@@ -73,7 +80,7 @@ def _hit_rate_rows(rates: ModelHitRates, ratio: float, names: Sequence[str]) -> 
 def _srp_rows(result: ModelSRP | SRPResult, m: int) -> Iterator[dict[str, Any]]:
     for measure in of_metric("srp"):
         interval = _interval(result.interval) if measure is SRP else {}
-        yield {"measure": measure.record, "m": m, "value": _number(getattr(result, measure.attribute))} | interval
+        yield {"measure": measure.record, "m": m, "value": getattr(result, measure.attribute).item()} | interval
 
 
 def _model(evaluation: Evaluation) -> dict[str, Any]:
@@ -109,7 +116,7 @@ def _model(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _srp(result: ModelSRP | SRPResult) -> dict[str, Any]:
-    values = {measure.attribute: _number(getattr(result, measure.attribute)) for measure in of_metric("srp")}
+    values = {measure.attribute: getattr(result, measure.attribute).item() for measure in of_metric("srp")}
     return values | _interval(result.interval)
 
 
@@ -153,15 +160,3 @@ def _summary(kind: Specialization) -> dict[str, float]:
 
 def _interval(interval: Tensor | None) -> dict[str, float]:
     return {} if interval is None else dict(zip(("low", "high"), interval.tolist(), strict=True))
-
-
-def _number(value: Tensor) -> float:
-    return value.item()
-
-
-def _without_nan(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {key: _without_nan(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_without_nan(value) for value in content]
-    return None if isinstance(content, float) and content != content else content

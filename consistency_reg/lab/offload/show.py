@@ -1,13 +1,12 @@
 """The measures of offloaded models as a table, as files and as a picture."""
 
-import csv
-import io
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from consistency_reg.lab.files import csv_text
 from consistency_reg.lab.offload.measure import Measured
 from consistency_reg.lab.render.palette import COLOURS
 from consistency_reg.lab.render.png import panels, png
@@ -78,12 +77,7 @@ def to_json(measured: Sequence[Measured], about: dict[str, Any]) -> str:
 
 def to_csv(measured: Sequence[Measured]) -> str:
     """Return a row for each token."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for one in measured:
-        writer.writerows(one.token_rows())
-    return text.getvalue()
+    return csv_text((row for one in measured for row in one.token_rows()), COLUMNS)
 
 
 def token_time(measured: Sequence[Measured]) -> bytes:

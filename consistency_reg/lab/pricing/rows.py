@@ -1,7 +1,6 @@
 """Read and write the rows of pricing: one CSV row for each model, cache and strength, with where it came from."""
 
 import csv
-import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from consistency_reg.lab.files import write_atomically
+from consistency_reg.lab.files import csv_text, write_atomically
 from consistency_reg.lab.provenance import device_name, git_commit, package_versions
 
 Row = dict[str, Any]
@@ -62,19 +61,10 @@ def merge(*groups: Iterable[Row]) -> list[Row]:
     return list({point(row): row for group in groups for row in group}.values())
 
 
-def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the rows as CSV with every column that any of them has."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the rows to a CSV file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, to_csv(rows))
+    write_atomically(path, csv_text(rows))
 
 
 def holds_prices(path: Path) -> bool:

@@ -145,8 +145,7 @@ def plane(
     """
     below = [] if area is None else _tinted(area)
     if zeros:
-        rule = alt.Chart(alt.Data(values=[{}])).mark_rule(stroke=INK, strokeWidth=0.8, opacity=0.5)
-        below += [rule.encode(x=alt.datum(0)), rule.encode(y=alt.datum(0))]
+        below += [_rule().encode(x=alt.datum(0)), _rule().encode(y=alt.datum(0))]
     placed = [layer.encode(x=_number("x", x), y=_number("y", y)) for layer in layers]
     return _chart(title, [*below, *placed], HEIGHT)
 
@@ -155,10 +154,9 @@ def rows(layers: Layers, names: Sequence[str], x: str, *, title: str = "") -> Ch
     """Return a chart with a row for each name and an axis of numbers with a line at 0."""
     look: dict[str, Any] = {"labelLimit": 190, "ticks": False, "domain": False, "grid": True}
     y = alt.Y("y:N", sort=list(names), axis=alt.Axis(title=None, labelExpr=LINES, **look))
-    rule = alt.Chart(alt.Data(values=[{}])).mark_rule(stroke=INK, strokeWidth=0.8, opacity=0.5)
     placed = [layer.encode(x=_number("x", x), y=y) for layer in layers]
     height = len(names) * (TALL_ROW if any("\n" in name for name in names) else ROW)
-    return _chart(title, [rule.encode(x=alt.datum(0)), *placed], height, zoom=("x",))
+    return _chart(title, [_rule().encode(x=alt.datum(0)), *placed], height, zoom=("x",))
 
 
 def fields(marks: Sequence[Mark], names: Sequence[str], x: str, value: str) -> Chart:
@@ -245,6 +243,10 @@ def _row(mark: Mark) -> dict[str, Any]:
     }
     more = {name: getattr(mark, name) for name in ("id", "line", "say", "x2", "y2", "text")}
     return row | {name: value for name, value in more.items() if value not in (None, "")}
+
+
+def _rule() -> alt.Chart:
+    return alt.Chart(alt.Data(values=[{}])).mark_rule(stroke=INK, strokeWidth=0.8, opacity=0.5)
 
 
 def _number(field: str, title: str) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from consistency_reg.lab.files import write_atomically
+from consistency_reg.lab.files import csv_text, without_nan, write_atomically
 from consistency_reg.lab.pricing import rows as prices
 from consistency_reg.lab.report.measured import DENSE_PERPLEXITY, PERPLEXITY
 from consistency_reg.lab.report.runs import Run, attach, refuse_different_data
@@ -147,7 +147,7 @@ def write_json(runs: Sequence[Run], path: Path) -> None:
         | ({"prices": list(run.priced)} if run.priced else {})
         for run in runs
     ]
-    write_atomically(path, json.dumps(_without_nan(records), indent=1, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(without_nan(records), indent=1, allow_nan=False) + "\n")
 
 
 def append_csv(runs: Sequence[Run], path: Path) -> int:
@@ -168,7 +168,7 @@ def append_csv(runs: Sequence[Run], path: Path) -> int:
 def fingerprint(runs: Sequence[Run]) -> str:
     """Return a text that is equal for equal rows: it says whether a picture is of the results that it stands beside."""
     priced = [row for run in runs for row in run.priced]
-    text = to_frame(runs).to_csv(index=False) + (prices.to_csv(priced) if priced else "")
+    text = to_frame(runs).to_csv(index=False) + (csv_text(priced) if priced else "")
     return "rows of SHA-256 " + hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -181,11 +181,3 @@ def _kept_metrics(run: Run) -> list[str]:
 
 def _identity(run: Run) -> tuple[Any, ...]:
     return run.name, run.seed, run.command, run.git_commit, run.steps, run.wall_time_s
-
-
-def _without_nan(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {key: _without_nan(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [_without_nan(value) for value in content]
-    return None if isinstance(content, float) and content != content else content

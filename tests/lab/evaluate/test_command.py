@@ -648,6 +648,8 @@ def model_and(*arguments):
         (model_and("--data", "{place}/latin.txt"), r"latin\.txt, line 2 is not UTF-8 \(byte 0xe9\)"),
         (model_and("--data", "{place}/latin.jsonl"), r"latin\.jsonl, line 1 is not UTF-8 \(byte 0xe9\)"),
         (model_and("--data", "{place}/words.jsonl"), "name each domain once, got 'words' again"),
+        (model_and("--domains", ","), "--domains must have at least one value, got none"),
+        (model_and("--memory", ",", "--read-bandwidth", "1GB/s"), "--memory must have at least one value, got none"),
         (model_and("--domains", "cooking"), "domains must be among .* got 'cooking'"),
         (model_and("--sequence-length", "1000"), "must be at most 128, the context of olmoe, got 1000"),
         (model_and("--segment-lengths", "500"), "must not all exceed the longest document"),

@@ -13,8 +13,8 @@ from consistency_reg.functional import replay_engine
 from consistency_reg.lab.cli import main
 from consistency_reg.lab.evaluate.foreign_traces import read_route_csv
 from consistency_reg.lab.evaluate.memory import Device, Needs, Within, about_memory, kv_elements_per_token
+from consistency_reg.lab.evaluate.records import usage_lines
 from consistency_reg.lab.evaluate.traces import Recording, load_trace
-from consistency_reg.lab.evaluate.usage_profile import usage_lines
 
 CUTS = ROOT / "tests" / "data"
 GPTOSS = CUTS / "gptoss.route.csv.gz"
@@ -58,9 +58,9 @@ def test_it_predicts_what_an_engine_read_in_each_step_within_one_percent():
 def test_slots_fit_beside_other_weights_and_the_kv_cache(recording):
     needs = Needs(recording, Device([0], bandwidth=1))
     assert (needs.dense_bytes, needs.kv_bytes) == (1000, 5 * 4 * 10)
-    assert needs.slots(1200 + 2 * 400, [4, 4]) == 2
-    assert needs.slots(1200 + 2 * 400 - 1, [4, 4]) == 1
-    assert needs.memory(3, [4, 4]) == 1200 + 3 * 400
+    assert needs.slots(1200 + 2 * 400) == 2
+    assert needs.slots(1200 + 2 * 400 - 1) == 1
+    assert needs.memory(3) == 1200 + 3 * 400
 
 
 def test_the_bytes_of_a_model_are_those_of_its_parameters():
@@ -100,7 +100,7 @@ def test_policy_or_working_set(recording, cycle, advice):
     tokens = torch.tensor([[[0, 1 + t % cycle] for t in range(200)]]).to(torch.uint8)
     of_layers = {"expert_ids": [tokens, tokens], "num_experts": [16, 16], "valid": torch.ones(1, 200, dtype=torch.bool)}
     cycling = replace(recording, **of_layers, about=recording.about | {"dense_bytes": 1000})
-    needed = Needs(cycling, Device([0], 1)).memory(4, [16, 16])
+    needed = Needs(cycling, Device([0], 1)).memory(4)
     (row,) = Within(cycling, Device([needed], 1000)).rows()
     assert row["advice"] == advice
     assert row["cliff_slots"] == 2
