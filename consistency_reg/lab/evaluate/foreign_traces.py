@@ -23,6 +23,7 @@ from torch import Tensor
 
 MAGIC = "# route_trace v1"
 COLUMNS = ("turn", "phase", "step", "layer", "slot", "expert")
+NUMBERS = ("n_expert", "layer", "expert_bytes", "dense_bytes")  # of comments
 PROMPT = 0  # the phase in which all tokens of a turn are one call of each layer
 SUFFIXES = (".csv", ".csv.gz", ".npz")
 
@@ -135,6 +136,8 @@ class _RouteRows:
     def __init__(self, path: Path, comments: list[str], rows: list[dict[str, str]]) -> None:
         self.path = path
         self.values = {name: self._integers(rows, name) for name in COLUMNS}
+        if negative := [name for name, values in self.values.items() if values.min() < 0]:
+            raise ValueError(f"{path} must have numbers of 0 or more as {negative[0]!r}, got others")
         self.residency = self._integers(rows, "residency") if "residency" in rows[0] else None
         self.model, self.num_experts = "unknown", 0
         self.bytes: dict[int, int] = {}
@@ -142,16 +145,17 @@ class _RouteRows:
         for comment in comments:
             said = dict(re.findall(r"(\w+)=(\S+)", comment))
             self.model = Path(said.get("model", self.model)).name
-            self.num_experts = int(said.get("n_expert", self.num_experts))
-            if "layer" in said and "expert_bytes" in said:
-                self.bytes[int(said["layer"])] = int(said["expert_bytes"])
-            if "layer" in said and "dense_bytes" in said:
-                self.dense_bytes = (self.dense_bytes or 0) + int(said["dense_bytes"])
+            numbers = {name: _whole_number(path, name, said[name]) for name in NUMBERS if name in said}
+            self.num_experts = numbers.get("n_expert", self.num_experts)
+            if "layer" in numbers and "expert_bytes" in numbers:
+                self.bytes[numbers["layer"]] = numbers["expert_bytes"]
+            if "layer" in numbers and "dense_bytes" in numbers:
+                self.dense_bytes = (self.dense_bytes or 0) + numbers["dense_bytes"]
 
     def _integers(self, rows: list[dict[str, str]], name: str) -> np.ndarray:
         try:
             return np.array([int(row[name]) for row in rows], dtype=np.int64)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{self.path} must have whole numbers as {name!r}: {error}") from error
 
     def trace(self) -> RouteTrace:
@@ -215,7 +219,7 @@ def _read_npz(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         model=str(meta.get("model", path.stem)),
         expert_ids=list(torch.from_numpy(experts_LTK.astype(np.int64)).unbind(0)),
         routed=[torch.ones(T, dtype=torch.bool)] * L,
-        num_experts=[int(meta.get("num_experts", 1 + int(experts_LTK.max())))] * L,
+        num_experts=[_whole_number(path, "num_experts", meta.get("num_experts", 1 + int(experts_LTK.max())))] * L,
         layer_names=[f"layer_{number:02d}" for number in range(L)],
         document_ids=torch.zeros(T, dtype=torch.int64),
         calls=torch.arange(T),
@@ -223,6 +227,13 @@ def _read_npz(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         residency=None,
     )
     return trace.parts(path.stem)
+
+
+def _whole_number(path: Path, name: str, value: Any) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{path} must have a whole number as {name!r}, got {value!r}") from None
 
 
 def _meta(path: Path, text: np.ndarray | None) -> dict[str, Any]:
