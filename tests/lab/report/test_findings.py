@@ -10,6 +10,7 @@ from run_folders import LOSSES, write_demo, write_designs, write_losses, write_r
 
 from consistency_reg.lab.report import pair_runs, read_folder
 from consistency_reg.lab.report.cells import BASELINE, cell_frame
+from consistency_reg.lab.report.comparison import gate_table
 from consistency_reg.lab.report.effects import effect_frame
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.gate import GATE, passes
@@ -43,6 +44,17 @@ def test_hypervolume_is_the_area_that_random_points_of_the_box_find_dominated():
     inside = sum(any(x <= a and y <= b for x, y in points) for a, b in drawn) / len(drawn)
     assert hypervolume(points, REFERENCE) == pytest.approx(inside * (high[0] - low[0]) * (high[1] - low[1]), rel=0.03)
     assert hypervolume([], REFERENCE) == hypervolume([(0.06, -0.9), (0.0, 0.0)], REFERENCE) == 0
+
+
+def test_cells_whose_misses_were_not_measured_stand_last_at_the_gate(losses):
+    cells = losses.cells.copy()
+    cells.loc[cells.index[::2], "misses_change_mean"] = math.nan
+    measured = {cell["cell"]: cell["misses_change_mean"] for _, cell in cells.iterrows()}
+    rows = gate_table(cells).rows
+    misses = [measured[name] for name, *_, gate, _ in rows if name in measured and gate != "pass"]
+    known = sorted(one for one in misses if not math.isnan(one))
+    assert 0 < len(known) < len(misses)
+    assert misses[: len(known)] == known
 
 
 def test_losses_are_ordered_by_what_they_reach_over_all_weights_and_collapsed_runs_are_counted_out(losses):
