@@ -119,7 +119,7 @@ def attention_matrices(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and any(name.startswith(f"{block}.") for block in blocks)
-        and not any(name.startswith(router) for router in routers)
+        and not any(f"{name}.".startswith(f"{router}.") for router in routers)
     ]
     if not found:
         raise ValueError(
