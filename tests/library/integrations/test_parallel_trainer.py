@@ -1,7 +1,5 @@
 """The term's own gradient over two real processes: a Trainer, DDP and FSDP2 give what one process gives."""
 
-import os
-
 import pytest
 import torch
 import transformers
@@ -68,8 +66,6 @@ def scaled(rank, way):
 
 
 def everything(rank, folder):
-    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}  # for accelerate, as torchrun does
     trained = {scope: train(folder, scope, 2, ddp_backend="gloo") for scope in ("global", "sequence")}
     return trained | {way: scaled(rank, way) for way in ("ddp", "fsdp2")}
 
