@@ -4,6 +4,7 @@ from torch import Tensor
 
 from consistency_reg.functional.bles import mean_absolute_step, replaced_experts
 from consistency_reg.losses.base import RoutingLoss, without_padding
+from consistency_reg.losses.options import check_positive
 from consistency_reg.routing import LayerRouting, RoutingTrace
 
 
@@ -29,9 +30,7 @@ class BlockwiseLoss(RoutingLoss):
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be a positive number, got {temperature}")
-        self.temperature = float(temperature)
+        self.temperature = check_positive("temperature", temperature)
 
     def layer_loss(self, layer: LayerRouting, trace: RoutingTrace) -> Tensor:
         """Return the loss of one layer."""
