@@ -15,6 +15,7 @@ from typing import Any
 
 MOVED = {  # former path below consistency_reg -> present path; a package takes its modules along
     "ablation": "lab.ablate",
+    "callbacks.batches": "callbacks.trainer_state",
     "callbacks.pictures": "tracking.pictures",
     "callbacks.tradeoff": "tracking.tradeoff",
     "capture.joining": "capture.traces",

@@ -2,10 +2,10 @@
 
 from consistency_reg.callbacks.agreement import ExpertAgreement
 from consistency_reg.callbacks.anchor import RouterAnchor
-from consistency_reg.callbacks.batches import domain_names
 from consistency_reg.callbacks.cache_aware import CacheAwareTraining
 from consistency_reg.callbacks.monitor import RoutingMonitor
 from consistency_reg.callbacks.regularizer import ConsistencyRegularizer
+from consistency_reg.callbacks.trainer_state import domain_names
 from consistency_reg.masks import batch_masks
 
 __all__ = [

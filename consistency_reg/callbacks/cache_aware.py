@@ -1,15 +1,14 @@
 """Train with cache-aware routing, and validate with and without it, as a Lightning callback."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from consistency_reg.callbacks.batches import domain_names
 from consistency_reg.callbacks.monitor import RoutingMonitor
+from consistency_reg.callbacks.trainer_state import callbacks_of, domain_names
 from consistency_reg.capture import RouterAdapter, RouterCapture
 from consistency_reg.distributed import all_sum
 from consistency_reg.masks import Masks, batch_masks
@@ -130,8 +129,12 @@ class CacheAwareTraining(Callback):
                 )
             self._said = True
             return
-        with self._deployed(self._routing) as routing:
-            values = self._measure(trainer, pl_module, routing)
+        self._routing.reset()
+        self.deployed.begin(self._routing, 0)
+        try:
+            values = self._measure(trainer, pl_module, self._routing)
+        finally:
+            self._rest()
         pl_module.log_dict({f"{DEPLOYED}/{name}": value for name, value in values.items()})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -167,15 +170,6 @@ class CacheAwareTraining(Callback):
         if self._routing is not None:
             self._routing.detach()
             self._routing = None
-
-    @contextmanager
-    def _deployed(self, routing: CacheAwareRouting) -> Iterator[CacheAwareRouting]:
-        try:
-            routing.reset()
-            self.deployed.begin(routing, 0)
-            yield routing
-        finally:
-            self._rest()
 
     def _measure(
         self, trainer: Trainer, pl_module: LightningModule, routing: CacheAwareRouting
@@ -215,8 +209,7 @@ def _batches(trainer: Trainer) -> Iterator[tuple[int, Any]]:
 
 def _measures(trainer: Trainer) -> RoutingMeasures:
     """Return measures like those of the trainer's monitor."""
-    monitors = [one for one in trainer.callbacks if isinstance(one, RoutingMonitor)]  # type: ignore[attr-defined]
-    core = (monitors[0] if monitors else RoutingMonitor()).core
+    core = (callbacks_of(trainer, RoutingMonitor) or [RoutingMonitor()])[0].core
     return RoutingMeasures(core.segment_lengths, core.cache_ratios, core.cache_shares)
 
 
