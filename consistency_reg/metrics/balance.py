@@ -142,10 +142,6 @@ class RoutingBalance(RoutingMetric):
             tokens=self.tokens,
         )
 
-    def values(self, results: ModelBalance) -> Iterator[Value]:
-        """Yield balance and overlap: see :meth:`ModelBalance.values`."""
-        return results.values()
-
 
 def _cv_states(segment_length: int | None) -> tuple[str, str]:
     return f"cv_total_{segment_name(segment_length)}", f"cv_count_{segment_name(segment_length)}"

@@ -92,7 +92,7 @@ class RoutingMetric(Metric):
 
     def values(self, results: Any) -> Iterator[Value]:
         """Yield the value of each measure of :mod:`consistency_reg.measures` that :meth:`results` holds."""
-        raise NotImplementedError
+        return results.values()
 
     def _scalars(self, results: Any) -> dict[str, Tensor]:
         """Return the values under the names of ``compute()``: the model's first, then those of the layers."""

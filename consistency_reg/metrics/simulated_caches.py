@@ -74,12 +74,11 @@ class ModelHitRates:
 
     def value(self, reading: Reading) -> Value:
         """Return the hit rate at the cache size that a reading of the table of measures names."""
-        if reading.share is not None:
-            return Value(
-                reading, self.at_share(reading.share), [layer.at_share(reading.share) for layer in self.layers]
-            )
-        assert reading.ratio is not None
-        return Value(reading, self.at(reading.ratio), [layer.at(reading.ratio) for layer in self.layers])
+        share, ratio = reading.share, reading.ratio
+        if share is not None:
+            return Value(reading, self.at_share(share), [layer.at_share(share) for layer in self.layers])
+        assert ratio is not None
+        return Value(reading, self.at(ratio), [layer.at(ratio) for layer in self.layers])
 
 
 class HitRateMetric(ResampledMetric):

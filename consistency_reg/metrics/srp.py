@@ -67,15 +67,9 @@ class SegmentRoutingPerformance(ResampledMetric):
     def update(self, trace: RoutingTrace, sequence_index: Tensor | None = None) -> None:
         """Count the windows of a batch. On a GPU the host does not wait."""
         for part, index in self._numbered(trace, sequence_index):
+            options = self.segment_lengths, part.valid, part.document_ids
             counts = [
-                srp_counts(
-                    layer.expert_ids,
-                    layer.num_experts,
-                    self.segment_lengths,
-                    part.valid,
-                    part.document_ids,
-                    per_sequence=self.replicates > 0,
-                )
+                srp_counts(layer.expert_ids, layer.num_experts, *options, per_sequence=self.replicates > 0)
                 for layer in part
             ]
             self._add("usage", torch.cat([layer.usage for layer in counts]))
