@@ -24,7 +24,7 @@ import lightning.pytorch as pl
 import torch
 import transformers
 from accelerate import Accelerator
-from plain_sgd import PLAIN_SGD
+from plain_sgd import PLAIN_SGD, InOrder
 from tiny_models import COMMON, E, K
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -114,6 +114,12 @@ def batches(head: str, form: str, count: int) -> list[Batch]:
                 batch.setdefault(name, []).append(value)
         made.append({name: torch.stack(values) for name, values in batch.items()})
     return made
+
+
+def rows_of(cell: "Cell") -> list[Batch]:
+    """The rows of a cell's micro-batches, one behind the other."""
+    made = batches(cell.head, cell.form, cell.accumulation)
+    return [{name: value[index] for name, value in batch.items()} for batch in made for index in range(B)]
 
 
 def _labels(head: str, ids: torch.Tensor, ignored: int, generator: torch.Generator) -> torch.Tensor:
@@ -219,12 +225,7 @@ def accelerate_loop(cell: "Cell", model: Any, weight: float, step: Step, folder:
     if weight:
         attach(model, LOSS, weight, scale=1 / cell.accumulation if "scale=" in cell.trainer else None)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    rows = [
-        {name: value[index] for name, value in batch.items()}
-        for batch in batches(cell.head, cell.form, cell.accumulation)
-        for index in range(B)
-    ]
-    loader = torch.utils.data.DataLoader(rows, batch_size=B)  # type: ignore[arg-type]
+    loader = torch.utils.data.DataLoader(rows_of(cell), batch_size=B)  # type: ignore[arg-type]
     prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     for number, batch in enumerate(loader):
         with accelerator.accumulate(prepared):
@@ -294,9 +295,8 @@ def arguments(cell: "Cell", folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class InOrder(transformers.Trainer):
-    def _get_train_sampler(self, *_: Any) -> Any:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
+class OrderedTrainer(InOrder, transformers.Trainer):
+    """A Trainer that does not shuffle."""
 
 
 def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -305,11 +305,6 @@ def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None)
 
 
 def hf_trainer(cell: "Cell", model: Any, weight: float, step: Step, folder: Path) -> None:
-    rows = [
-        {name: value[index] for name, value in batch.items()}
-        for batch in batches(cell.head, cell.form, cell.accumulation)
-        for index in range(B)
-    ]
     options = arguments(cell, folder)
     if cell.loss == "label smoothing":
         options["label_smoothing_factor"] = 0.1
@@ -321,7 +316,8 @@ def hf_trainer(cell: "Cell", model: Any, weight: float, step: Step, folder: Path
     if cell.loss == "averaged":
         model.accepts_loss_kwargs = False
     compute = own_loss if cell.loss == "compute_loss_func" else None
-    trainer = InOrder(model, transformers.TrainingArguments(**options), train_dataset=rows, compute_loss_func=compute)
+    given = {"train_dataset": rows_of(cell), "compute_loss_func": compute}
+    trainer = OrderedTrainer(model, transformers.TrainingArguments(**options), **given)
     start(cell, trainer, weight, step)
 
 

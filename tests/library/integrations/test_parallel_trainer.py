@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from parameters import parameters
-from plain_sgd import PLAIN_SGD
+from plain_sgd import PLAIN_SGD, InOrder
 from processes import on_processes
 from tiny_models import tiny_model, token_ids
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,9 +17,8 @@ from consistency_reg.integrations import ConsistencyCallback, RoutingMonitorCall
 T = 12
 
 
-class InOrder(transformers.Trainer):
-    def _get_train_sampler(self, *_):
-        return torch.utils.data.SequentialSampler(self.train_dataset)
+class OrderedTrainer(InOrder, transformers.Trainer):
+    """A Trainer that does not shuffle."""
 
 
 def rows():
@@ -37,7 +36,8 @@ def train(folder, scope, batch_size, **more):
     options = PLAIN_SGD | {"output_dir": str(folder), "gradient_accumulation_steps": 2}
     options |= {"per_device_train_batch_size": batch_size} | more
     options |= {"per_device_eval_batch_size": 4, "eval_strategy": "epoch"}
-    trainer = InOrder(model, transformers.TrainingArguments(**options), train_dataset=rows(), eval_dataset=rows()[:8])
+    arguments = transformers.TrainingArguments(**options)
+    trainer = OrderedTrainer(model, arguments, train_dataset=rows(), eval_dataset=rows()[:8])
     ConsistencyCallback(LocalConsistencyLoss((3, 5), scope=scope), 5.0).add_to(trainer)
     monitor = RoutingMonitorCallback((2, 4)).add_to(trainer)
     trainer.train()
