@@ -47,6 +47,7 @@ MOVED = {  # former path below consistency_reg -> present path; a package takes 
     "losses.distributed": "distributed",
     "metrics.cache": "metrics.cache_hits",
     "metrics.hit_rates": "metrics.simulated_caches",
+    "metrics.plots": "metrics.base",
     "provenance": "lab.provenance",
     "reading": "measures.reading",
     "report.markdown": "lab.render.markdown",

@@ -18,8 +18,7 @@ from consistency_reg.functional.balance import (
 from consistency_reg.functional.segments import check_segment_lengths
 from consistency_reg.measures import of_metric
 from consistency_reg.measures.reading import segment_name
-from consistency_reg.metrics.base import RoutingMetric, Value
-from consistency_reg.metrics.plots import axes_of
+from consistency_reg.metrics.base import RoutingMetric, Value, axes_of
 from consistency_reg.routing import RoutingTrace
 
 OVER_LAYERS: dict[str, Callable[[Tensor], Tensor]] = {"mean": Tensor.mean, "max": Tensor.max, "min": Tensor.min}

@@ -11,8 +11,7 @@ from torch import Tensor
 from consistency_reg.functional.bootstrap import percentile_interval
 from consistency_reg.functional.cache_simulation import RowSums
 from consistency_reg.measures.reading import Reading
-from consistency_reg.metrics.base import Value
-from consistency_reg.metrics.plots import axes_of
+from consistency_reg.metrics.base import Value, axes_of
 from consistency_reg.metrics.resampled import ResampledMetric
 from consistency_reg.routing import RoutingTrace
 

@@ -19,8 +19,7 @@ from consistency_reg.functional.specialization import (
 from consistency_reg.functional.srp import best_f1
 from consistency_reg.functional.srp_counts import srp_counts
 from consistency_reg.measures import of_metric
-from consistency_reg.metrics.base import RoutingMetric, Value
-from consistency_reg.metrics.plots import axes_of
+from consistency_reg.metrics.base import RoutingMetric, Value, axes_of
 from consistency_reg.routing import RoutingTrace
 
 

@@ -12,8 +12,7 @@ from consistency_reg.functional.segments import check_segment_lengths
 from consistency_reg.functional.srp import ModelSRP, best_f1, model_srp
 from consistency_reg.functional.srp_counts import srp_counts
 from consistency_reg.measures import of_metric
-from consistency_reg.metrics.base import Value
-from consistency_reg.metrics.plots import interval_plot
+from consistency_reg.metrics.base import Value, axes_of
 from consistency_reg.metrics.resampled import ResampledMetric
 from consistency_reg.routing import RoutingTrace
 
@@ -85,14 +84,22 @@ class SegmentRoutingPerformance(ResampledMetric):
     def plot(self, val: dict[int, ModelSRP] | None = None, ax: Any = None) -> Any:
         """Draw SRP by segment length, the model with its interval and the layers behind it; return (figure, axes)."""
         results = self.results() if val is None else val
-        return interval_plot(
-            x=list(results),
-            model=[float(result.srp) for result in results.values()],
-            layers=[[float(layer.srp) for layer in result.layers] for result in results.values()],
-            intervals=[None if result.interval is None else result.interval.tolist() for result in results.values()],
-            labels=("segment length m [tokens]", "SRP"),
-            ax=ax,
+        ax = axes_of(ax)
+        lengths, models = list(results), list(results.values())
+        ax.plot(lengths, [[float(layer.srp) for layer in model.layers] for model in models], color="0.8", linewidth=1)
+        ax.plot(
+            lengths,
+            [float(model.srp) for model in models],
+            color="C0",
+            marker="o" if len(models) < 10 else None,
+            label="model",
         )
+        intervals = [model.interval.tolist() for model in models if model.interval is not None]
+        if intervals:
+            ax.fill_between(lengths, *zip(*intervals, strict=True), color="C0", alpha=0.2, label="95% interval")
+        ax.set(xlabel="segment length m [tokens]", ylabel="SRP")
+        ax.legend()
+        return ax.figure, ax
 
     def _results(self) -> dict[int, ModelSRP]:
         usage = [self.usage[experts] for experts in self._layer_experts]
