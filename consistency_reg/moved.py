@@ -47,7 +47,6 @@ MOVED = {  # former path below consistency_reg -> present path; a package takes 
     "losses.distributed": "distributed",
     "metrics.cache": "metrics.cache_hits",
     "metrics.hit_rates": "metrics.simulated_caches",
-    "metrics.plots": "metrics.base",
     "provenance": "lab.provenance",
     "reading": "measures.reading",
     "report.markdown": "lab.render.markdown",
@@ -61,10 +60,11 @@ MOVED = {  # former path below consistency_reg -> present path; a package takes 
     "usage": "lab.usage",
     "wandb_login": "lab.wandb_login",
 }
-SPLIT = {  # former path of a module that is several now -> the package that has all of its names
+SPLIT = {  # former path of a module that is several now, or part of another -> what has all of its names
     "in_the_loop": "rerouting",
     "losses.consistency": "losses",
     "losses.published": "losses",
+    "metrics.plots": "metrics.base",
 }
 ROOT = "consistency_reg."
 

@@ -108,7 +108,7 @@ class ExpertAgreement(ListeningCallback):
         rates = self._sch.results()[self.segment_length]
         for ratio in self.cache_ratios:
             name = HIT_RATE.at(cache=f"sch_m{self.segment_length}", ratio=ratio).within(VALIDATION).name
-            values[name] = torch.stack([layer.at(ratio) for layer in rates.layers]).mean().float()
+            values[name] = rates.at(ratio).float()
         pl_module.log_dict(values)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

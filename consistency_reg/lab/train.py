@@ -15,7 +15,7 @@ with require("lightning"):
 from consistency_reg.lab.card import write_card
 from consistency_reg.lab.cli import TERMINATED
 from consistency_reg.lab.files import whole_folder
-from consistency_reg.lab.finetune import is_fine_tuning, measure_before, vocabulary_digest
+from consistency_reg.lab.finetune import is_fine_tuning, measure_before, validated, vocabulary_digest
 from consistency_reg.lab.model import count_parameters
 from consistency_reg.lab.pretrained import save_plain
 from consistency_reg.lab.provenance import device_name, git_commit, package_versions
@@ -163,7 +163,5 @@ def _result(cli: RecipeCLI, argv: Sequence[str]) -> dict[str, Any]:
         "tokens_per_s": cli.progress.tokens_per_second,
         "wall_time_s": cli.progress.wall_seconds,
         "wandb_dir": str(folder.wandb) if folder.wandb.exists() else "",
-        "metrics": {
-            name: float(value) for name, value in cli.trainer.callback_metrics.items() if name.startswith("val/")
-        },
+        "metrics": validated(cli.trainer),
     }

@@ -5,12 +5,11 @@ import copy
 import datasets
 import pytest
 import torch
-import transformers
 from parameters import parameters
 from peft import LoraConfig
 from plain_sgd import PLAIN_SGD, InOrder
 from tiny_models import tiny_model, token_ids
-from tokenizers import Tokenizer, models, pre_tokenizers
+from trainer_matrix import tokenizer
 from trl import SFTConfig, SFTTrainer
 
 from consistency_reg import LocalConsistencyLoss
@@ -18,15 +17,6 @@ from consistency_reg.integrations import ConsistencyCallback, attach
 
 T = 12
 LOSS = LocalConsistencyLoss((3, 5), scope="sequence")
-
-
-def tokenizer():
-    words = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, 64))])}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
 
 
 def trainer_of(model, folder, *, rows=8, batch_size=4, callbacks=(), peft_config=None, **options):
