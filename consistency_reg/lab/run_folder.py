@@ -169,7 +169,7 @@ class RunFolder:
 
 
 class Claim:
-    """The right to work in a run folder, which one process at a time has.
+    """Holds the right to work in a run folder, which one process at a time has.
 
     It ends with its process, however that ends, and is shared with the child process that it is handed down to: then it
     ends with whoever of the two ends last.

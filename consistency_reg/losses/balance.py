@@ -16,7 +16,7 @@ from consistency_reg.routing import LayerRouting, RoutingTrace
 
 
 class LoadBalanceLoss(RoutingLoss):
-    """Switch's ``E/K * sum_e share_e * prob_e`` for each layer, 1 when usage is uniform.
+    """Computes Switch's ``E/K * sum_e share_e * prob_e`` for each layer, 1 when usage is uniform.
 
     ``share_e`` is the share of tokens that expert e is active on (sums to K, no gradient), ``prob_e`` the mean router
     probability of e over the valid tokens of this batch (gradient). With "global" that is the batch of all processes,

@@ -9,7 +9,7 @@ from consistency_reg.routing import LayerRouting, RoutingTrace
 
 
 class BlockwiseLoss(RoutingLoss):
-    """``floor(H/2) / (B K (T-1)) * sum_t ‖p_t - p_{t-1}‖₁ / (B T)``: the share of experts replaced times the step.
+    """Computes ``floor(H/2) / (B K (T-1)) * sum_t ‖p_t - p_{t-1}‖₁ / (B T)``: share of experts replaced times step.
 
     ``H = sum |1[e in S_t] - 1[e in S_{t-1}]|`` has no gradient: the more experts a batch replaces from token to token,
     the more each step of the router's distribution costs. Pairs are the adjacent tokens of a document: B (T-1) is

@@ -9,7 +9,7 @@ from consistency_reg.routing import LayerRouting, RoutingTrace
 
 
 class RouterZLoss(RoutingLoss):
-    """``mean over valid tokens of logsumexp(logits)^2``, which keeps the router's logits small.
+    """Computes ``mean over valid tokens of logsumexp(logits)^2``, which keeps the router's logits small.
 
     Source: arXiv 2202.08906.
 

@@ -67,7 +67,7 @@ class ModelSpecialization:
 
 
 class ExpertSpecialization(RoutingMetric):
-    """Specialization of experts in domains and in token ids, and its correlation with their own SRP.
+    """Measures how experts specialize in domains and in token ids, and the correlation with their own SRP.
 
     ``compute()`` gives ``domain_specialization``, ``domain_srp_pearson``, ``domain_srp_spearman`` and the same for
     ``vocabulary``; ``results()`` gives a :class:`ModelSpecialization` down to the expert.

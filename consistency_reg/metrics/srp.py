@@ -18,7 +18,7 @@ from consistency_reg.routing import RoutingTrace
 
 
 class SegmentRoutingPerformance(ResampledMetric):
-    """SRP, static SRP and local gain of every layer and of the model, for several segment lengths at once.
+    """Measures SRP, static SRP and local gain of every layer and of the model, for several segment lengths at once.
 
     ``compute()`` gives ``static_srp`` and, for each m, ``srp_m16``, ``size_ratio_m16``, ``threshold_m16``,
     ``local_gain_m16`` of the model and ``srp_m16_layer_00`` of each layer, and with a bootstrap ``srp_m16_low`` and
