@@ -18,32 +18,45 @@ from consistency_reg.session import Listener
 class WeightSchedule:
     """Gives a weight that is 0 before ``start_step``, then rises linearly over ``warmup_steps`` to ``weight``.
 
+    With an ``end_step`` it is 0 from there on, and falls to it linearly over the ``cooldown_steps`` before.
+
     Raises:
-        ValueError: a negative or non-finite weight, a negative number of steps.
+        ValueError: a negative or non-finite weight, a negative number of steps, an end before the warm-up and the
+            cool-down are over, a cool-down without an end.
 
     Example:
-        >>> schedule = WeightSchedule(0.3, warmup_steps=100, start_step=50)
-        >>> [schedule.at(step) for step in (0, 100, 200)]
-        [0.0, 0.15, 0.3]
+        >>> schedule = WeightSchedule(0.3, warmup_steps=100, start_step=50, end_step=500, cooldown_steps=100)
+        >>> [schedule.at(step) for step in (0, 100, 200, 450, 500)]
+        [0.0, 0.15, 0.3, 0.15, 0.0]
     """
 
     weight: float
     warmup_steps: int = 0
     start_step: int = 0
+    end_step: int | None = None
+    cooldown_steps: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", check_weight(self.weight))
-        for name in ("warmup_steps", "start_step"):
+        for name in ("warmup_steps", "start_step", "end_step", "cooldown_steps"):
             steps = getattr(self, name)
-            if not isinstance(steps, Real) or steps < 0:
+            if steps is not None and (not isinstance(steps, Real) or steps < 0):
                 raise ValueError(f"{name} must be >= 0, got {steps!r}")
+        if self.end_step is None and self.cooldown_steps:
+            raise ValueError(f"cooldown_steps needs an end_step, got cooldown_steps={self.cooldown_steps!r} alone")
+        least = self.start_step + self.warmup_steps + (self.cooldown_steps or 0)
+        if self.end_step is not None and self.end_step < least:
+            raise ValueError(
+                f"end_step must be at least start_step + warmup_steps + cooldown_steps = {least}, got {self.end_step!r}"
+            )
 
     def at(self, step: int) -> float:
         """Return the weight at an optimizer step."""
-        since = step - self.start_step
-        if since < 0:
+        if step < self.start_step or (self.end_step is not None and step >= self.end_step):
             return 0.0
-        return self.weight * min(1.0, since / self.warmup_steps) if self.warmup_steps else self.weight
+        risen = (step - self.start_step) / self.warmup_steps if self.warmup_steps else 1.0
+        left = (self.end_step - step) / self.cooldown_steps if self.end_step and self.cooldown_steps else 1.0
+        return self.weight * min(1.0, risen, left)
 
 
 @dataclass(frozen=True)

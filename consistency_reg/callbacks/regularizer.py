@@ -1,6 +1,7 @@
 """Add the consistency term to training as a Lightning callback."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from consistency_reg.callbacks.goal_keeper import GoalKeeper
@@ -33,6 +34,9 @@ class ConsistencyRegularizer(TrainingStepTerm):
         weight: weight of the term, >= 0.
         warmup_steps: optimizer steps over which the weight rises linearly from 0.
         start_step: optimizer step at which the term, and its warm-up, begins.
+        end_step: optimizer step from which the weight is 0 again; never when None. The last steps of a run without
+            the term give perplexity back, and keep most of the consistency.
+        cooldown_steps: optimizer steps before ``end_step`` over which the weight falls linearly to 0.
         masks: ``batch -> (valid, document_ids)``, each [B, T] or None; reads what the model is called with, and the
             usual keys of the batch, when None (docs/tokens.md).
         adapters: kinds of routers that the capture does not know by itself.
@@ -81,6 +85,8 @@ class ConsistencyRegularizer(TrainingStepTerm):
         warmup_steps: int = 0,
         *,
         start_step: int = 0,
+        end_step: int | None = None,
+        cooldown_steps: int | None = None,
         masks: Callable[[Any], Masks] | None = None,
         adapters: Sequence[RouterAdapter] = (),
         layers: str | None = None,
@@ -96,7 +102,7 @@ class ConsistencyRegularizer(TrainingStepTerm):
         keep_inputs = isinstance(self.loss, RouterAnchorLoss)
         options = ListenOptions(masks, adapters, layers, tokens, keep_inputs)
         super().__init__(options, check_name(name) or usual_name(self.loss))
-        self.schedule = WeightSchedule(weight, warmup_steps, start_step)
+        self.schedule = WeightSchedule(weight, warmup_steps, start_step, end_step, cooldown_steps)
         self.goal = {"target": target, "budget": budget, "reference": reference, "max_weight": max_weight}
         self.goal_keeper: GoalKeeper | None = None
         if (goal := make_goal(target, budget, reference)) is not None:
@@ -130,7 +136,7 @@ class ConsistencyRegularizer(TrainingStepTerm):
     @property
     def settings(self) -> dict[str, Any]:
         """Return the term as a recipe writes it: its loss with all options, weight, schedule and goal."""
-        schedule = {name: getattr(self.schedule, name) for name in ("weight", "warmup_steps", "start_step")}
+        schedule = {name: value for name, value in asdict(self.schedule).items() if value is not None}
         goal = {name: value for name, value in self.goal.items() if value is not None}
         return {"loss": plain_settings(self.loss), **schedule, **goal}
 

@@ -53,6 +53,9 @@ class ConsistencyCallback(TrainerCallback):
         weight: weight of the term, >= 0.
         warmup_steps: optimizer steps over which the weight rises linearly from 0.
         start_step: optimizer step at which the term, and its warm-up, begins.
+        end_step: optimizer step from which the weight is 0 again; never when None. The last steps of a run without
+            the term give perplexity back, and keep most of the consistency.
+        cooldown_steps: optimizer steps before ``end_step`` over which the weight falls linearly to 0.
         name: of the term in the log, ``NAME/loss``, and in checkpoints. None for "consistency", or for other losses
             "balance", "z" or "anchor"; a second of the same name is called ``NAME_2``.
         routing: train with cache-aware routing in the forward pass, ``RoutingSchedule(strength=0.1)``, whose strength
@@ -80,6 +83,8 @@ class ConsistencyCallback(TrainerCallback):
         warmup_steps: int = 0,
         *,
         start_step: int = 0,
+        end_step: int | None = None,
+        cooldown_steps: int | None = None,
         name: str | None = None,
         masks: Callable[[Mapping[str, Any]], Masks] | None = None,
         adapters: Sequence[RouterAdapter] = (),
@@ -89,7 +94,7 @@ class ConsistencyCallback(TrainerCallback):
         routing: RoutingSchedule | None = None,
     ) -> None:
         self.loss = check_loss(loss)
-        self.schedule = WeightSchedule(weight, warmup_steps, start_step)
+        self.schedule = WeightSchedule(weight, warmup_steps, start_step, end_step, cooldown_steps)
         self.name = check_name(name)
         self._options = ListenOptions(masks, adapters, layers, tokens, keep_inputs)
         self._routing = routing

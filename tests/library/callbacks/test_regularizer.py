@@ -182,12 +182,12 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path):
 
 
 def test_what_is_logged(tmp_path):
-    callback = regularizer(warmup_steps=4)
+    callback = regularizer(warmup_steps=2, end_step=5, cooldown_steps=2)
     logger = CSVLogger(tmp_path, name="", version="")
     fit(toy(), tokens(24), 4, [callback], logger=logger, log_every_n_steps=1)
     with Path(tmp_path, "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["train/consistency/loss"]]
-    assert [float(row["train/consistency/weight"]) for row in rows] == [0, 0.5, 1.0, 1.5, 2.0, 2.0]
+    assert [float(row["train/consistency/weight"]) for row in rows] == [0, 1.0, 2.0, 2.0, 1.0, 0]
     for row in rows:
         raw, weight = float(row["train/consistency/loss"]), float(row["train/consistency/weight"])
         assert 0 < raw < 1
@@ -200,6 +200,22 @@ def test_what_is_logged(tmp_path):
 def test_a_weight_must_be_a_number_from_zero(weight):
     with pytest.raises(ValueError, match="weight must be a finite number >= 0"):
         ConsistencyRegularizer(weight=weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cooldown_steps": 10}, "cooldown_steps needs an end_step, got cooldown_steps=10 alone"),
+        ({"end_step": -1}, "end_step must be >= 0, got -1"),
+        (
+            {"start_step": 100, "warmup_steps": 50, "cooldown_steps": 20, "end_step": 169},
+            r"end_step must be at least start_step \+ warmup_steps \+ cooldown_steps = 170, got 169",
+        ),
+    ],
+)
+def test_a_schedule_that_cannot_be_kept_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ConsistencyRegularizer(**options)
 
 
 def test_manual_optimization_is_refused_with_what_to_do():

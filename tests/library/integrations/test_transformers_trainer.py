@@ -94,10 +94,14 @@ def test_attach_alone_is_refused_by_a_trainer_that_adds_them_up(tmp_path):
 
 def test_the_weight_is_scheduled_and_the_term_logged(tmp_path):
     model, trainer = train(
-        tmp_path, rows(24), 2, [callback(warmup_steps=2, start_step=2)], gradient_accumulation_steps=2
+        tmp_path,
+        rows(24),
+        2,
+        [callback(warmup_steps=2, start_step=2, end_step=6, cooldown_steps=2)],
+        gradient_accumulation_steps=2,
     )
     logs = [log for log in trainer.state.log_history if "consistency/loss" in log]
-    assert [log["consistency/weight"] for log in logs] == [0, 0, 0, 2.5, 5, 5]
+    assert [log["consistency/weight"] for log in logs] == [0, 0, 0, 2.5, 5, 2.5]
     for log in logs:
         assert 0 < log["consistency/loss"] < 1
         assert log["consistency/weighted"] == pytest.approx(log["consistency/weight"] * log["consistency/loss"])
@@ -474,6 +478,7 @@ def test_reentrant_checkpointing_is_refused(tmp_path):
         ({"weight": -1.0}, "weight must be a finite number >= 0, got -1.0"),
         ({"warmup_steps": -1}, "warmup_steps must be >= 0, got -1"),
         ({"start_step": -2}, "start_step must be >= 0, got -2"),
+        ({"end_step": 5, "start_step": 6}, r"end_step must be at least start_step .* = 6, got 5"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
