@@ -4,13 +4,13 @@
 The names are those of :mod:`consistency_reg.measures`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from consistency_reg.distributed import world_size
 from consistency_reg.functional.srp import ModelSRP
@@ -20,6 +20,7 @@ from consistency_reg.metrics import CacheHitRate, RoutingBalance, SegmentRouting
 from consistency_reg.metrics.balance import ModelBalance
 from consistency_reg.metrics.base import RoutingMetric, Value
 from consistency_reg.metrics.simulated_caches import ModelHitRates
+from consistency_reg.metrics.srp import srp_values
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.tracking.experts import Expert, expert_rows
 
@@ -55,62 +56,42 @@ class Measured:
         return self.layers | {f"{name}/{domain}": value for domain, of in by_domain for name, value in of.items()}
 
 
-class _Metrics:
-    """Hold the metrics of one domain.
+class _Metrics(nn.Module):
+    """Holds the metrics of one domain: of layers of so many experts, at these segment lengths."""
 
-    Args:
-        num_experts: E of each layer.
-        segment_lengths: m of SRP and of local balance.
-        balance: measure balance too.
-        options: of the metrics.
-    """
+    def __init__(self, num_experts: Sequence[int], segment_lengths: Sequence[int]) -> None:
+        super().__init__()
+        self.srp = SegmentRoutingPerformance(num_experts, segment_lengths)
+        self.lru = CacheHitRate(num_experts, "lru")
+        self.balance = RoutingBalance(num_experts, segment_lengths)
 
-    def __init__(
-        self, num_experts: Sequence[int], segment_lengths: Sequence[int], balance: bool = True, **options: Any
-    ) -> None:
-        self.srp = SegmentRoutingPerformance(num_experts, segment_lengths, **options)
-        self.lru = CacheHitRate(num_experts, "lru", **options)
-        self.balance = RoutingBalance(num_experts, segment_lengths, **options) if balance else None
-
-    def each(self) -> Iterator[RoutingMetric]:
-        """Yield the metrics, in the same order on every process."""
-        yield from (self.srp, self.lru, *([self.balance] if self.balance else []))
-
-    def to(self, device: torch.device | str) -> Self:
-        """Move the metrics to a device."""
-        for metric in self.each():
-            metric.to(device)
-        return self
+    @property
+    def each(self) -> tuple[RoutingMetric, ...]:
+        """Return the metrics, in the same order on every process."""
+        return self.srp, self.lru, self.balance
 
     def update(self, trace: RoutingTrace) -> None:
         """Count a batch."""
-        for metric in self.each():
+        for metric in self.each:
             metric.update(trace)
 
     def merge(self, other: Self) -> None:
         """Count what another domain has counted."""
-        for mine, its in zip(self.each(), other.each(), strict=True):
+        for mine, its in zip(self.each, other.each, strict=True):
             mine.merge_state(its)
 
     def results(self) -> "_Results":
         """Return the results over all processes."""
-        srp, lru = self.srp.results(), self.lru.results()
-        values = [*self.srp.values(srp)]
-        balance = None
-        if self.balance is not None:
-            balance = self.balance.results()
-            values += self.balance.values(balance)
-        return _Results(srp, lru, balance, values)
+        return _Results(self.srp.results(), self.lru.results(), self.balance.results())
 
 
 @dataclass(frozen=True)
 class _Results:
-    """Hold the results of the metrics of a domain; ``values`` holds those of SRP and of balance."""
+    """Holds the results of the metrics of a domain."""
 
     srp: dict[int, ModelSRP]
     lru: ModelHitRates
-    balance: ModelBalance | None
-    values: list[Value]
+    balance: ModelBalance
 
 
 class RoutingMeasures:
@@ -215,15 +196,16 @@ class RoutingMeasures:
         The batch is one of this process, and is not added.
         """
         options = {"check_values": False, "sync_on_compute": False}
-        num_experts, device = [layer.num_experts for layer in trace], trace.expert_ids[0].device
-        metrics = _Metrics(num_experts, self.segment_lengths, balance=False, **options).to(device)
-        metrics.update(trace)
-        return _of_model(self._values(metrics.results(), TRAINING))
+        srp = SegmentRoutingPerformance.from_trace(trace, self.segment_lengths, **options)
+        lru = CacheHitRate.from_trace(trace, "lru", **options)
+        for metric in (srp, lru):
+            metric.update(trace)
+        return _of_model(self._values(srp_values(srp.results()), lru.results(), TRAINING))
 
     def _measured(self, total: _Results, by_domain: Mapping[str, _Results]) -> Measured:
-        values = self._values(total)
+        values = self._of_validation(total)
         several = by_domain if len(by_domain) > 1 else {}
-        usage = {name: _balance(results).usage for name, results in several.items()}
+        usage = {name: results.balance.usage for name, results in several.items()}
         srp_of_experts = [layer.per_expert for layer in total.srp[self.usual_length].layers]
         return Measured(
             model=_of_model(values),
@@ -232,11 +214,11 @@ class RoutingMeasures:
                 for value in values
                 for index, of_layer in enumerate(value.logged_layers)
             },
-            domains={name: _of_model(self._values(results)) for name, results in several.items()},
-            tokens={name: int(_balance(results).tokens) for name, results in by_domain.items()},
+            domains={name: _of_model(self._of_validation(results)) for name, results in several.items()},
+            tokens={name: int(results.balance.tokens) for name, results in by_domain.items()},
             hit_rates=total.lru,
-            experts=expert_rows(_balance(total).usage, srp_of_experts, usage),
-            usage=_balance(total).counts,
+            experts=expert_rows(total.balance.usage, srp_of_experts, usage),
+            usage=total.balance.counts,
         )
 
     def _measure(self, domain: int) -> None:
@@ -248,11 +230,14 @@ class RoutingMeasures:
             self._domains[domain] = _Metrics(num_experts, self.segment_lengths).to(trace.expert_ids[0].device)
         self._domains[domain].update(trace)
 
-    def _values(self, results: _Results, stage: str = VALIDATION) -> list[Value]:
+    def _of_validation(self, results: _Results) -> list[Value]:
+        return self._values([*srp_values(results.srp), *results.balance.values()], results.lru, VALIDATION)
+
+    def _values(self, measured: Iterable[Value], lru: ModelHitRates, stage: str) -> list[Value]:
         """Return what is logged in a stage, without an m that every document was too short for: its SRP is 0."""
         sizes = [HIT_RATE.at(ratio=ratio) for ratio in self.cache_ratios]
         sizes += [HIT_RATE.at(share=share) for share in self.cache_shares]
-        values = [*results.values, *map(results.lru.value, sizes)]
+        values = [*measured, *map(lru.value, sizes)]
         too_long = {value.reading.m for value in values if value.reading.measure is SRP and not value.model}
         return [
             value
@@ -264,11 +249,6 @@ class RoutingMeasures:
 def _of_model(values: Sequence[Value]) -> dict[str, Tensor]:
     """Return the model's values by name."""
     return {value.reading.name: value.model for value in values}
-
-
-def _balance(results: _Results) -> ModelBalance:
-    assert results.balance is not None  # measured in validation
-    return results.balance
 
 
 def _of_all_processes(domains: Mapping[int, _Metrics]) -> tuple[set[int], Sequence[int]]:

@@ -53,7 +53,7 @@ class DeployedMeasures:
         ((agreed, choices),) = all_sum(agreed_2)
         return {
             **measured.model,
-            AGREEMENT.key: agreed / choices.clamp_min(1),
+            AGREEMENT.key: agreed.double() / choices.clamp_min(1),
             STRENGTH.key: strength,
             CACHE_RATIO.key: cache_ratio,
         }

@@ -16,13 +16,15 @@ from consistency_reg.lab.corpus.data import model_inputs
 from consistency_reg.lab.evaluate.models import expert_bytes
 from consistency_reg.lab.module import next_token_losses
 from consistency_reg.masks import batch_masks
+from consistency_reg.measures import HIT_RATE
 from consistency_reg.metrics import CacheHitRate
 from consistency_reg.rerouting import CacheAwareRouting
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.tracking.accumulate import RoutingMeasures
-from consistency_reg.tracking.deployed import agreed_choices
+from consistency_reg.tracking.deployed import DeployedMeasures
 
 MEASURES = (
+    "agreement",
     *("balance/cv", "balance/max_mean", "balance/min_share", "balance/local_cv/m16"),
     *("srp/m16", "static_srp", "cache/lru_25pct"),
 )
@@ -68,10 +70,10 @@ def price(
 @torch.inference_mode()
 def _measure(model: nn.Module, batches: Batches, routing: CacheAwareRouting) -> dict[str, Any]:
     device = next(model.parameters()).device
-    measures = RoutingMeasures((16,), (routing.cache_ratio,), (0.25,))
+    measures = DeployedMeasures(RoutingMeasures((16,), (routing.cache_ratio,), (0.25,)))
     capture = RouterCapture(model)
     lfu: CacheHitRate | None = None
-    nats, predicted, agreed_2 = 0.0, 0, torch.zeros(2, dtype=torch.int64)
+    nats, predicted = 0.0, 0
     with routing, capture:
         for domain, of_domain in enumerate(batches.values()):
             for on_host in of_domain:
@@ -81,34 +83,27 @@ def _measure(model: nn.Module, batches: Batches, routing: CacheAwareRouting) -> 
                 nats, predicted = nats + float(losses.double().sum()), predicted + len(losses)
                 trace = capture.trace(*masks)
                 measures.add(trace, domain)
-                lfu = lfu or CacheHitRate(_experts(trace), "lfu").to(device)
+                lfu = lfu or CacheHitRate.from_trace(trace, "lfu")
                 lfu.update(trace)
-                agreed_2 += agreed_choices(trace).cpu()
-    measured = measures.results(list(batches), device)
-    if measured is None or lfu is None:
+    values = measures.results(list(batches), device, routing.strength, routing.cache_ratio)
+    if lfu is None:
         raise ValueError(f"batches must hold text to measure on, got none in {list(batches)}")
-    values = {name: float(value) for name, value in measured.model.items()}
     cross_entropy = nats / predicted
     return {
         "slots": round(routing.cache_ratio * trace.layers[0].top_k),
         "perplexity": math.exp(cross_entropy),
         "cross_entropy": cross_entropy,
-        "misses": 1 - float(measured.hit_rates.at(routing.cache_ratio)),
+        "misses": 1 - float(values[HIT_RATE.at(ratio=routing.cache_ratio).name]),
         "misses_with_first_uses": routing.misses / (routing.hits + routing.misses),
         "misses_lfu": 1 - float(lfu.results().at(routing.cache_ratio)),
         "bytes_per_token": _bytes_per_token(model, routing, trace),
-        "agreement": float(agreed_2[0] / agreed_2[1].double()),
-        **{name: values[name] for name in MEASURES},
+        **{name: float(values[name]) for name in MEASURES},
     }
-
-
-def _experts(trace: RoutingTrace) -> list[int]:
-    return [layer.num_experts for layer in trace]
 
 
 def _bytes_per_token(model: nn.Module, routing: CacheAwareRouting, trace: RoutingTrace) -> float:
     """Return the bytes of experts that a token loads, first uses included; NaN where an expert's size is not known."""
-    sizes = expert_bytes(model, routing.layer_names, _experts(trace))
+    sizes = expert_bytes(model, routing.layer_names, [layer.num_experts for layer in trace])
     if sizes is None:
         return math.nan
     misses, hits = routing.layer_misses, routing.layer_hits

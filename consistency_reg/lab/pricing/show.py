@@ -82,11 +82,12 @@ def bought(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for key in dict.fromkeys((name_of(row), row["slots"]) for row in rows):
         mine = [row for row in rows if (name_of(row), row["slots"]) == key]
         cheap = [row for row in mine if row["perplexity_change"] <= MOST_COST and is_alive(row)]
-        best = min(cheap, key=lambda row: row["misses"], default=mine[0])
-        where = f"{key[0]}, {key[1]} slots: +0.5% perplexity buys"
-        found = f"{change(best['misses_change'])} misses (strength {best['strength']:g}, "
-        found += f"{change(best['perplexity_change'])})."
-        said.append(f"{where} {found}" if best["strength"] else f"{where} nothing: every strength costs more.")
+        best = min(cheap, key=lambda row: row["misses"], default=None)
+        found = "nothing: every strength costs more."
+        if best is not None and best["strength"]:
+            cost = change(best["perplexity_change"])
+            found = f"{change(best['misses_change'])} misses (strength {best['strength']:g}, {cost})."
+        said.append(f"{key[0]}, {key[1]} slots: +0.5% perplexity buys {found}")
     return said
 
 

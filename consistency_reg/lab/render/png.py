@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from consistency_reg.optional import require
@@ -15,21 +14,6 @@ with require("plots"):
     from matplotlib.lines import Line2D
 
 DPI = 150
-
-
-@dataclass(frozen=True)
-class Picture:
-    """Holds a figure as PNG.
-
-    Attributes:
-        name: of its file, without the ending.
-        caption: what it shows, and how to read it.
-        png: the bytes.
-    """
-
-    name: str
-    caption: str
-    png: bytes
 
 
 def panels(rows: int, columns: int, width: float, height: float, *, sharey: bool = False) -> tuple[Figure, list[Axes]]:

@@ -21,10 +21,7 @@ def cell_frame(pairs: pd.DataFrame) -> pd.DataFrame:
         the cells that are no worse in LRU misses and in perplexity and better in one of them, by their means. A cell
         of which a run is left out dominates none.
     """
-    groups = pairs.groupby(["against", "cell"], sort=False)
-    same = groups[["loss", "weight", "architecture"]].first()
-    counted = groups.agg(seeds=("seed", "size"), left_out=("left_out", "sum"))
-    cells = same.join([counted, over_seeds(groups, CHANGES)]).reset_index()
+    cells = over_seeds(pairs, ["against", "cell"], ["loss", "weight", "architecture"], CHANGES)
     cells["dominated_by"] = [", ".join(_dominating(row, cells)) for _, row in cells.iterrows()]
     return cells
 

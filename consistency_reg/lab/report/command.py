@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from consistency_reg.lab.arguments.report import parser
@@ -10,7 +10,6 @@ from consistency_reg.lab.files import write_atomically
 from consistency_reg.lab.pricing import rows as prices
 from consistency_reg.lab.render.markdown import document, update
 from consistency_reg.lab.render.outputs import check_writable, write_pictures
-from consistency_reg.lab.render.png import Picture
 from consistency_reg.lab.render.table import Table
 from consistency_reg.lab.render.terminal import print_tables, print_verdict
 from consistency_reg.lab.report.explore import page, title
@@ -54,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables = findings.tables()
     print_tables(reversed(tables))  # the last lines of a terminal are what is read first
     drawn = write_report(folder, ", ".join(Path(source).stem for source in options.runs), findings, tables)
-    print(f"{folder}: {', '.join([*REPORT_FILES, *(f'{one.name}.png' for one in drawn)])}")
+    print(f"{folder}: {', '.join([*REPORT_FILES, *(path.name for path in drawn.values())])}")
     if options.pictures is not None:
-        write_pictures(options.pictures, {one.name: one.png for one in drawn}, DRAWN)
+        write_pictures(options.pictures, {name: path.read_bytes() for name, path in drawn.items()}, DRAWN)
     for path in options.update:
         found = sum(update(path, source, tables) for source in options.runs if not is_prices(source))
         print(f"{path}: {found} tables")
@@ -124,22 +123,21 @@ def default_folder(sources: Sequence[str]) -> Path:
     return Path(sources[0], "report") if len(sources) == 1 and Path(sources[0]).is_dir() else Path("report")
 
 
-def write_report(folder: Path, source: str, findings: Findings, tables: Sequence[Table]) -> list[Picture]:
-    """Write ``report.html``, ``tables.md``, ``table.csv``, ``table.json`` and the PNGs; return the PNGs."""
+def write_report(folder: Path, source: str, findings: Findings, tables: Sequence[Table]) -> dict[str, Path]:
+    """Write ``report.html``, ``tables.md``, ``table.csv``, ``table.json`` and the PNGs; return the PNGs' paths."""
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(findings.runs, folder / "table.csv")
     write_json(findings.runs, folder / "table.json")
     prices_beside(folder / "table.csv").unlink(missing_ok=True)  # of an earlier report
     write_prices(findings.runs, folder / "table.csv")
-    drawn = list(pictures(findings, source=fingerprint(findings.runs)))
-    write_pictures(folder, {one.name: one.png for one in drawn}, DRAWN)
+    drawn = write_pictures(folder, pictures(findings, source=fingerprint(findings.runs)), DRAWN)
     said = verdict(findings)
     write_atomically(folder / "tables.md", document(title(source, findings.runs), tables, str(said)))
     write_atomically(folder / "report.html", page(source, findings, tables, said))
     return drawn
 
 
-def log_to_wandb(project: str, folder: Path, tables: Sequence[Table], drawn: Sequence[Picture]) -> None:
+def log_to_wandb(project: str, folder: Path, tables: Sequence[Table], drawn: Mapping[str, Path]) -> None:
     """Log tables, figures, the page and all files as an artifact to one wandb run; offline without a login."""
     with require("wandb"):
         import wandb
@@ -149,7 +147,6 @@ def log_to_wandb(project: str, folder: Path, tables: Sequence[Table], drawn: Seq
             run.log(
                 {f"report/{table.title}": wandb.Table(columns=list(table.header), data=[list(r) for r in table.rows])}
             )
-        images = {f"report/{one.name}": folder / f"{one.name}.png" for one in drawn}
-        run.log({key: wandb.Image(str(path)) for key, path in images.items()})
+        run.log({f"report/{name}": wandb.Image(str(path)) for name, path in drawn.items()})
         run.log({"report/page": wandb.Html((folder / "report.html").read_text(), inject=False)})
-        log_artifact(run, name, "report", [*(folder / file for file in REPORT_FILES), *images.values()])
+        log_artifact(run, name, "report", [*(folder / file for file in REPORT_FILES), *drawn.values()])

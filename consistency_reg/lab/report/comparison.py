@@ -8,6 +8,7 @@ from consistency_reg.lab.render.verdict import CV_RATIO_AT_MOST
 from consistency_reg.lab.report.effects import sign
 from consistency_reg.lab.report.gate import GATE, LEAST_EXPERTS, LEAST_SEEDS, STUDY, Criterion, large_enough, passes
 from consistency_reg.lab.report.hypervolume import BUDGETS, REFERENCE, Budget
+from consistency_reg.lab.report.pairs import mean_and_range
 from consistency_reg.measures import COLLAPSED_BELOW
 from consistency_reg.optional import require
 
@@ -207,7 +208,8 @@ def _term(cell: pd.Series) -> str:
 
 
 def over_seeds(row: pd.Series, name: str, show: Callable[[float], str]) -> str:
-    return spread(show, row[f"{name}_mean"], row[f"{name}_min"], row[f"{name}_max"])
+    """Return a change over the seeds as text."""
+    return spread(show, *mean_and_range(row, name))
 
 
 def budget_name(budget: Budget) -> str:

@@ -19,7 +19,8 @@ with require("plots"):
     import pandas as pd
 
 CHANGES = ("misses_change", "perplexity_change", "lfu_change", "smallest_share", "cv_ratio", "agreement")
-COLUMNS = ["deployed", "against", "cell", "seed", "loss", "weight", "strength", "left_out", *CHANGES]
+RUN_COLUMNS = ["deployed", "against", "cell", "seed", "loss", "weight", "has_baseline"]
+COLUMNS = [*RUN_COLUMNS, "strength", "left_out", *CHANGES]
 WITHIN = ["deployed", "against"]
 DECIMALS = 6  # of what validation logs as float32: 0.1 is 0.10000000149 there
 
@@ -71,11 +72,13 @@ def deployed_frame(runs: Sequence[Run], pairs: Sequence[Pair]) -> pd.DataFrame:
         pairs: of :func:`~consistency_reg.lab.report.pairs.pair_runs`.
 
     Returns:
-        "deployed" (the setting in words), "against" and "cell" (equal for a baseline with the bias alone), "seed",
-        "loss", "weight", "strength", "left_out", and :data:`CHANGES`.
+        "deployed" (the setting in words), "against" and "cell" (equal for a run that stands next to itself), "seed",
+        "loss", "weight", "has_baseline" (whether the run is a baseline, or has one among the runs), "strength",
+        "left_out", and :data:`CHANGES`.
     """
     measured = {run.name: _measured(run) for run in runs}
     labels, baselines = loss_labels(runs), {pair.run.name: pair.baseline for pair in pairs}
+    paired = {name for pair in pairs for name in (pair.run.name, pair.baseline.name)}
     rows = []
     for setting in _ordered({setting for points in measured.values() for setting in points}):
         for run in runs:
@@ -84,7 +87,8 @@ def deployed_frame(runs: Sequence[Run], pairs: Sequence[Pair]) -> pd.DataFrame:
             if not points or base is None:
                 continue
             before = as_it_is(run, setting)
-            about = [str(setting), baseline.cell, run.cell, run.seed, labels[run.name], run.weight]
+            has_baseline = run.loss == "none" or run.name in paired
+            about = [str(setting), baseline.cell, run.cell, run.seed, labels[run.name], run.weight, has_baseline]
             rows += [[*about, *_compared(point, base)] for point in [*([before] if before else []), *points]]
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -96,23 +100,22 @@ def strength_frame(points: pd.DataFrame) -> pd.DataFrame:
         points: of :func:`deployed_frame`.
 
     Returns:
-        "deployed", "against", "cell", "strength", "loss", "weight", "seeds", "left_out" (how many of the seeds), and
-        for every name of :data:`CHANGES` "name_mean", "name_min" and "name_max".
+        "deployed", "against", "cell", "strength", "loss", "weight", "has_baseline", "seeds", "left_out" (how many of
+        the seeds), and for every name of :data:`CHANGES` "name_mean", "name_min" and "name_max".
     """
-    groups = points.groupby(["deployed", "against", "cell", "strength"], sort=False)
-    same = groups[["loss", "weight"]].first()
-    counted = groups.agg(seeds=("seed", "size"), left_out=("left_out", "sum"))
-    return same.join([counted, over_seeds(groups, CHANGES)]).reset_index()
+    return over_seeds(points, [*WITHIN, "cell", "strength"], ["loss", "weight", "has_baseline"], CHANGES)
 
 
 def rank_frame(points: pd.DataFrame, strengths: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each setting and cell, the largest hypervolume over all strengths first.
+    """Return a row for each setting and cell with its "loss" and "has_baseline", the largest hypervolume first.
 
     Args:
         points: of :func:`deployed_frame`.
         strengths: of :func:`strength_frame`.
     """
-    return rank(points, strengths, by="cell", along="strength", within=WITHIN)
+    cells = strengths[[*WITHIN, "cell", "loss", "has_baseline"]].drop_duplicates([*WITHIN, "cell"])
+    ranks = rank(points, strengths, by="cell", along="strength", within=WITHIN)
+    return ranks.merge(cells, how="left", on=[*WITHIN, "cell"])
 
 
 def parts_frame(strengths: pd.DataFrame) -> pd.DataFrame:

@@ -27,12 +27,13 @@ def deployed_tables(ranks: pd.DataFrame, parts: pd.DataFrame) -> list[Table]:
 def rank_table(ranks: pd.DataFrame) -> Table:
     """Return a row for each cell: its hypervolume over all strengths, and the fewest misses within each budget."""
     columns = ["hypervolume (%)", "behind the first", *(f"fewest misses: {budget_name(budget)}" for budget in BUDGETS)]
+    missing = "" if ranks["has_baseline"].all() else "baseline missing: against the run itself without any bias; "
     table = Table(
         "As deployed: misses within a budget",
         ["cell", "cache", "trained", "seeds", *columns, "left out"],
         note=f"cache-aware routing at every strength that was measured; {AGAINST}; not trained: the bias of the router "
-        f"is all there is; hypervolume: area up to {100 * REFERENCE[0]:+g}% perplexity, in percent of the box; "
-        f"{OVER_SEEDS}; in parentheses after fewest misses the strength; {LEFT_OUT_DEPLOYED}",
+        f"is all there is; {missing}hypervolume: area up to {100 * REFERENCE[0]:+g}% perplexity, in percent of the "
+        f"box; {OVER_SEEDS}; in parentheses after fewest misses the strength; {LEFT_OUT_DEPLOYED}",
         gives_way=("behind the first", "seeds", "left out", "cache"),
     )
     for _, row in ranks.iterrows():
@@ -99,7 +100,9 @@ def strength_table(strengths: pd.DataFrame) -> Table:
 
 
 def _trained(row: pd.Series) -> str:
-    return "no" if row["cell"] == row["against"] else "yes"
+    if row["loss"] == "none":
+        return "no"
+    return "yes" if row["has_baseline"] else "yes, baseline missing"
 
 
 def _best(row: pd.Series | None) -> str:

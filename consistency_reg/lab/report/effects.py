@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from consistency_reg.lab.report.measured import BALANCE_SD
+from consistency_reg.lab.report.measured import BALANCE_SD, HITS, PERPLEXITY, SRP
 from consistency_reg.lab.report.pairs import Pair, over_seeds
 from consistency_reg.lab.report.runs import Run
 from consistency_reg.optional import require
@@ -11,7 +11,7 @@ with require("plots"):
     import pandas as pd
 
 # Differences to the reference: of misses and perplexity relative, of SRP and of the balance SD absolute.
-EFFECTS = ("misses", "perplexity", "srp", "sd")
+EFFECTS = {"misses": HITS, "perplexity": PERPLEXITY, "srp": SRP, "sd": BALANCE_SD}
 REFERENCES = ("baseline", "off", "none")
 COLUMNS = ["choice", "value", "reference", "among", "seed", "active_parameters", *EFFECTS]
 
@@ -43,9 +43,7 @@ def effect_frame(runs: Sequence[Run], baseline: str | None = None) -> pd.DataFra
                     for value, run in by_value.items()
                 ]
     frame = pd.DataFrame(rows, columns=COLUMNS)
-    groups_of_seeds = frame.groupby(["choice", "value", "reference", "among"], sort=False)
-    counted = groups_of_seeds.agg(seeds=("seed", "size"), active_parameters=("active_parameters", "first"))
-    return counted.join(over_seeds(groups_of_seeds, EFFECTS)).reset_index()
+    return over_seeds(frame, ["choice", "value", "reference", "among"], ["active_parameters"], EFFECTS)
 
 
 def sign(low: float, high: float) -> str:
@@ -66,5 +64,4 @@ def _reference(values: Sequence[str], baseline: str | None) -> str:
 
 def _differences(run: Run, reference: Run) -> tuple[float, ...]:
     pair = Pair(run, reference)
-    sd = run.get(BALANCE_SD) - reference.get(BALANCE_SD)
-    return pair.misses_change, pair.perplexity_change, pair.srp_change, sd
+    return tuple(pair.compared(reading) for reading in EFFECTS.values())

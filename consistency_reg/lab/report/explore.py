@@ -10,8 +10,8 @@ from consistency_reg.lab.render.verdict import Verdict
 from consistency_reg.lab.report.figures import explored
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.looks import Looks
-from consistency_reg.lab.report.measured import PERPLEXITY
-from consistency_reg.lab.report.pairs import Pair
+from consistency_reg.lab.report.measured import HITS, PERPLEXITY
+from consistency_reg.lab.report.pairs import Pair, mean_and_range
 from consistency_reg.lab.report.runs import Run
 from consistency_reg.lab.report.tables import measure_column, origin_tables, term
 from consistency_reg.measures.reading import DEPLOYED, VALIDATION, Reading
@@ -79,10 +79,7 @@ def items(findings: Findings, looks: Looks) -> dict[str, Item]:
         facts = [("term", term(runs[0])), ("seeds", ", ".join(str(run.seed) for run in runs))]
         if row is not None:
             shown = {"LRU misses at 25%": "misses_change", "perplexity": "perplexity_change"}
-            facts += [
-                (f"{label}, change", spread(change, *(row[f"{name}_{over}"] for over in ("mean", "min", "max"))))
-                for label, name in shown.items()
-            ]
+            facts += [(f"{label}, change", spread(change, *mean_and_range(row, name))) for label, name in shown.items()]
             facts += [("against", row["against"]), ("dominated by", row["dominated_by"] or "no other cell")]
             facts += [("left out", f"{row['left_out']} of {row['seeds']} runs")] if row["left_out"] else []
         facts += _deployed(findings, cell)
@@ -117,8 +114,8 @@ def _deployed(findings: Findings, cell: str) -> list[tuple[str, str]]:
 def _run_item(run: Run, pair: Pair | None, looks: Looks) -> Item:
     facts = [("cell", run.cell), ("seed", str(run.seed)), ("term", term(run))]
     if pair is not None:
-        facts += [("LRU misses at 25%, change", change(pair.misses_change))]
-        facts += [("perplexity, change", change(pair.perplexity_change))]
+        facts += [("LRU misses at 25%, change", change(pair.compared(HITS)))]
+        facts += [("perplexity, change", change(pair.compared(PERPLEXITY)))]
     facts += [(f"option {name}", str(value)) for name, value in run.options.items()]
     facts += [(axis, label) for axis, label in run.labels.items()]
     facts += [

@@ -38,6 +38,11 @@ class Findings:
     baseline: str | None = None
 
     @cached_property
+    def run_of_cell(self) -> dict[str, Run]:
+        """Return a run of each cell, which tells the cell's look in figures."""
+        return {run.cell: run for run in self.runs}
+
+    @cached_property
     def pair_frame(self) -> pd.DataFrame:
         """Return a row for each pair."""
         return pair_frame(self.pairs)

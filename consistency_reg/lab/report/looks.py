@@ -7,13 +7,14 @@ from typing import Any
 from consistency_reg.lab.render.charts import Mark
 from consistency_reg.lab.render.page import RUN, Entry
 from consistency_reg.lab.render.palette import COLOURS, NO_TERM, SHAPES, css_name
-from consistency_reg.lab.render.png import entry
-from consistency_reg.lab.report.pairs import Pair
+from consistency_reg.lab.render.png import entry, whiskers
+from consistency_reg.lab.report.pairs import Pair, mean_and_range
 from consistency_reg.lab.report.runs import Run, loss_labels
 from consistency_reg.measures import COLLAPSED_BELOW
 from consistency_reg.optional import require
 
 with require("plots"):
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.lines import Line2D
 
@@ -42,6 +43,10 @@ class Looks:
         by_loss = len(settings) == 1
         shapes = {name: SHAPES[i % len(SHAPES)] for i, name in enumerate(losses if by_loss else settings)}
         return cls({"none": NO_TERM, **colours}, {"none": "o", **shapes} if by_loss else shapes, loss_of, setting_of)
+
+    @property
+    def _shaped_by_loss(self) -> bool:
+        return set(self.shapes) == set(self.colours)
 
     def colour(self, run: Run) -> str:
         """Return the colour of the run's term."""
@@ -79,15 +84,14 @@ class Looks:
 
     def entries(self, runs: Sequence[Run]) -> list[Entry]:
         """Return the legend of a page: each term can be switched off."""
-        shaped_by_loss = set(self.shapes) == set(self.colours)
         entries = [
-            Entry(loss, css_name(colour), self.shapes[loss] if shaped_by_loss else "_", group=loss)
+            Entry(loss, css_name(colour), self.shapes[loss] if self._shaped_by_loss else "_", group=loss)
             for loss, colour in self.colours.items()
             if loss != "none"
         ]
         if any(run.loss == "none" for run in runs):
             entries.append(Entry("no term", css_name(NO_TERM), "o", group="none", hollow=True))
-        if not shaped_by_loss:
+        if not self._shaped_by_loss:
             entries += [Entry(name, css_name(NO_TERM), shape) for name, shape in self.shapes.items()]
         if any(run.collapsed for run in runs):
             entries.append(Entry(f"crossed: an expert below {COLLAPSED_BELOW} of its fair share", "var(--ink)", "x"))
@@ -96,14 +100,14 @@ class Looks:
     def legend(self, runs: Sequence[Run], *, collapsed: bool = True) -> list[Line2D]:
         """Return the legend of a picture: what colours and shapes mean."""
         handles = []
-        shaped_by_loss = set(self.shapes) == set(self.colours)
+        width = 1.6 if self._shaped_by_loss else 4
         for loss, colour in self.colours.items():
-            shape = self.shapes[loss] if shaped_by_loss else "_"
             if loss != "none":
-                handles.append(entry(loss, shape, color=colour, markeredgewidth=1.6 if shaped_by_loss else 4))
+                shape = self.shapes[loss] if self._shaped_by_loss else "_"
+                handles.append(entry(loss, shape, color=colour, markeredgewidth=width))
         if any(run.loss == "none" for run in runs):
             handles.append(entry("no term", "o", color=NO_TERM, markerfacecolor="white", markeredgewidth=1.6))
-        if not shaped_by_loss:
+        if not self._shaped_by_loss:
             handles += [entry(name, shape, color="0.35") for name, shape in self.shapes.items()]
         if collapsed and any(run.collapsed for run in runs):
             handles.append(entry(f"an expert below {COLLAPSED_BELOW} of its fair share", "x", color="black"))
@@ -113,6 +117,22 @@ class Looks:
 def cross(axes: Axes, x: float, y: float) -> None:
     """Draw a cross whose arms stick out from under the shape that is drawn over it."""
     axes.plot(x, y, "x", color="black", markersize=17, markeredgewidth=1.4, zorder=2.5)
+
+
+def errors(row: pd.Series, gain: str) -> dict[str, Any]:
+    """Return the error bars in percent from the lowest to the highest seed: of a gain across, of perplexity upwards."""
+    xerr, yerr = (100 * whiskers(*mean_and_range(row, name)) for name in (gain, "perplexity_change"))
+    return {"xerr": xerr, "yerr": yerr}
+
+
+def whisker_marks(frame: pd.DataFrame, gain: str, marks: Sequence[Mark]) -> list[Mark]:
+    """Return the same bars as lines of a chart, for the rows that are of several seeds; a mark for each row."""
+    lines = []
+    for (_, row), mark in zip(frame.iterrows(), marks, strict=True):
+        if row["seeds"] > 1:
+            (_, low, high), (_, least, most) = (mean_and_range(row, name) for name in (gain, "perplexity_change"))
+            lines += [mark.but(x=100 * low, x2=100 * high), mark.but(y=100 * least, y2=100 * most)]
+    return lines
 
 
 def _settings(runs: Sequence[Run], pairs: Sequence[Pair]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Compare in pairs: a run against the run that differs from it in the consistency term alone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from consistency_reg.lab.render.verdict import CV_RATIO_AT_MOST
@@ -11,7 +11,6 @@ from consistency_reg.optional import require
 
 with require("plots"):
     import pandas as pd
-    from pandas.core.groupby import DataFrameGroupBy
 
 
 @dataclass(frozen=True)
@@ -26,55 +25,20 @@ class Pair:
         return reading.compare(self.run.get(reading), self.baseline.get(reading))
 
     @property
-    def misses_change(self) -> float:
-        """Relative change of the LRU misses at cache = 25% of the experts; -0.3 is 30% fewer."""
-        return self.compared(HITS)
-
-    @property
-    def perplexity_change(self) -> float:
-        """Relative change of the perplexity; 0.01 is 1% more."""
-        return self.compared(PERPLEXITY)
-
-    @property
-    def srp_change(self) -> float:
-        """Difference of SRP at m = 16."""
-        return self.compared(SRP)
-
-    @property
-    def local_gain_change(self) -> float:
-        """Difference of the local gain at m = 16."""
-        return self.compared(LOCAL_GAIN)
-
-    @property
-    def smallest_share(self) -> float:
-        """Usage of the run's least used expert, as a share of its fair share."""
-        return self.compared(MIN_SHARE)
-
-    @property
-    def max_mean_ratio(self) -> float:
-        """Max/mean usage of the run, as a multiple of the baseline's."""
-        return self.compared(MAX_MEAN)
-
-    @property
-    def cv_ratio(self) -> float:
-        """Global CV of the run, as a multiple of the baseline's."""
-        return self.compared(GLOBAL_CV)
-
-    @property
     def left_out(self) -> bool:
         """Return whether the run is excluded from comparisons: it collapsed, or gave up global balance."""
-        return self.run.collapsed or self.cv_ratio > CV_RATIO_AT_MOST
+        return self.run.collapsed or self.compared(GLOBAL_CV) > CV_RATIO_AT_MOST
 
 
-CHANGES = (
-    "misses_change",
-    "perplexity_change",
-    "srp_change",
-    "local_gain_change",
-    "smallest_share",
-    "max_mean_ratio",
-    "cv_ratio",
-)
+CHANGES = {  # columns of frames of pairs, and the measures that they compare
+    "misses_change": HITS,  # relative: -0.3 is 30% fewer
+    "perplexity_change": PERPLEXITY,  # relative
+    "srp_change": SRP,  # a difference
+    "local_gain_change": LOCAL_GAIN,  # a difference
+    "smallest_share": MIN_SHARE,  # of the run by itself
+    "max_mean_ratio": MAX_MEAN,  # a multiple of the baseline's
+    "cv_ratio": GLOBAL_CV,  # a multiple of the baseline's
+}
 
 
 def pair_runs(runs: Sequence[Run], baseline: str | None = None) -> list[Pair]:
@@ -119,7 +83,7 @@ def pair_frame(pairs: Sequence[Pair]) -> pd.DataFrame:
             "weight": pair.run.weight,
             "architecture": pair.run.architecture,
             "left_out": pair.left_out,
-            **{name: getattr(pair, name) for name in CHANGES},
+            **{name: pair.compared(reading) for name, reading in CHANGES.items()},
         }
         for pair in pairs
     ]
@@ -127,8 +91,28 @@ def pair_frame(pairs: Sequence[Pair]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def over_seeds(groups: DataFrameGroupBy, names: Sequence[str]) -> pd.DataFrame:
-    """Return the columns "name_mean", "name_min" and "name_max" of each group."""
-    changes = groups[list(names)].agg(["mean", "min", "max"])
-    changes.columns = [f"{name}_{over}" for name, over in changes.columns]
-    return changes
+def over_seeds(frame: pd.DataFrame, by: Sequence[str], same: Sequence[str], changes: Iterable[str]) -> pd.DataFrame:
+    """Return a row for each group of seeds.
+
+    Args:
+        frame: a row for each seed, with "seed" and, where runs may be excluded, "left_out".
+        by: columns that the rows of a group have in common.
+        same: columns that are kept as they are in a group's first row.
+        changes: columns to aggregate.
+
+    Returns:
+        ``by``, ``same``, "seeds" (how many), "left_out" (how many of the seeds), and for each of ``changes``
+        "name_mean", "name_min" and "name_max".
+    """
+    groups = frame.groupby(list(by), sort=False)
+    counted = groups[list(same)].first().assign(seeds=groups.size())
+    if "left_out" in frame:
+        counted["left_out"] = groups["left_out"].sum()
+    aggregated = groups[list(changes)].agg(["mean", "min", "max"])
+    aggregated.columns = [f"{name}_{over}" for name, over in aggregated.columns]
+    return counted.join(aggregated).reset_index()
+
+
+def mean_and_range(row: pd.Series, name: str) -> tuple[float, float, float]:
+    """Return the mean, the lowest and the highest of a change, from a row of :func:`over_seeds`."""
+    return row[f"{name}_mean"], row[f"{name}_min"], row[f"{name}_max"]

@@ -58,9 +58,12 @@ def _as_deployed(findings: Findings) -> str:
     if best is None or (best["cell"] == best["against"] and not best["strength"]):
         return f"As deployed with {usual['deployed'].iloc[0]}, no strength of the bias is within +0.5% perplexity."
     said = f"As deployed with {best['deployed']}, {best['cell']} has {_reached(best)}"
-    if best["cell"] == best["against"]:
+    if best["loss"] == "none":
         return f"{said}, by the bias alone."
-    bias = best_within(kept[(kept["cell"] == best["against"]) & (kept["strength"] > 0)], BUDGETS[0])
+    if not best["has_baseline"]:
+        return f"{said}, next to itself without any bias: its baseline is not among the runs."
+    alone = (kept["cell"] == best["against"]) & (kept["loss"] == "none") & (kept["strength"] > 0)
+    bias = best_within(kept[alone], BUDGETS[0])
     return f"{said}{'' if bias is None else f'; the bias alone has {_reached(bias)}'}."
 
 
@@ -79,9 +82,9 @@ def best_cell(cells: pd.DataFrame) -> pd.Series:
     the fewest misses.
     """
     kept = cells[cells["left_out"] == 0]
-    budget = BUDGETS[0]
-    cheap = kept[(kept["perplexity_change_mean"] <= budget.mean) & (kept["perplexity_change_max"] <= budget.each)]
-    for group, by in ((cheap, "misses_change_mean"), (kept, "perplexity_change_mean"), (cells, "misses_change_mean")):
+    if (cheap := best_within(kept, BUDGETS[0])) is not None:
+        return cheap
+    for group, by in ((kept, "perplexity_change_mean"), (cells, "misses_change_mean")):
         if group[by].notna().any():
             return group.loc[group[by].idxmin()]
     return cells.iloc[0]

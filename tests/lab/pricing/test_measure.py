@@ -16,6 +16,7 @@ from consistency_reg.lab.pricing.command import main
 from consistency_reg.lab.pricing.measure import price
 from consistency_reg.lab.pricing.rows import read
 from consistency_reg.lab.pricing.runs import price_run
+from consistency_reg.lab.pricing.show import bought
 
 VOCABULARY, ROWS, TOKENS = 64, 3, 24
 
@@ -158,3 +159,12 @@ def test_a_folder_without_a_finished_run_is_refused(tmp_path):
 def test_bad_options_are_named_before_anything_is_read(options, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         main([str(tmp_path), *options])
+
+
+def test_a_strength_that_costs_too_much_buys_nothing_whatever_the_order_of_the_rows():
+    row = {"model": "olmoe", "slots": 16, "misses": 0.2, "misses_change": -0.4, "strength": 0.1}
+    as_it_is = {"model": "olmoe", "slots": 16, "misses": 0.3, "misses_change": 0.0, "strength": 0.0}
+    dead = {"balance/min_share": 0.01}
+    rows = [row | {"perplexity_change": 0.02}, as_it_is | dead | {"perplexity_change": 0.0}]
+    for order in (rows, rows[::-1]):
+        assert bought(order) == ["olmoe, 16 slots: +0.5% perplexity buys nothing: every strength costs more."]

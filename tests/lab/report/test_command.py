@@ -20,6 +20,7 @@ from consistency_reg.lab.render.markdown import MARKED, update
 from consistency_reg.lab.report import command, main, pair_runs, read_folder, read_run
 from consistency_reg.lab.report.command import gather
 from consistency_reg.lab.report.findings import Findings
+from consistency_reg.lab.report.measured import HITS, MAX_MEAN, MIN_SHARE, PERPLEXITY, SRP
 from consistency_reg.lab.report.records import fingerprint, read_csv, to_frame
 from consistency_reg.lab.report.runs import loss_labels
 from consistency_reg.lab.report.tables import pair_table
@@ -34,7 +35,7 @@ def drawing(tmp_path, monkeypatch):
 @pytest.fixture
 def folder(drawing, monkeypatch):
     """Where nothing is drawn: most tests are not about figures."""
-    monkeypatch.setattr(command, "pictures", lambda *_, **__: iter(()))
+    monkeypatch.setattr(command, "pictures", lambda *_, **__: {})
     return drawing
 
 
@@ -112,11 +113,11 @@ def test_a_run_stands_beside_the_run_that_differs_in_the_term_alone(folder):
         ("shared-on-seed1", "shared-off-seed1"),
     ]
     first = pairs[0]
-    assert first.misses_change == pytest.approx(0.32 / 0.52 - 1)
-    assert first.perplexity_change == pytest.approx(0.006)
-    assert first.srp_change == pytest.approx(0.1)
-    assert first.max_mean_ratio == pytest.approx(1.0)
-    assert first.smallest_share == pytest.approx(0.4)
+    assert first.compared(HITS) == pytest.approx(0.32 / 0.52 - 1)
+    assert first.compared(PERPLEXITY) == pytest.approx(0.006)
+    assert first.compared(SRP) == pytest.approx(0.1)
+    assert first.compared(MAX_MEAN) == pytest.approx(1.0)
+    assert first.compared(MIN_SHARE) == pytest.approx(0.4)
     assert pair_table(pairs).rows[0][:4] == ["none-on-seed0", "none-off-seed0", "-38.5%", "+0.6%"]
 
 

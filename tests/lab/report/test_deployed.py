@@ -113,6 +113,29 @@ def test_a_run_without_a_baseline_stands_next_to_itself(tmp_path):
     found = findings(read_folder(folder)[0])
     assert found.strengths["misses_change_mean"].tolist() == pytest.approx([0, -0.5])
     assert [one.title for one in found.tables() if one.title == PARTS] == []
+    ranks = table(found, RANKS)
+    assert [row[:2] for row in ranks.rows] == [["on", "yes, baseline missing"]]
+    assert "baseline missing: against the run itself without any bias" in ranks.note
+
+
+def test_a_trained_run_without_its_baseline_is_not_taken_for_the_bias_alone(tmp_path):
+    write_deployed(tmp_path)
+    runs = [run for run in read_folder(tmp_path)[0] if run.cell == "loop-0.1-srp-0.35"]
+    found = findings(runs)
+    assert [row[1] for row in table(found, RANKS).rows] == ["yes, baseline missing"]
+    said = verdict(found).found
+    assert "next to itself without any bias: its baseline is not among the runs" in said
+    assert "bias alone" not in said
+    figure = DRAWN["deployed"].draw(found, Looks.of(found.runs, found.pairs))
+    labels = {line.get_label() for line in figure.axes[0].get_lines()}
+    assert "loop-0.1-srp-0.35" in labels
+
+
+def test_a_cell_without_a_term_is_not_trained_whatever_it_is_compared_with(tmp_path):
+    runs, _ = read_folder(write_deployed(tmp_path))
+    found = Findings(runs, pair_runs(runs, "srp-0.35"), "srp-0.35")
+    trained = {row[0]: row[1] for row in table(found, RANKS).rows}
+    assert trained == {cell: "no" if cell == "off" else "yes" for cell in DEPLOYED}
 
 
 def test_runs_without_any_have_no_such_table(tmp_path):
@@ -217,7 +240,7 @@ def test_a_damaged_row_names_its_file_row_and_column(tmp_path):
 
 
 def test_the_picture_and_the_charts_hold_every_cell(found):
-    assert "deployed" in {picture.name for picture in pictures(found)}
+    assert "deployed" in pictures(found)
     assert next(iter(DRAWN)) == "deployed"
     figure = next(one for one in explored(found) if one.name == "deployed")
     whole, cheap = (

@@ -1,9 +1,7 @@
 """The figures of a report, a module each: ``draw`` makes a PNG, ``explore`` charts for the page."""
 
-from collections.abc import Iterator
-
 from consistency_reg.lab.render.charts import Figure
-from consistency_reg.lab.render.png import Picture, png
+from consistency_reg.lab.render.png import png
 from consistency_reg.lab.report.figures import (
     balance,
     cost,
@@ -31,18 +29,16 @@ DRAWN = {
 }
 
 
-def pictures(findings: Findings, source: str = "") -> Iterator[Picture]:
-    """Draw every figure that the runs have something for.
+def pictures(findings: Findings, source: str = "") -> dict[str, bytes]:
+    """Return the PNG of every figure that the runs have something for, by name.
 
     Args:
         findings: of the report.
         source: what the runs were read from, kept in each PNG's metadata.
     """
     looks = Looks.of(findings.runs, findings.pairs)
-    for name, module in DRAWN.items():
-        figure = module.draw(findings, looks)
-        if figure is not None:
-            yield Picture(name, module.CAPTION, png(figure, source))
+    drawn = {name: module.draw(findings, looks) for name, module in DRAWN.items()}
+    return {name: png(figure, source) for name, figure in drawn.items() if figure is not None}
 
 
 def explored(findings: Findings) -> list[Figure]:

@@ -28,7 +28,7 @@ def draw(findings: Findings, looks: Looks) -> Figure | None:
     costs = findings.costs[findings.costs["cell"].isin(findings.shown)]
     if costs.empty:
         return None
-    runs = {run.cell: run for run in findings.runs}
+    runs = findings.run_of_cell
     figure, both = panels(1, 2, 11, 4.8)
     handles = []
     for axes, (change, label) in zip(both, SIDES, strict=True):
@@ -50,7 +50,7 @@ def explore(findings: Findings, looks: Looks) -> Explored | None:
     """Return the same of all cells, to be pointed at and opened; None where runs were validated once."""
     if findings.costs.empty:
         return None
-    runs = {run.cell: run for run in findings.runs}
+    runs = findings.run_of_cell
     charts = []
     for change, label in SIDES:
         measured = findings.costs[findings.costs[change].notna()]

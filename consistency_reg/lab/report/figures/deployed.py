@@ -6,11 +6,11 @@ from typing import Any
 from consistency_reg.lab.render.charts import Figure as Explored
 from consistency_reg.lab.render.charts import Mark, lines, plane, points, spans, texts
 from consistency_reg.lab.render.page import CELL
-from consistency_reg.lab.render.png import entry, legend_below, panels, whiskers
+from consistency_reg.lab.render.png import entry, legend_below, panels
 from consistency_reg.lab.render.table import change, number
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.hypervolume import BUDGETS
-from consistency_reg.lab.report.looks import Looks, cross
+from consistency_reg.lab.report.looks import Looks, cross, errors, whisker_marks
 from consistency_reg.lab.report.runs import Run
 from consistency_reg.optional import require
 
@@ -37,7 +37,7 @@ def draw(findings: Findings, looks: Looks) -> Figure | None:
     strengths = _usual(findings)
     if strengths.empty:
         return None
-    runs = {run.cell: run for run in findings.runs}
+    runs = findings.run_of_cell
     styles = _styles(strengths, looks, runs)
     figure, both = panels(1, 2, 11, 5.4)
     for axes, part in zip(both, (strengths, _cheap(strengths)), strict=True):
@@ -62,11 +62,12 @@ def explore(findings: Findings, looks: Looks) -> Explored | None:
     strengths = _usual(findings)
     if strengths.empty:
         return None
-    runs = {run.cell: run for run in findings.runs}
+    runs = findings.run_of_cell
     charts = []
     for part, title in ((strengths, "all"), (_cheap(strengths), f"up to {100 * CHEAP:+g}% perplexity")):
         marks = [_mark(row, looks, runs[row["cell"]]) for _, row in part.iterrows()]
-        ends = [end for (_, row), mark in zip(part.iterrows(), marks, strict=True) for end in _ends(row, mark)]
+        pale = [mark.but(alpha=0.4, text="") for mark in marks]
+        ends = whisker_marks(part, "misses_change", pale)
         kept = [mark.but(alpha=0.6) for mark in marks if not mark.crossed]
         places = [mark.x for mark in marks if isinstance(mark.x, float)]
         budget = Mark(min(places), 100 * BUDGETS[0].mean, x2=max(places), alpha=0.6)
@@ -105,7 +106,7 @@ def _line(axes: Axes, cell: pd.DataFrame, looks: Looks, run: Run, dashes: Any) -
     """Draw a cell's points, joined in the order of the strengths."""
     colour, shape = looks.colour(run), looks.shape(run)
     kept = cell[cell["left_out"] == 0]
-    alone = run.cell == cell["against"].iloc[0]
+    alone = run.loss == "none"
     style: dict[str, Any] = {"color": colour, "marker": shape, "markersize": 6, "linewidth": 1.5, "zorder": 3}
     style |= {"markerfacecolor": "white", "linestyle": "--"} if alone else {"linestyle": dashes}
     xs, ys = 100 * kept["misses_change_mean"], 100 * kept["perplexity_change_mean"]
@@ -116,9 +117,7 @@ def _line(axes: Axes, cell: pd.DataFrame, looks: Looks, run: Run, dashes: Any) -
             cross(axes, x, y)
             face = "white" if alone else colour
             axes.plot(x, y, shape, color=colour, markerfacecolor=face, markersize=6, zorder=3)
-        sides = ("misses_change", "perplexity_change")
-        xerr, yerr = (100 * whiskers(*(row[f"{side}_{over}"] for over in ("mean", "min", "max"))) for side in sides)
-        axes.errorbar(x, y, xerr=xerr, yerr=yerr, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.5)
+        axes.errorbar(x, y, **errors(row, "misses_change"), fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.5)
         if row["strength"]:
             axes.annotate(f"{row['strength']:g}", (x, y), (4, 4), textcoords="offset points", fontsize=7, color="0.3")
 
@@ -130,14 +129,3 @@ def _mark(row: pd.Series, looks: Looks, run: Run) -> Mark:
     more = {"line": f"{row['against']} {row['cell']}", "order": float(row["strength"]), "say": said}
     more["text"] = f"{row['strength']:g}" if row["strength"] else ""
     return looks.mark(run, x, y, id=f"{CELL}{row['cell']}", crossed=bool(row["left_out"]), **more)
-
-
-def _ends(row: pd.Series, mark: Mark) -> list[Mark]:
-    """Return whiskers over the seeds in both directions."""
-    if row["seeds"] < 2:
-        return []
-    (low, high), (least, most) = (
-        [100 * row[f"{name}_{over}"] for over in ("min", "max")] for name in ("misses_change", "perplexity_change")
-    )
-    pale = mark.but(alpha=0.4, text="")
-    return [pale.but(x=low, x2=high), pale.but(y=least, y2=most)]

@@ -8,6 +8,7 @@ from consistency_reg.lab.render.palette import COLOURS, NO_TERM, css_name
 from consistency_reg.lab.render.png import panels, whiskers
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.looks import Looks
+from consistency_reg.lab.report.pairs import mean_and_range
 from consistency_reg.optional import require
 
 with require("plots"):
@@ -85,5 +86,5 @@ def _name(row: pd.Series, between: str) -> str:
 
 def _effect(row: pd.Series, name: str, scale: float) -> tuple[float, float, float, bool]:
     """Return the mean, the lowest and the highest effect, and whether all have one sign."""
-    mean, low, high = (round(scale * row[f"{name}_{over}"], 6) for over in ("mean", "min", "max"))
+    mean, low, high = (round(scale * value, 6) for value in mean_and_range(row, name))
     return mean, low, high, low > 0 or high < 0

@@ -6,10 +6,10 @@ from typing import Any
 from consistency_reg.lab.render.charts import Area, Mark, lines, plane, points, spans, texts
 from consistency_reg.lab.render.charts import Figure as Explored
 from consistency_reg.lab.render.page import CELL
-from consistency_reg.lab.render.png import entry, legend_below, panels, whiskers
+from consistency_reg.lab.render.png import entry, legend_below, panels
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.gate import GATE
-from consistency_reg.lab.report.looks import Looks, cross
+from consistency_reg.lab.report.looks import Looks, cross, errors, whisker_marks
 from consistency_reg.lab.report.runs import Run
 from consistency_reg.optional import require
 
@@ -52,7 +52,7 @@ def draw(findings: Findings, looks: Looks) -> Figure | None:
     """Draw perplexity against LRU misses and against SRP; None without pairs."""
     if not findings.pairs:
         return None
-    runs = {run.cell: run for run in findings.runs}
+    runs = findings.run_of_cell
     figure, both = panels(1, 2, 11, 5.4, sharey=True)
     for axes, side in zip(both, SIDES, strict=True):
         measured, undominated = _measured(findings, side)
@@ -81,7 +81,7 @@ def explore(findings: Findings, looks: Looks) -> Explored | None:
     """Return the same with every cell to be pointed at and opened; None without pairs."""
     if not findings.pairs:
         return None
-    runs = {run.cell: run for run in findings.runs}
+    runs = findings.run_of_cell
     charts = []
     for place, side in enumerate(SIDES):
         measured, undominated = _measured(findings, side)
@@ -90,9 +90,7 @@ def explore(findings: Findings, looks: Looks) -> Explored | None:
             for (_, cell), free in zip(measured.iterrows(), undominated, strict=True)
         ]
         kept = [mark.but(alpha=0.5) for mark in marks if not mark.crossed]
-        seeds = [
-            end for (_, cell), mark in zip(measured.iterrows(), marks, strict=True) for end in _ends(cell, side, mark)
-        ]
+        seeds = whisker_marks(measured, side.gain, marks)
         baseline = Mark(0.0, 0.0, group="none", colour="var(--none)", hollow=True, say="the baseline of each cell")
         named = [mark for mark, free in zip(marks, undominated, strict=True) if free or len(marks) <= 8]
         area = Area(100 * GATE[0].bound, 100 * GATE[1].bound, "gate") if place == 0 else None
@@ -135,14 +133,6 @@ def _mark(cell: pd.Series, gain: str, looks: Looks, run: Run, free: bool) -> Mar
     )
 
 
-def _ends(cell: pd.Series, side: Side, mark: Mark) -> list[Mark]:
-    """Return whiskers over the seeds in both directions."""
-    (low, high), (least, most) = (
-        [100 * cell[f"{name}_{over}"] for over in ("min", "max")] for name in (side.gain, "perplexity_change")
-    )
-    return [mark.but(x=low, x2=high), mark.but(y=least, y2=most)] if cell["seeds"] > 1 else []
-
-
 def _lines(axes: Axes, cells: pd.DataFrame, gain: str, looks: Looks, runs: dict) -> None:
     for _, group in cells.groupby(["against", "loss"], sort=False):
         ordered = group[group["left_out"] == 0].sort_values("weight")
@@ -153,14 +143,10 @@ def _lines(axes: Axes, cells: pd.DataFrame, gain: str, looks: Looks, runs: dict)
 
 def _whiskers(axes: Axes, cell: pd.Series, gain: str, colour: str, shape: str, alpha: float) -> None:
     x, y = (100 * cell[f"{name}_mean"] for name in (gain, "perplexity_change"))
-    xerr, yerr = (
-        100 * whiskers(*(cell[f"{name}_{over}"] for over in ("mean", "min", "max")))
-        for name in (gain, "perplexity_change")
-    )
     if cell["left_out"]:
         cross(axes, x, y)
     style: dict[str, Any] = {"elinewidth": 1, "capsize": 2.5, "markersize": 7, "alpha": alpha, "zorder": 3}
-    axes.errorbar(x, y, xerr=xerr, yerr=yerr, fmt=shape, color=colour, **style)
+    axes.errorbar(x, y, **errors(cell, gain), fmt=shape, color=colour, **style)
 
 
 def _weight(axes: Axes, cell: pd.Series, gain: str) -> None:

@@ -39,12 +39,11 @@ def draw(findings: Findings, looks: Looks) -> Figure | None:
     shown = {cell: seeds for cell, seeds in curves(findings.runs).items() if cell in findings.shown}
     if not shown:
         return None
-    by_cell = {run.cell: run for run in findings.runs}
     figure, (axes,) = panels(1, 1, 9, 5.2)
     handles = []
     some_knee = False
     for cell, seeds in shown.items():
-        run = by_cell[cell]
+        run = findings.run_of_cell[cell]
         style: dict[str, Any] = {"color": looks.colour(run), "marker": looks.shape(run), "linestyle": _dashes(run)}
         face = "white" if run.loss == "none" else style["color"]
         errors = whiskers(seeds["mean"], seeds["min"], seeds["max"])
@@ -62,7 +61,6 @@ def draw(findings: Findings, looks: Looks) -> Figure | None:
 
 def explore(findings: Findings, looks: Looks) -> Explored | None:
     """Return the curves of all cells to be pointed at and opened; None where no run has two cache sizes."""
-    by_cell = {run.cell: run for run in findings.runs}
     marks: list[Mark] = []
     knees: list[Mark] = []
     for cell, seeds in curves(findings.runs).items():
@@ -70,7 +68,7 @@ def explore(findings: Findings, looks: Looks) -> Explored | None:
             over = f" ({low:.1f} to {high:.1f}%)" if low < high else ""
             say = f"{ratio:.3g} x K slots: {mean:.1f}% hits{over}"
             look = {"id": f"{CELL}{cell}", "line": cell, "order": ratio, "say": say, "crossed": False}
-            marks.append(looks.mark(by_cell[cell], ratio, mean, **look))
+            marks.append(looks.mark(findings.run_of_cell[cell], ratio, mean, **look))
         if (bend := _knee(seeds)) is not None:
             knees.append(marks[-1].but(x=bend[0], y=bend[1], shape="D", hollow=True))
     layers = [*lines(marks), *points(knees, size=260), *points(marks, size=30)]

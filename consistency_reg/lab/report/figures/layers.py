@@ -47,7 +47,7 @@ def explore(findings: Findings, looks: Looks) -> Explored | None:
     table = _by_layer(findings)
     if table.empty:
         return None
-    runs = {run.cell: run for run in findings.runs}
+    runs = findings.run_of_cell
     marks = [
         looks.mark(
             runs[cell],

@@ -8,6 +8,7 @@ from consistency_reg.lab.render.palette import COLOURS, css_name
 from consistency_reg.lab.render.png import panels, whiskers
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.looks import Looks
+from consistency_reg.lab.report.pairs import mean_and_range
 from consistency_reg.lab.report.published import BASELINE, agreement
 from consistency_reg.optional import require
 
@@ -85,7 +86,7 @@ def _mark(row: pd.Series) -> Mark:
 
 
 def _point(axes: Axes, row: pd.Series, base: pd.Series, place: int) -> None:
-    errors = whiskers(row["effect_mean"], row["effect_min"], row["effect_max"])
+    errors = whiskers(*mean_and_range(row, "effect"))
     colour = "black" if row["design"] == BASELINE else COLOURS[0] if row["agrees"] else COLOURS[1]
     face = "white" if row["agrees"] is False else colour
     style: dict[str, Any] = {"color": colour, "capsize": 2.5, "markersize": 7, "elinewidth": 1, "markerfacecolor": face}
