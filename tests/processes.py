@@ -10,7 +10,7 @@ PORT_FILE, RESULT = "rendezvous", "result_{}.pt"
 
 
 def on_processes(count, function, folder, *args):
-    """``function(rank, *args)`` in ``count`` processes of a gloo group; -> what each of them returned.
+    """Run ``function(rank, *args)`` in ``count`` processes of a gloo group; return what each of them returned.
 
     Trainers find the environment that torchrun gives, and the group that there is: no port is taken.
     """

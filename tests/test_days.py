@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
-    """The interpreter of a virtual environment with the wheel; all other packages are those of this environment."""
+    """Give the interpreter of a virtual environment with the wheel; other packages are those of this environment."""
     folder = tmp_path_factory.mktemp("days")
     python = new_python(folder, "--no-deps", "--no-index", built_wheel(folder))
     (packages,) = folder.glob("venv/lib/python*/site-packages")

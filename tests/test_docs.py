@@ -17,13 +17,13 @@ RUN_HERE = ("README.md", "choosing.md", "deploying.md", "glossary.md", "index.md
 
 
 def found(pattern, pages=PAGES):
-    """(page, match) of every match."""
+    """Return (page, match) of every match."""
     flags = re.DOTALL | re.MULTILINE
     return [(page, match) for page in pages for match in re.findall(pattern, page.read_text(), flags)]
 
 
 def commands():
-    """Each command with arguments, in a block or in backticks, without what is said beside it."""
+    """Return each command with arguments, in a block or in backticks, without what is said beside it."""
     lines = found(r"^(consistency-reg [^\n`]+)") + found(r"`(consistency-reg [^`]+)`")
     return [(page, " ".join(line.split("  ")[0].split("#")[0].split())) for page, line in lines]
 

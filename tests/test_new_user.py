@@ -43,7 +43,7 @@ logger = WandbLogger(project="moe", mode="offline")
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
-    """The interpreter of a new virtual environment with the wheel and README's extras."""
+    """Give the interpreter of a new virtual environment with the wheel and README's extras."""
     folder = tmp_path_factory.mktemp("new")
     (extras,) = set(re.findall(r"pip install 'consistency-reg(\[all\])'", (ROOT / "README.md").read_text()))
     return new_python(folder, "-c", ROOT / "constraints.txt", f"{built_wheel(folder)}{extras}")

@@ -40,7 +40,7 @@ def wheel(tmp_path_factory):
 
 
 def requirements(name):
-    """The installed distributions that ``name`` needs without any extra, itself included."""
+    """Return the installed distributions that ``name`` needs without any extra, itself included."""
     found, waiting = {}, [name]
     while waiting:
         name = canonicalize_name(waiting.pop())
