@@ -16,7 +16,6 @@ from consistency_reg.measures import TRAINED_CACHE_RATIO, TRAINED_MISSES, TRAINE
 from consistency_reg.measures.reading import DEPLOYED, TRAINING, Measure
 from consistency_reg.optional import require
 from consistency_reg.rerouting import CacheAwareRouting, RoutingSchedule
-from consistency_reg.tracking.accumulate import RoutingMeasures
 from consistency_reg.tracking.deployed import DeployedMeasures
 
 with require("lightning"):
@@ -176,7 +175,8 @@ class CacheAwareTraining(Callback):
     ) -> dict[str, Tensor | float]:
         """Return the measures of all validation data by name."""
         names, device = domain_names(trainer), pl_module.device
-        measures = DeployedMeasures(_measures(trainer))
+        monitor = (callbacks_of(trainer, RoutingMonitor) or [RoutingMonitor()])[0]
+        measures = DeployedMeasures(monitor.core.new_measures())
         capture = RouterCapture(pl_module, self.adapters)
         sums_D2 = torch.zeros(len(names), 2, dtype=torch.float64, device=_double(device))  # nats, predicted tokens
         with capture:
@@ -205,12 +205,6 @@ def _batches(trainer: Trainer) -> Iterator[tuple[int, Any]]:
     for index, (loader, batches) in enumerate(zip(each, trainer.num_val_batches, strict=True)):
         for batch in islice(loader, None if batches == float("inf") else int(batches)):
             yield index, trainer.strategy.batch_to_device(batch, dataloader_idx=index)
-
-
-def _measures(trainer: Trainer) -> RoutingMeasures:
-    """Return measures like those of the trainer's monitor."""
-    core = (callbacks_of(trainer, RoutingMonitor) or [RoutingMonitor()])[0].core
-    return RoutingMeasures(core.segment_lengths, core.cache_ratios, core.cache_shares)
 
 
 def _double(device: torch.device) -> torch.device:

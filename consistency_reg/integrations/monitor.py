@@ -28,7 +28,6 @@ from consistency_reg.optional import require
 from consistency_reg.rerouting import RoutingSchedule
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.session import ListenOptions, Which
-from consistency_reg.tracking.accumulate import RoutingMeasures
 from consistency_reg.tracking.alarms import Alarms
 from consistency_reg.tracking.monitor import MonitorCore
 
@@ -274,8 +273,7 @@ class RoutingMonitorCallback(TrainerCallback):
         self._model = model
         self._told: dict[str, tuple[str, ...]] = {}
         self._listener = ForwardListener(model, self._hear, self._options)
-        measures = RoutingMeasures(self.core.segment_lengths, self.core.cache_ratios, self.core.cache_shares)
-        self._deployed = DeployedEvaluation(model, self.deployed, measures, self._options)
+        self._deployed = DeployedEvaluation(model, self.deployed, self.core.new_measures(), self._options)
 
     def _hear(self, given: Given) -> None:
         assert self._listener is not None
