@@ -1,4 +1,4 @@
-"""Lightning callbacks: one adds the consistency term to a module's loss, one measures routing at validation."""
+"""Lightning callbacks: terms on the routing, cache-aware routing in training, and measures and pictures of both."""
 
 from consistency_reg.callbacks.agreement import ExpertAgreement
 from consistency_reg.callbacks.anchor import RouterAnchor
