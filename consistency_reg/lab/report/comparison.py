@@ -98,7 +98,8 @@ def gate_table(cells: pd.DataFrame) -> Table:
         shown = [_margin(criterion, cell[criterion.column]) for criterion in GATE]
         study = "pass" if passes(cell, STUDY) and not cell["left_out"] else "fail"
         row = [_name(cell), str(cell["seeds"]), *shown, verdict, study]
-        rows.append((not passed, bool(cell["left_out"]), cell["misses_change_mean"], row))
+        misses = cell["misses_change_mean"]
+        rows.append((not passed, bool(cell["left_out"]), math.inf if math.isnan(misses) else misses, row))
     table.rows.extend(row for *_, row in sorted(rows, key=lambda row: row[:3]))
     return table
 
