@@ -36,28 +36,20 @@ if TYPE_CHECKING:
 __version__ = version("consistency-reg")
 moved.install()
 
-_ON_FIRST_USE = {
-    "CacheAwareRouting": "consistency_reg.rerouting",
-    "CacheAwareTraining": "consistency_reg.callbacks",
-    "CacheConsistencyLoss": "consistency_reg.losses",
-    "CacheHitRate": "consistency_reg.metrics",
-    "ConsistencyRegularizer": "consistency_reg.callbacks",
-    "ExpertSpecialization": "consistency_reg.metrics",
-    "LoadBalanceLoss": "consistency_reg.losses",
-    "LocalConsistencyLoss": "consistency_reg.losses",
-    "OffloadedExperts": "consistency_reg.offload",
-    "RouterAdapter": "consistency_reg.capture",
-    "RouterAnchorLoss": "consistency_reg.losses",
-    "RouterCapture": "consistency_reg.capture",
-    "RouterZLoss": "consistency_reg.losses",
-    "RoutingBalance": "consistency_reg.metrics",
-    "RoutingMonitor": "consistency_reg.callbacks",
-    "RoutingTrace": "consistency_reg.routing",
-    "SegmentCacheHitRate": "consistency_reg.metrics",
-    "SegmentRoutingPerformance": "consistency_reg.metrics",
-    "attach": "consistency_reg.integrations",
+_ON_FIRST_USE: dict[str, tuple[str, ...]] = {  # module -> the names that come from it
+    "callbacks": ("CacheAwareTraining", "ConsistencyRegularizer", "RoutingMonitor"),
+    "capture": ("RouterAdapter", "RouterCapture"),
+    "functional": (),
+    "integrations": ("attach",),
+    "losses": ("CacheConsistencyLoss", "LoadBalanceLoss", "LocalConsistencyLoss", "RouterAnchorLoss", "RouterZLoss"),
+    "metrics": (
+        *("CacheHitRate", "ExpertSpecialization", "RoutingBalance"),
+        *("SegmentCacheHitRate", "SegmentRoutingPerformance"),
+    ),
+    "offload": ("OffloadedExperts",),
+    "rerouting": ("CacheAwareRouting",),
+    "routing": ("RoutingTrace",),
 }
-_MODULES = ("callbacks", "capture", "functional", "integrations", "losses", "metrics", "routing")
 
 __all__ = [
     "CacheAwareRouting",
@@ -85,9 +77,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _ON_FIRST_USE:
-        return getattr(import_module(_ON_FIRST_USE[name]), name)
-    if name in _MODULES:
         return import_module(f"consistency_reg.{name}")
+    for module, names in _ON_FIRST_USE.items():
+        if name in names:
+            return getattr(import_module(f"consistency_reg.{module}"), name)
     raise AttributeError(f"module 'consistency_reg' has no attribute {name!r}")
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # labels are read where torch is not needed
 
 
 class Accesses(Protocol):
-    """The accesses of some documents, each with its number along its row or document, in some layout of tensors.
+    """Describes the accesses of some documents, each numbered along its row or document, in some layout of tensors.
 
     Attributes:
         tokens: of the longest.

@@ -15,6 +15,7 @@ from typing import Any
 
 MOVED = {  # former path below consistency_reg -> present path; a package takes its modules along
     "ablation": "lab.ablate",
+    "callbacks.batches": "callbacks.trainer_state",
     "callbacks.pictures": "tracking.pictures",
     "callbacks.tradeoff": "tracking.tradeoff",
     "capture.joining": "capture.traces",
@@ -61,10 +62,11 @@ MOVED = {  # former path below consistency_reg -> present path; a package takes 
     "usage": "lab.usage",
     "wandb_login": "lab.wandb_login",
 }
-SPLIT = {  # former path of a module that is several now -> the package that has all of its names
+SPLIT = {  # former path of a module that is several now, or part of another -> what has all of its names
     "in_the_loop": "rerouting",
     "losses.consistency": "losses",
     "losses.published": "losses",
+    "metrics.plots": "metrics.base",
 }
 ROOT = "consistency_reg."
 

@@ -44,7 +44,7 @@ REMARKS = {
 
 @dataclass(frozen=True)
 class Row:
-    """What came out for one model type.
+    """Holds what came out for one model type.
 
     Attributes:
         architecture: the class that was built.
@@ -64,12 +64,12 @@ class Row:
 
     @property
     def passes(self) -> bool:
-        """Whether every check held."""
+        """Return whether every check held."""
         return not self.reason
 
 
 def examine(model_type: str) -> Row:
-    """Build, capture, compare."""
+    """Build a model type, capture its routing, and compare."""
     if model_type in REASONS:
         return Row("", model_type, "other", "", REASONS[model_type])
     try:
@@ -111,7 +111,7 @@ def check_routing(model: nn.Module, inputs: dict[str, Tensor]) -> str:
 
 
 def check_stack(capture: RouterCapture, inputs: dict[str, Tensor]) -> list[str]:
-    """The same for the routers of one capture."""
+    """Check the routers of one capture; return how each layer routes, in words."""
     with capture, received_by_experts(capture) as received:
         capture.model(**inputs)
     trace = capture.trace()
@@ -124,7 +124,7 @@ def check_stack(capture: RouterCapture, inputs: dict[str, Tensor]) -> list[str]:
 
 
 def expert_blocks(model: nn.Module) -> set[str]:
-    """The blocks that hold routed experts, found by the experts' class names alone."""
+    """Return the blocks that hold routed experts, found by the experts' class names alone."""
     blocks: set[str] = set()
     for name, module in model.named_modules():
         kind = type(module).__name__
@@ -137,7 +137,7 @@ def expert_blocks(model: nn.Module) -> set[str]:
 
 @torch.no_grad()
 def draw_routers(capture: RouterCapture) -> None:
-    """Routers as after training: weights that tell tokens apart, biases that matter, a table of distinct experts."""
+    """Draw routers as after training, with weights that tell tokens apart, biases that matter and distinct experts."""
     generator = torch.Generator().manual_seed(0)
     for name, router in capture.routers.items():
         block = capture.model.get_submodule(name.rpartition(".")[0])
@@ -154,7 +154,7 @@ def draw_routers(capture: RouterCapture) -> None:
 
 
 def routers_by_tokens(capture: RouterCapture, inputs: dict[str, Tensor]) -> dict[int, list[str]]:
-    """The routers that text reaches, by how many tokens reach them."""
+    """Return the routers that text reaches, by how many tokens reach them."""
     stacks: dict[int, list[str]] = {}
     with ExitStack() as hooks, torch.no_grad():
         for name, router in capture.routers.items():
@@ -172,7 +172,7 @@ def routers_by_tokens(capture: RouterCapture, inputs: dict[str, Tensor]) -> dict
 
 @contextmanager
 def received_by_experts(capture: RouterCapture) -> Iterator[dict[str, Tensor]]:
-    """By the router's name, in the words of the model: [N, E] 1 where a token goes to an expert, -1 where unknown.
+    """Give what the experts of each router receive: [N, E] 1 where a token goes to an expert, -1 where unknown.
 
     Or [E] the number of tokens, where the experts are given no more than that (JetMoE).
     """
@@ -190,7 +190,7 @@ def received_by_experts(capture: RouterCapture) -> Iterator[dict[str, Tensor]]:
 
 
 def experts_of(capture: RouterCapture, name: str) -> nn.Module:
-    """The module that is given the tokens of a router."""
+    """Return the module that is given the tokens of a router."""
     router = capture.routers[name]
     block = router if hasattr(router, "down_embed") else capture.model.get_submodule(name.rpartition(".")[0])
     parts = ("experts", "down_embed", "input_linear")
@@ -207,36 +207,36 @@ def _from_ids_with_zero_experts(experts: nn.Module, args: tuple) -> Tensor:
 
 
 def _from_ids_or_skip(experts: nn.Module, args: tuple) -> Tensor:
-    """Zaya: what has no weight skips the experts."""
+    """Read Zaya's: what has no weight skips the experts."""
     _, ids, weights = args
     classes = experts.num_experts + 1
     return torch.zeros(len(ids), classes).scatter(1, ids.masked_fill(weights == 0, classes - 1), 1)
 
 
 def _from_mask(experts: nn.Module, args: tuple) -> Tensor:
-    """Switch: a mask without the tokens beyond an expert's capacity."""
+    """Read Switch's: a mask without the tokens beyond an expert's capacity."""
     mask = args[1].flatten(0, -2).float()
     return mask.masked_fill(mask.sum(dim=1, keepdim=True) == 0, -1)
 
 
 def _from_weights(experts: nn.Module, args: tuple) -> Tensor:
-    """NLLB: weights without the tokens beyond an expert's capacity."""
+    """Read NLLB's: weights without the tokens beyond an expert's capacity."""
     given = (args[2] > 0).float()
     return given.masked_fill(given.sum(dim=1, keepdim=True) < 2, -1)
 
 
 def _from_dense_inputs(experts: nn.Module, args: tuple) -> Tensor:
-    """Llama 4: every expert is given every token, those that were not chosen for it as zeros."""
+    """Read Llama 4's: every expert is given every token, those that were not chosen for it as zeros."""
     return args[0].view(experts.num_experts, -1, args[0].shape[-1]).abs().sum(dim=-1).T.ne(0).float()
 
 
 def _from_cells(embedding: nn.Module, args: tuple) -> Tensor:
-    """Doge."""
+    """Read Doge's ids of cells."""
     return torch.zeros(len(args[0]), embedding.num_embeddings).scatter(1, args[0], 1)
 
 
 def _from_counts(experts: nn.Module, args: tuple) -> Tensor:
-    """JetMoE."""
+    """Read JetMoE's: the number of tokens of each expert."""
     return torch.tensor(args[1])
 
 
@@ -255,7 +255,7 @@ READERS = {
 
 
 def check_ids(ids_BTK: Tensor, num_experts: int, received: Tensor) -> None:
-    """The captured ids are those that the experts were given."""
+    """Check that the captured ids are those that the experts were given."""
     ids = ids_BTK.flatten(0, 1)
     captured = torch.zeros(len(ids), num_experts).scatter(1, ids, 1)
     if received.dim() == 1:
@@ -268,14 +268,14 @@ def check_ids(ids_BTK: Tensor, num_experts: int, received: Tensor) -> None:
 
 
 def check_scores(scores: Tensor, expert_ids: Tensor) -> None:
-    """No expert that was left out scores higher than one that was chosen."""
+    """Check that no expert that was left out scores higher than one that was chosen."""
     lowest = scores.gather(-1, expert_ids).amin(dim=-1)
     highest_left = scores.scatter(-1, expert_ids, -float("inf")).amax(dim=-1)
     assert bool((lowest >= highest_left).all()), "the scores do not reproduce the ids"
 
 
 def check_gradient(capture: RouterCapture, trace: RoutingTrace, last: str) -> None:
-    """The loss moves every router that selects by scores; no correction bias, no experts behind the last router."""
+    """Check that the loss moves routers that select by scores, but no correction bias and no experts behind."""
     model = capture.model
     model.zero_grad()
     LOSS(trace).backward()
@@ -292,7 +292,7 @@ def check_gradient(capture: RouterCapture, trace: RoutingTrace, last: str) -> No
 
 
 def how(capture: RouterCapture, layer: LayerRouting) -> str:
-    """How a layer routes, in words."""
+    """Return how a layer routes, in words."""
     router = capture.routers[layer.name]
     kind = type(router).__name__
     if hasattr(router, "tid2eid"):
@@ -309,13 +309,13 @@ def how(capture: RouterCapture, layer: LayerRouting) -> str:
 
 
 def walk(model_types: list[str] | None = None) -> list[Row]:
-    """A row for every model type that is no mere part of another one."""
+    """Return a row for every model type that is no mere part of another one."""
     types = moe_model_types() if model_types is None else model_types
     return [examine(model_type) for model_type in types if not is_part_of_another(model_type)]
 
 
 def document(rows: list[Row]) -> str:
-    """docs/architectures.md."""
+    """Return the page docs/architectures.md."""
     passed = Counter(row.kind for row in rows if row.passes)
     every = Counter(row.kind for row in rows)
     counts = [f"| {kind} | {passed[kind]} of {every[kind]} |" for kind in KINDS if every[kind]]
@@ -351,7 +351,7 @@ def document(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"write {DOCUMENT.name} instead of printing it")
     parser.add_argument("model_types", nargs="*", help="these alone (printed, never written)")

@@ -21,7 +21,7 @@ PATIENCE = 120.0  # seconds
 
 
 class Browser:
-    """A session of chromedriver.
+    """Drives a session of chromedriver.
 
     Args:
         address: of the session.
@@ -36,7 +36,7 @@ class Browser:
         self.wait_for("return document.body.dataset.ready === 'yes'")
 
     def run(self, script, *arguments):
-        """What a script returns."""
+        """Return what a script returns."""
         return _ask(f"{self.address}/execute/sync", {"script": script, "args": list(arguments)})
 
     def wait_for(self, script, *arguments):
@@ -88,13 +88,13 @@ class Browser:
         self.tell("Input.insertText", {"text": text})
 
     def messages(self):
-        """What the page has said on its console since it was last asked."""
+        """Return what the page has said on its console since it was last asked."""
         return [entry["message"] for entry in _ask(f"{self.address}/se/log", {"type": "browser"})]
 
 
 @contextmanager
 def browser(folder):
-    """A browser whose profile lies in a folder."""
+    """Give a browser whose profile lies in a folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -18,7 +18,7 @@ def offline(tmp_path_factory):
 
 @pytest.fixture
 def compiler():
-    """A compiler that has compiled nothing yet."""
+    """Give a compiler that has compiled nothing yet."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

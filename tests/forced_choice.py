@@ -18,7 +18,7 @@ from consistency_reg.rerouting import CacheAwareRouting
 
 
 class Forced(TorchFunctionMode):
-    """Within it, the choice of K of E is ``expert_ids`` [N, K]; other calls of topk stay as they are."""
+    """Make the choice of K of E is ``expert_ids`` [N, K]; other calls of topk stay as they are."""
 
     def __init__(self, expert_ids: Tensor, num_experts: int) -> None:
         super().__init__()
@@ -65,12 +65,12 @@ def check_cache_aware(model: nn.Module, inputs: dict[str, Tensor], names: Sequen
 
 
 def pattern(names: Iterable[str]) -> str:
-    """What `layers` must be for these routers."""
+    """Return what `layers` must be for these routers."""
     return f"^({'|'.join(map(re.escape, names))})$"
 
 
 def run(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """The logits, with the same random numbers each time."""
+    """Return the logits, with the same random numbers each time."""
     torch.manual_seed(0)
     with torch.no_grad():
         output = model(**inputs)
@@ -78,7 +78,7 @@ def run(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def check_unchanged(model: nn.Module, inputs: dict[str, Tensor], layers: str) -> None:
-    """A model whose experts are all in the cache is as it was, at strength 0 to the last bit."""
+    """Check that a model whose experts are all in the cache is as it was, at strength 0 to the last bit."""
     own = run(model, inputs)
     with CacheAwareRouting(model, cache_ratio=16, strength=1e-9, layers=layers):
         torch.testing.assert_close(run(model, inputs), own, rtol=1e-4, atol=1e-5)
@@ -88,7 +88,7 @@ def check_unchanged(model: nn.Module, inputs: dict[str, Tensor], layers: str) ->
 
 
 def check_forced(model: nn.Module, inputs: dict[str, Tensor], layers: str) -> None:
-    """What goes on from a router is what its own code makes of the choice, and the capture sees that choice."""
+    """Check that what goes on from a router is what its own code makes of the choice, which the capture sees."""
     capture = RouterCapture(model, layers=layers)
     calls: dict[str, tuple] = {}
     given: dict[str, tuple] = {}
@@ -127,13 +127,13 @@ def check_forced(model: nn.Module, inputs: dict[str, Tensor], layers: str) -> No
 
 
 def forced_call(router: nn.Module, args: tuple, kwargs: dict, expert_ids: Tensor, num_experts: int) -> tuple[Any, Any]:
-    """(what a router returns, what it returns for a given choice)."""
+    """Return what a router returns, and what it returns for a given choice."""
     with torch.no_grad():
         own = router.forward(*args, **kwargs)
         return own, forced_choice(router.forward, args, kwargs, expert_ids, num_experts)
 
 
 def forced_choice(function: Callable, args: tuple, kwargs: dict, expert_ids: Tensor, num_experts: int) -> Any:
-    """What a function returns that chooses experts, for a given choice; the same where it makes none."""
+    """Return what a function returns that chooses experts, for a given choice; the same where it makes none."""
     with torch.no_grad(), Forced(expert_ids, num_experts):
         return function(*args, **kwargs)

@@ -29,7 +29,7 @@ def die(*_, **__):
 
 @contextmanager
 def mounted(folder, size="64m"):
-    """A file system in memory of its own at ``folder``; skips where one may not mount."""
+    """Give a file system in memory of its own at ``folder``; skips where one may not mount."""
     folder.mkdir(exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     try:
@@ -46,7 +46,7 @@ def mounted(folder, size="64m"):
 
 @contextmanager
 def on_file_system(kind, tmp_path):
-    """A folder that is on the file system of the temporary folder ("disk"), or on another ("memory")."""
+    """Give a folder that is on the file system of the temporary folder ("disk"), or on another ("memory")."""
     if kind == "disk":
         (tmp_path / "disk").mkdir()
         yield tmp_path / "disk"

@@ -5,7 +5,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(function):
-    """Most bytes that PyTorch's allocator had out at once while ``function`` ran, temporaries of kernels included."""
+    """Return the most bytes that PyTorch's allocator had out at once while ``function`` ran, kernels included."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         kept = function()
     changes = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -16,7 +16,7 @@ def save(folder, kind, dtype=torch.float32, shard="40KB"):
 
 
 def in_memory(folder, dtype="auto", kind=transformers.AutoModelForCausalLM):
-    """The model with transformers' eager experts; weights lie where torch allocates, not where a file maps them."""
+    """Return the model with transformers' eager experts, its weights where torch allocates, not in a mapped file."""
     model = kind.from_pretrained(folder, experts_implementation="eager", dtype=dtype)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
@@ -25,13 +25,13 @@ def in_memory(folder, dtype="auto", kind=transformers.AutoModelForCausalLM):
 
 @torch.no_grad()
 def logits(model, ids):
-    """The logits of one pass."""
+    """Return the logits of one pass."""
     return model(ids).logits
 
 
 @torch.no_grad()
 def read_by_token(model, ids, prompt):
-    """The logits of reading a row: a prompt of so many tokens at once, then token by token with a KV cache."""
+    """Return the logits of reading a row: a prompt of so many tokens at once, then token by token with a KV cache."""
     output = model(ids[:, :prompt], use_cache=True)
     found = [output.logits]
     for t in range(prompt, ids.shape[1]):

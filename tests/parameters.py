@@ -5,6 +5,6 @@ from torch.distributed.tensor import DTensor
 
 
 def parameters(model) -> torch.Tensor:
-    """All parameters of a model, whole where they are sharded."""
+    """Return all parameters of a model, whole where they are sharded."""
     whole = (p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters())
     return torch.cat([parameter.detach().flatten() for parameter in whole])

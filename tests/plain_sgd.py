@@ -1,4 +1,6 @@
-"""Arguments of a transformers or TRL trainer that trains as a plain loop would: SGD at a constant rate."""
+"""What lets a transformers or TRL trainer train as a plain loop would: SGD at a constant rate, batches in order."""
+
+from torch.utils.data import SequentialSampler
 
 PLAIN_SGD = {
     "optim": "sgd",
@@ -12,3 +14,10 @@ PLAIN_SGD = {
     "disable_tqdm": True,
     "logging_steps": 1,
 }
+
+
+class InOrder:
+    """Mixed into a trainer: the batches come in the order of the data."""
+
+    def _get_train_sampler(self, *_):
+        return SequentialSampler(self.train_dataset)

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def documents(valid, document_ids):
-    """The documents of a batch as (row, first token, one past the last), in reading order."""
+    """Return the documents of a batch as (row, first token, one past the last), in reading order."""
     found = []
     N, T = valid.shape
     for n in range(N):
@@ -30,7 +30,7 @@ def documents(valid, document_ids):
 
 
 def window_histograms_oracle(expert_ids, num_experts, m, valid, document_ids):
-    """H[n, e, j]: windows of m tokens of sequence n on which expert e is active j times."""
+    """Count H[n, e, j], the windows of m tokens of sequence n on which expert e is active j times."""
     N = len(expert_ids)
     H = np.zeros((N, num_experts, m + 1), dtype=np.int64)
     for n, first, end in documents(valid, document_ids):
@@ -42,7 +42,7 @@ def window_histograms_oracle(expert_ids, num_experts, m, valid, document_ids):
 
 
 def usage_oracle(expert_ids, num_experts, valid):
-    """How many valid tokens each expert is active on."""
+    """Count how many valid tokens each expert is active on."""
     usage = np.zeros(num_experts, dtype=np.int64)
     for n, t in np.argwhere(valid):
         for e in expert_ids[n, t]:
@@ -51,7 +51,7 @@ def usage_oracle(expert_ids, num_experts, valid):
 
 
 def best_f1_oracle(H):
-    """(F1, threshold, P, TP, A) of one histogram, F1 an exact fraction; the first maximum kept."""
+    """Return (F1, threshold, P, TP, A) of one histogram, F1 an exact fraction; the first maximum kept."""
     m = len(H) - 1
     A = sum(j * int(H[j]) for j in range(m + 1))
     best = None
@@ -65,7 +65,7 @@ def best_f1_oracle(H):
 
 
 def static_f1_oracle(usage, tokens):
-    """The best F1 of a set that never changes, over the most used experts, as an exact fraction."""
+    """Return the best F1 of a set that never changes, over the most used experts, as an exact fraction."""
     total = int(sum(usage))
     best, hits = Fraction(0), 0
     for size, count in enumerate(sorted((int(u) for u in usage), reverse=True), start=1):
@@ -78,7 +78,7 @@ def static_f1_oracle(usage, tokens):
 
 
 def poisson_weight_oracle(sequence, replicate, seed):
-    """How often a replicate draws a sequence: SplitMix64 hashes in plain integers, then the Poisson(1) quantile."""
+    """Return how often a replicate draws a sequence: SplitMix64 in plain integers, then the Poisson(1) quantile."""
 
     def mix(x):
         x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
@@ -98,7 +98,7 @@ def poisson_weight_oracle(sequence, replicate, seed):
 
 
 def resampled_means_oracle(rates_by_row, weights):
-    """The mean over documents in every replicate, documents being drawn with their row; NaN for an empty one."""
+    """Return the mean over documents in every replicate, documents being drawn with their row; NaN for an empty one."""
     means = []
     for w in weights:
         drawn = [rate for row, rate in rates_by_row for _ in range(int(w[row]))]
@@ -110,7 +110,7 @@ def resampled_means_oracle(rates_by_row, weights):
 
 
 def cache_hits_oracle(document, size, policy, m=None, replay="token", cold="free"):
-    """Hits of one document, [T, K] ids, with a cache of ``size`` slots that is really simulated.
+    """Count the hits of one document, [T, K] ids, with a cache of ``size`` slots that is really simulated.
 
     ``policy`` is "lru", "lfu", "belady" or "sch" with its window of m tokens.
     """
@@ -119,7 +119,7 @@ def cache_hits_oracle(document, size, policy, m=None, replay="token", cold="free
 
 
 def cache_access_hits_oracle(document, size, policy, m=None, replay="token", cold="free"):
-    """Whether each access of one document hits, [T][K]; see :func:`cache_hits_oracle`."""
+    """Return whether each access of one document hits, [T][K]; see :func:`cache_hits_oracle`."""
     if replay == "access":
         alone = cache_access_hits_oracle([[e] for token in document for e in token], size, policy, m, "token", cold)
         found = iter(hit for (hit,) in alone)
@@ -166,7 +166,7 @@ def cache_access_hits_oracle(document, size, policy, m=None, replay="token", col
 
 
 def fixed_set_hits_oracle(corpus, num_experts):
-    """Hits of each document, for every size of a fixed set of the most used experts; the lower id first on ties."""
+    """Count each document's hits for every size of a fixed set of the most used experts; the lower id first on ties."""
     usage = [sum(e in token for document in corpus for token in document) for e in range(num_experts)]
     by_usage = sorted(range(num_experts), key=lambda e: (-usage[e], e))
     return [
@@ -179,7 +179,7 @@ def fixed_set_hits_oracle(corpus, num_experts):
 
 
 def cache_aware_oracle(scores, top_k, slots, strength, guaranteed, valid, document_ids, method):
-    """(ids, hits) by (row, token) of a router [N, T, E] that prefers cached experts, its LRU cache really simulated."""
+    """Return (ids, hits) by (row, token) of a router [N, T, E] that prefers the experts in a simulated LRU cache."""
     ids, hits = {}, {}
     for n, first, end in documents(valid, document_ids):
         cache, ranges = [], []  # least recently used first
@@ -212,14 +212,14 @@ def cache_aware_oracle(scores, top_k, slots, strength, guaranteed, valid, docume
 
 
 def cv_oracle(values):
-    """Standard deviation over mean; 0 when the mean is 0."""
+    """Return standard deviation over mean; 0 when the mean is 0."""
     mean = sum(values) / len(values)
     variance = sum((value - mean) ** 2 for value in values) / len(values)
     return variance**0.5 / mean if mean else 0.0
 
 
 def local_cv_oracle(expert_ids, num_experts, m, valid, document_ids):
-    """Mean over all windows of m tokens (all documents when m is None) of the CV of the experts' usage in it."""
+    """Return the mean CV of the experts' usage in all windows of m tokens, or in all documents when m is None."""
     found = []
     for n, first, end in documents(valid, document_ids):
         length = end - first if m is None else m
@@ -231,7 +231,7 @@ def local_cv_oracle(expert_ids, num_experts, m, valid, document_ids):
 
 
 def overlap_oracle(expert_ids, valid, document_ids):
-    """(experts that a token shares with its predecessor, experts of tokens that have one), summed."""
+    """Count the experts that tokens share with their predecessor, and the experts of tokens that have one."""
     shared = accesses = 0
     for n, first, end in documents(valid, document_ids):
         for t in range(first + 1, end):
@@ -258,7 +258,7 @@ def _pairs(valid, document_ids, distance):
 
 
 def remoe_oracle(p, expert_ids, valid, document_ids, *, smooth, lag, working_set, distances, window):
-    """ReMoE's loss on distributions p [N, T, E]."""
+    """Return ReMoE's loss on distributions p [N, T, E]."""
     K = expert_ids.shape[-1]
     shares = [sum(p[n, t, e] for e in expert_ids[n, t - 1]) / K for n, t in _pairs(valid, document_ids, 1)]
     loss = -np.log(_mean(shares) + 1e-8) if shares else 0.0
@@ -277,7 +277,7 @@ def remoe_oracle(p, expert_ids, valid, document_ids, *, smooth, lag, working_set
 
 
 def sticky_oracle(p, valid, document_ids, *, smooth, anchor, window):
-    """StickyMoE's soft-hard loss on distributions p [N, T, E]."""
+    """Return StickyMoE's soft-hard loss on distributions p [N, T, E]."""
     costs = []
     for n, first, end in documents(valid, document_ids):
         for t in range(first + 1, end):
@@ -289,12 +289,12 @@ def sticky_oracle(p, valid, document_ids, *, smooth, anchor, window):
 
 
 def adjacent_oracle(p, valid, document_ids):
-    """1 - <p_t, p_{t-1}> on distributions p [N, T, E]."""
+    """Return 1 - <p_t, p_{t-1}> on distributions p [N, T, E]."""
     return _mean([1 - float(p[n, t] @ p[n, t - 1]) for n, t in _pairs(valid, document_ids, 1)])
 
 
 def bles_oracle(p, expert_ids, valid, document_ids):
-    """CoSMoEs' block-wise loss on distributions p [N, T, E]."""
+    """Return CoSMoEs' block-wise loss on distributions p [N, T, E]."""
     pairs = list(_pairs(valid, document_ids, 1))
     H = sum(len(set(expert_ids[n, t]) ^ set(expert_ids[n, t - 1])) for n, t in pairs)
     steps = sum(float(np.abs(p[n, t] - p[n, t - 1]).sum()) for n, t in pairs)
@@ -302,7 +302,7 @@ def bles_oracle(p, expert_ids, valid, document_ids):
 
 
 def melinoe_oracle(requests, kept, valid, document_ids, *, top_k, slots, decay):
-    """MELINOE's soft misses per token; ``kept`` [N, T, E] is what the cache takes up of the ``requests``."""
+    """Return MELINOE's soft misses per token; ``kept`` [N, T, E] is what the cache takes up of the ``requests``."""
     E = requests.shape[-1]
     misses = []
     for n, first, end in documents(valid, document_ids):
@@ -316,7 +316,7 @@ def melinoe_oracle(requests, kept, valid, document_ids, *, top_k, slots, decay):
 
 
 def anchor_oracle(p, p_ref, valid):
-    """KL(p ‖ p_ref) averaged over the valid tokens."""
+    """Return KL(p ‖ p_ref) averaged over the valid tokens."""
     return _mean([float(np.sum(p[n, t] * np.log(p[n, t] / p_ref[n, t]))) for n, t in np.argwhere(valid)])
 
 
@@ -333,7 +333,7 @@ def grouped_usage_oracle(expert_ids, num_experts, group_ids, num_groups, valid):
 
 
 def domain_specialization_oracle(usage, tokens):
-    """For each expert, the CV over the domains that have tokens of its usage share; NaN if it is never used."""
+    """Return for each expert the CV over the domains that have tokens of its usage share; NaN if it is never used."""
     found = []
     for e in range(usage.shape[1]):
         shares = [usage[d, e] / tokens[d] for d in range(len(tokens)) if tokens[d]]
@@ -342,7 +342,7 @@ def domain_specialization_oracle(usage, tokens):
 
 
 def vocabulary_specialization_oracle(usage, favourites):
-    """For each expert, the share of its activations that its most frequent token ids hold; NaN if it is never used."""
+    """Return for each expert the share of its uses that its most frequent token ids hold; NaN if it is never used."""
     found = []
     for e in range(usage.shape[1]):
         counts = sorted(usage[:, e], reverse=True)
@@ -354,12 +354,12 @@ def vocabulary_specialization_oracle(usage, favourites):
 
 
 def windows_oracle(m, valid, document_ids):
-    """Every window of m tokens of one document, as (row, its tokens)."""
+    """Return every window of m tokens of one document, as (row, its tokens)."""
     return [(n, range(p, p + m)) for n, first, end in documents(valid, document_ids) for p in range(first, end - m + 1)]
 
 
 def srp_worth_oracle(expert_ids, num_experts, m, valid, document_ids):
-    """g[n, t, e], what it is worth to SRP to activate e on t: ``(2 R - F1*) / D``, summed over the windows over t."""
+    """Return g[n, t, e], the worth to SRP of activating e on t: ``(2 R - F1*) / D``, summed over the windows over t."""
     worth = np.zeros((*valid.shape, num_experts))
     F1, threshold, P, _, A = best_f1_oracle(
         window_histograms_oracle(expert_ids, num_experts, m, valid, document_ids).sum(axis=(0, 1))
@@ -373,7 +373,7 @@ def srp_worth_oracle(expert_ids, num_experts, m, valid, document_ids):
 
 
 def relaxed_srp(soft, expert_ids, num_experts, m, valid, document_ids):
-    """SRP with the activations made soft, and all that the hard ones decide held fixed, less a constant.
+    """Return SRP with the activations made soft, and all that the hard ones decide held fixed, less a constant.
 
     ``sum over windows w and experts e of (2 R[e, w] - F1*) * sum_{t in w} soft[t, e] / D``, where R, F1* and
     ``D = m * sum(R) + sum(f)`` are those of the hard activations. None where there is no window.
@@ -394,7 +394,7 @@ def relaxed_srp(soft, expert_ids, num_experts, m, valid, document_ids):
 
 
 def srp_at_fixed_sets(activations, expert_ids, num_experts, m, valid, document_ids):
-    """``2 sum(R f) / (m sum(R) + sum(f))`` for any activations, the resident sets R being those of ``expert_ids``."""
+    """Return ``2 sum(R f) / (m sum(R) + sum(f))`` for any activations, with the resident sets R of ``expert_ids``."""
     _, threshold, P, _, _ = best_f1_oracle(
         window_histograms_oracle(expert_ids, num_experts, m, valid, document_ids).sum(axis=(0, 1))
     )
@@ -409,7 +409,7 @@ def srp_at_fixed_sets(activations, expert_ids, num_experts, m, valid, document_i
 
 
 def lru_residents_oracle(expert_ids, num_experts, slots, valid, document_ids):
-    """[N, T, E] which experts a literal LRU cache of ``slots`` holds before each token; empty at a document's start."""
+    """Return [N, T, E] what a literal LRU cache of ``slots`` holds before each token; empty at a document's start."""
     resident = np.zeros((*valid.shape, num_experts), dtype=bool)
     for n, first, end in documents(valid, document_ids):
         cache = []  # least recently used first
@@ -425,7 +425,7 @@ def lru_residents_oracle(expert_ids, num_experts, slots, valid, document_ids):
 
 
 def lru_hits_oracle(expert_ids, num_experts, slots, valid, document_ids):
-    """(hits, accesses), hits counted against the cache as it was before the token; a first use never hits."""
+    """Return (hits, accesses), hits counted against the cache as it was before the token; a first use never hits."""
     resident = lru_residents_oracle(expert_ids, num_experts, slots, valid, document_ids)
     tokens = np.argwhere(valid)
     hits = sum(1 for n, t in tokens for e in expert_ids[n, t] if resident[n, t, e])
@@ -433,7 +433,7 @@ def lru_hits_oracle(expert_ids, num_experts, slots, valid, document_ids):
 
 
 def relaxed_hit_rate(soft, expert_ids, num_experts, slots, valid, document_ids):
-    """As :func:`relaxed_srp` for an LRU cache: ``sum_{e,t} (2 R[e, t] - hit rate) * soft[t, e] / (2 accesses)``."""
+    """Return ``sum_{e,t} (2 R[e, t] - hit rate) * soft[t, e] / (2 accesses)`` of LRU, as :func:`relaxed_srp`."""
     resident = lru_residents_oracle(expert_ids, num_experts, slots, valid, document_ids)
     hits, accesses = lru_hits_oracle(expert_ids, num_experts, slots, valid, document_ids)
     total = 0.0
@@ -444,7 +444,7 @@ def relaxed_hit_rate(soft, expert_ids, num_experts, slots, valid, document_ids):
 
 
 def lru_worth_oracle(expert_ids, num_experts, slots, valid, document_ids):
-    """As :func:`srp_worth_oracle` for an LRU cache: ``(2 R[e, t] - hit rate) / (2 accesses)`` on valid tokens."""
+    """Return ``(2 R[e, t] - hit rate) / (2 accesses)`` of an LRU cache on valid tokens, as :func:`srp_worth_oracle`."""
     resident = lru_residents_oracle(expert_ids, num_experts, slots, valid, document_ids)
     hits, accesses = lru_hits_oracle(expert_ids, num_experts, slots, valid, document_ids)
     worth = np.zeros(resident.shape)
@@ -454,7 +454,7 @@ def lru_worth_oracle(expert_ids, num_experts, slots, valid, document_ids):
 
 
 def expert_mean_oracle(values, valid, weights=None):
-    """[E] each expert's (weighted) mean over the valid tokens; zeros where there is none."""
+    """Return [E] each expert's (weighted) mean over the valid tokens; zeros where there is none."""
     means = np.zeros(values.shape[-1])
     for e in range(len(means)):
         total = weight = 0.0
@@ -466,7 +466,7 @@ def expert_mean_oracle(values, valid, weights=None):
 
 
 def margins_oracle(scores, expert_ids, valid):
-    """theta[n, t]: halfway between the lowest score of a chosen expert and the highest of another; 0 on padding."""
+    """Return theta[n, t], halfway between the lowest chosen score and the highest other one; 0 on padding."""
     theta = np.zeros(valid.shape)
     for n, t in np.argwhere(valid):
         chosen = [score for e, score in enumerate(scores[n, t]) if e in expert_ids[n, t]]
@@ -476,19 +476,19 @@ def margins_oracle(scores, expert_ids, valid):
 
 
 def margin_membership_oracle(scores, theta, temperature):
-    """sigmoid((score - theta) / temperature) with a given theta."""
+    """Return sigmoid((score - theta) / temperature) with a given theta."""
     with np.errstate(over="ignore"):
         return 1 / (1 + np.exp(-(scores - theta[:, :, None]) / temperature))
 
 
 def probability_membership_oracle(logits, top_k):
-    """K times the softmax."""
+    """Return K times the softmax."""
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return top_k * shifted / shifted.sum(axis=-1, keepdims=True)
 
 
 def central_differences(function, at, step=1e-5):
-    """The gradient of a scalar function of an array, entry by entry."""
+    """Return the gradient of a scalar function of an array, entry by entry."""
     gradient = np.zeros_like(at)
     for index in np.ndindex(at.shape):
         ahead, behind = at.copy(), at.copy()
@@ -502,12 +502,12 @@ def central_differences(function, at, step=1e-5):
 
 
 def usage_share_oracle(expert_ids, num_experts, valid):
-    """share[e], the share of the valid tokens that expert e is active on; zeros where there is no token."""
+    """Return share[e], the share of the valid tokens that expert e is active on; zeros where there is no token."""
     return usage_oracle(expert_ids, num_experts, valid) / max(int(valid.sum()), 1)
 
 
 def load_balance_oracle(share, probabilities, top_k, valid):
-    """Switch's ``E/K * sum_e share[e] * (mean probability of e over the valid tokens)``."""
+    """Return Switch's ``E/K * sum_e share[e] * (mean probability of e over the valid tokens)``."""
     E = probabilities.shape[-1]
     tokens = np.argwhere(valid)
     loss = 0.0
@@ -521,7 +521,7 @@ def load_balance_oracle(share, probabilities, top_k, valid):
 
 
 def packed_rows(documents, sequence_length, pad_id):
-    """Rows of (id, label, is real, document, position), by walking over the tokens of all documents one at a time."""
+    """Return rows of (id, label, is real, document, position) by walking over all documents' tokens one by one."""
     stream = [(token, number) for number, document in enumerate(documents) for token in document]
     rows = []
     for first in range(0, len(stream), sequence_length):
@@ -538,6 +538,6 @@ def packed_rows(documents, sequence_length, pad_id):
 
 
 def softmax(logits):
-    """The softmax over the last dimension."""
+    """Return the softmax over the last dimension."""
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True)

@@ -9,7 +9,7 @@ DOMAINS = ("cpp", "python", "symbolic", "docs", "math", "speeches", "encyclopedi
 
 
 def result(name, /, *, seed=0, shared=0, weight=0.0, loss="LocalConsistencyLoss", perplexity=70.0, hits=0.4, **changes):
-    """What result.json holds. ``changes``: ``metrics`` to add, ``data`` and ``trainer`` settings, or keys of it."""
+    """Return what result.json holds; ``changes``: ``metrics``, ``data`` and ``trainer`` settings, or keys of it."""
     srp = 0.3 + hits / 2
     metrics = {
         "val/ppl": perplexity,
@@ -70,7 +70,7 @@ def result(name, /, *, seed=0, shared=0, weight=0.0, loss="LocalConsistencyLoss"
 
 
 def write_run(parent, name, /, *, labels=None, course=(), **options):
-    """A finished run's folder. ``labels``: of its cell; ``course``: (step, perplexity, LRU hit rate) of validations."""
+    """Write a finished run; ``labels``: of its cell; ``course``: (step, perplexity, LRU hit rate) of validations."""
     folder = Path(parent, name)
     folder.mkdir(parents=True)
     (folder / "config.yaml").touch()
@@ -85,7 +85,7 @@ def write_run(parent, name, /, *, labels=None, course=(), **options):
 
 
 def write_demo(parent, seeds=(0,)):
-    """The four runs of the demo, for each seed."""
+    """Write the four runs of the demo, for each seed."""
     for seed in seeds:
         for shared, label in enumerate(("none", "shared")):
             perplexity = 71.3 + 2 * shared + seed
@@ -107,7 +107,7 @@ LOSSES = {
 
 
 def write_losses(parent, seeds=(0, 1, 2)):
-    """A grid of three losses at four weights, with its baselines; remoe's largest weight collapses."""
+    """Write a grid of three losses at four weights, with its baselines; remoe's largest weight collapses."""
     for seed in seeds:
         base, misses = 70.0 + 2 * seed, 0.5 + seed / 100
         _write_cell(parent, "off", seed, base, misses)
@@ -126,7 +126,7 @@ def write_losses(parent, seeds=(0, 1, 2)):
 
 
 def _write_cell(parent, cell, seed, perplexity, misses, *, metrics=None, **options):
-    """With three validations, and the hit rates of six cache sizes."""
+    """Write a cell with three validations, and the hit rates of six cache sizes."""
     hits = 1 - misses
     sizes = {f"val/cache/lru_{ratio:g}k": 1 - misses ** (ratio / 2) for ratio in (3, 4, 6, 8)}
     course = [(99, 1.4 * perplexity, hits - 0.2), (199, 1.2 * perplexity, hits - 0.1), (399, perplexity, hits)]
@@ -136,7 +136,7 @@ def _write_cell(parent, cell, seed, perplexity, misses, *, metrics=None, **optio
 
 
 def write_designs(parent, srp, seeds=(0, 1), terms=("off", "on")):
-    """Runs of an ablation over designs, each without and with the term; ``srp``: design -> SRP at m = 16."""
+    """Write runs of an ablation over designs, each without and with the term; ``srp``: design -> SRP at m = 16."""
     for seed in seeds:
         for place, (design, value) in enumerate(srp.items()):
             for term in terms:
@@ -161,7 +161,7 @@ DEPLOYED = {
 
 
 def write_deployed(parent, seeds=(0, 1), priced=tuple(DEPLOYED)):
-    """A grid with cache-aware routing; cells that are not ``priced`` have what their validation measured alone.
+    """Write a grid with cache-aware routing; cells that are not ``priced`` have what their validation measured alone.
 
     The largest strength of "loop-0.1" lets an expert die.
     """
@@ -197,7 +197,7 @@ def write_deployed(parent, seeds=(0, 1), priced=tuple(DEPLOYED)):
 
 
 def price_row(run, seed, strength, perplexity, misses, share=0.3):
-    """A row of ``consistency-reg price``."""
+    """Return a row of ``consistency-reg price``."""
     return {
         "run": run,
         "seed": seed,

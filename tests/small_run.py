@@ -26,7 +26,7 @@ SMALL = {
 
 
 def small_run(run_dir, recipe="quickstart", changes=None):
-    """The arguments of ``fit`` for a recipe made small, with other keys changed; None leaves a key to the recipe."""
+    """Return the arguments of ``fit`` for a recipe made small, with other keys changed; None is the recipe's own."""
     keys = SMALL | {"run_dir": run_dir} | (changes or {})
     given = [f"--{key}={value}" for key, value in keys.items() if value is not None]
     return ["--config", str(ROOT / "recipes" / f"{recipe}.yaml"), *given]

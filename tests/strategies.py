@@ -46,7 +46,7 @@ def on_cases(few, *strategies, many=MANY):
 
 @dataclass(frozen=True)
 class Routing:
-    """The routing of one layer as both sides of a comparison want it: tensors for us, arrays for the oracle."""
+    """Holds the routing of one layer as both sides of a comparison want it: tensors for us, arrays for the oracle."""
 
     expert_ids: torch.Tensor
     num_experts: int
@@ -67,14 +67,14 @@ class Routing:
 
 
 def trace_of(layers):
-    """The layers of :func:`models` as one trace."""
+    """Return the layers of :func:`models` as one trace."""
     ids, experts = [layer.expert_ids for layer in layers], [layer.num_experts for layer in layers]
     return RoutingTrace(ids, experts, valid=layers[0].valid, document_ids=layers[0].document_ids)
 
 
 @st.composite
 def models(draw, max_layers=3, max_rows=3, max_tokens=12, max_experts=6):
-    """The layers of a small model: the same tokens and documents, an E and a K of its own for each layer."""
+    """Draw the layers of a small model: the same tokens and documents, an E and a K of its own for each layer."""
     N, T = draw(st.integers(1, max_rows)), draw(st.integers(1, max_tokens))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     valid = _valid(draw(st.sampled_from(["none", "right", "left", "anywhere", "all"])), N, T, rng)
@@ -87,7 +87,7 @@ def models(draw, max_layers=3, max_rows=3, max_tokens=12, max_experts=6):
 
 
 def routings(**sizes):
-    """Small routings of one layer, of every kind; now and then 256 experts, of which most are never used."""
+    """Draw small routings of one layer, of every kind; now and then 256 experts, of which most are never used."""
     return models(max_layers=1, **sizes).map(lambda layers: layers[0])
 
 
@@ -97,7 +97,7 @@ models_with_one_cache = models(max_tokens=10, max_experts=4).filter(
 
 
 def joined_documents(layers):
-    """The documents with the experts of all layers side by side, and how many experts these are."""
+    """Return the documents with the experts of all layers side by side, and how many experts these are."""
     joined, E = [], 0
     for layer in layers:
         joined.append(layer.expert_ids + E)

@@ -17,7 +17,7 @@ LIBRARY = [
 
 
 def imports(path):
-    """(line, module) of every import of a file, wherever it stands."""
+    """Yield (line, module) of every import of a file, wherever it stands."""
     package = ".".join(path.relative_to(ROOT).parent.parts)
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -37,7 +37,7 @@ def test_the_library_never_imports_the_lab(path):
 
 
 def modules():
-    """Every module of the package by its dotted name."""
+    """Return every module of the package by its dotted name."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -46,7 +46,7 @@ def modules():
 
 
 def imported_at_once(name, path, known):
-    """The modules of ``known`` that importing a module imports: not those within functions or for type checkers."""
+    """Return the modules of ``known`` that importing a module imports, not those in functions or for type checkers."""
     names = set()
     todo = list(ast.parse(path.read_text()).body)
     while todo:
@@ -68,7 +68,7 @@ def imported_at_once(name, path, known):
 
 
 def first_cycle(imported):
-    """The modules of a cycle, in the order of their imports; None if there is none."""
+    """Return the modules of a cycle, in the order of their imports; None if there is none."""
     done, way = set(), []
 
     def follow(name):
@@ -102,7 +102,7 @@ def test_no_module_imports_by_a_former_path(path):
 
 
 def tests_of_rooms():
-    """The tests of several modules of a room, as CONTRIBUTING.md has them: by the room's folder within the package."""
+    """Return the tests of rooms as CONTRIBUTING.md has them, by the room's folder within the package."""
     table = (ROOT / "CONTRIBUTING.md").read_text().split("| room | tests |")[1].split("\n\n")[0]
     rows = [row.split("|")[1:3] for row in table.splitlines()[2:]]
     return {

@@ -6,13 +6,13 @@ import math
 import os
 import re
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
 from places import ROOT
 from wandb_file import read_run
+from wheels import built_wheel, new_python
 
 DAYS = ROOT / "tests" / "days"
 pytestmark = pytest.mark.slow
@@ -20,14 +20,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
-    """The interpreter of a virtual environment with the wheel; all other packages are those of this environment."""
+    """Give the interpreter of a virtual environment with the wheel; other packages are those of this environment."""
     folder = tmp_path_factory.mktemp("days")
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    subprocess.run(build, cwd=ROOT, check=True)
-    (wheel,) = folder.glob("*.whl")
-    subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
-    python = folder / "venv" / "bin" / "python"
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
+    python = new_python(folder, "--no-deps", "--no-index", built_wheel(folder))
     (packages,) = folder.glob("venv/lib/python*/site-packages")
     # A folder that a .pth file names is searched, but its own .pth files, which lead to the checkout, are not read.
     (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")

@@ -9,7 +9,7 @@ import pytest
 from places import ROOT
 
 from consistency_reg.lab.arguments.fit import recipe_words
-from consistency_reg.lab.cli import MODULES
+from consistency_reg.lab.cli import COMMANDS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Pages about other trainers have tests of their own, with the models and data that they need.
@@ -17,13 +17,13 @@ RUN_HERE = ("README.md", "choosing.md", "deploying.md", "glossary.md", "index.md
 
 
 def found(pattern, pages=PAGES):
-    """(page, match) of every match."""
+    """Return (page, match) of every match."""
     flags = re.DOTALL | re.MULTILINE
     return [(page, match) for page in pages for match in re.findall(pattern, page.read_text(), flags)]
 
 
 def commands():
-    """Each command with arguments, in a block or in backticks, without what is said beside it."""
+    """Return each command with arguments, in a block or in backticks, without what is said beside it."""
     lines = found(r"^(consistency-reg [^\n`]+)") + found(r"`(consistency-reg [^`]+)`")
     return [(page, " ".join(line.split("  ")[0].split("#")[0].split())) for page, line in lines]
 
@@ -44,7 +44,7 @@ def test_python_block(page, code, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("page", "line"), commands(), ids=ids)
 def test_command(page, line, tmp_path, monkeypatch):
     _, name, *arguments = shlex.split(line)
-    assert name in MODULES, line
+    assert name in COMMANDS, line
     monkeypatch.chdir(tmp_path)
     for word in arguments:
         if re.fullmatch(r"[\w-]+\.(jsonl|txt)", word):  # the reader's own text

@@ -3,11 +3,11 @@
 import os
 import re
 import subprocess
-import sys
 
 import pytest
 from places import ROOT
 from wandb_file import read_run
+from wheels import built_wheel, new_python
 
 OWN_MODULE = """
 import sys
@@ -43,16 +43,10 @@ logger = WandbLogger(project="moe", mode="offline")
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
-    """The interpreter of a new virtual environment with the wheel and README's extras."""
+    """Give the interpreter of a new virtual environment with the wheel and README's extras."""
     folder = tmp_path_factory.mktemp("new")
-    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)], cwd=ROOT, check=True)
-    (wheel,) = folder.glob("*.whl")
     (extras,) = set(re.findall(r"pip install 'consistency-reg(\[all\])'", (ROOT / "README.md").read_text()))
-    subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
-    python = folder / "venv" / "bin" / "python"
-    install = ["pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt"), f"{wheel}{extras}"]
-    subprocess.run([str(python), "-m", *install], check=True)
-    return python
+    return new_python(folder, "-c", ROOT / "constraints.txt", f"{built_wheel(folder)}{extras}")
 
 
 @pytest.mark.slow

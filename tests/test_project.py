@@ -11,6 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from places import ROOT
+from wheels import built_wheel
 
 TOP_LEVEL = {
     *("pyproject.toml", "consistency_reg", "recipes", "tests", "notebooks", "README.md"),
@@ -35,14 +36,11 @@ def test_style_and_types_hold(tool):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    done = run("-m", "hatchling", "build", "-t", "wheel", "-d", str(folder))
-    assert done.returncode == 0, done.stderr
-    return next(folder.glob("*.whl"))
+    return built_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 def requirements(name):
-    """The installed distributions that ``name`` needs without any extra, itself included."""
+    """Return the installed distributions that ``name`` needs without any extra, itself included."""
     found, waiting = {}, [name]
     while waiting:
         name = canonicalize_name(waiting.pop())

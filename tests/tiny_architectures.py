@@ -83,7 +83,7 @@ for _model_type, _prefix in (("qwen4_exp", "text_config."), ("qwen4_exp_text", "
 
 
 def moe_model_types() -> list[str]:
-    """The library's own model types whose configuration, or one inside it, has a field about experts."""
+    """Return the library's own model types whose configuration, or one inside it, has a field about experts."""
     own = (name for name in CONFIG_MAPPING if CONFIG_MAPPING[name].__module__.startswith("transformers."))
     return sorted(model_type for model_type in own if _has_experts(CONFIG_MAPPING[model_type]))
 
@@ -108,7 +108,7 @@ def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
-    """The default configuration of a model type, made tiny."""
+    """Return the default configuration of a model type, made tiny."""
     config = CONFIG_MAPPING[model_type](**MADE_WITH.get(model_type, {}))
     for part in _configs(config):
         _shrink(part)
@@ -155,7 +155,7 @@ KINDS = ("causal", "encoder-decoder", "multimodal", "other")
 
 
 def model_class(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], str]:
-    """The class to build for a configuration, that with a language model's head if there is one, and its kind."""
+    """Return the class to build for a configuration, with a language model's head if there is one, and its kind."""
     parts = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
     order = {"causal": CAUSAL, "encoder-decoder": ENCODER_DECODER, "multimodal": MULTIMODAL, "other": OTHER}
     kinds = ("multimodal", "causal", "encoder-decoder", "other") if parts else KINDS
@@ -169,7 +169,7 @@ def model_class(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], str]:
 
 
 def build(model_type: str, rows: int = 2, tokens: int = 17) -> tuple[PreTrainedModel, dict[str, torch.Tensor], str]:
-    """(model in evaluation mode, text to run it on, kind)."""
+    """Return a model in evaluation mode, text to run it on, and its kind."""
     torch.manual_seed(0)
     config = tiny_config(model_type)
     kind_class, kind = model_class(config)
@@ -183,7 +183,7 @@ def build(model_type: str, rows: int = 2, tokens: int = 17) -> tuple[PreTrainedM
 
 @cache
 def _parts() -> frozenset[str]:
-    """Model types that are inside the default configuration of another one."""
+    """Return the model types that are inside the default configuration of another one."""
     found: set[str] = set()
     for model_type in moe_model_types():
         with suppress(Exception):
@@ -192,7 +192,7 @@ def _parts() -> frozenset[str]:
 
 
 def is_part_of_another(model_type: str) -> bool:
-    """Whether a model type has no language model of its own and is inside another one's configuration."""
+    """Return whether a model type has no language model of its own and is inside another one's configuration."""
     if model_type not in _parts():
         return False
     with suppress(Exception):

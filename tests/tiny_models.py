@@ -19,7 +19,7 @@ E, K = 8, 2
 
 
 def configs():
-    """A configuration for each kind, by its short name: 2 layers, E = 8, K = 2; DeepSeek-V3's first layer is dense."""
+    """Return a configuration of each kind by its short name: 2 layers, E = 8, K = 2; DeepSeek-V3's first is dense."""
     return {
         "olmoe": transformers.OlmoeConfig(**COMMON, num_experts=E, num_experts_per_tok=K),
         "mixtral": transformers.MixtralConfig(**COMMON, num_local_experts=E, num_experts_per_tok=K),
@@ -53,7 +53,7 @@ KINDS = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "granite_moe_shared", "de
 
 
 def tiny_model(kind, seed=0):
-    """The causal language model of one kind. DeepSeek-V3's correction bias is not zero, as after its training."""
+    """Return the causal language model of a kind; DeepSeek-V3's correction bias is not zero, as after training."""
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(configs()[kind])
     for module in model.modules():
@@ -63,5 +63,5 @@ def tiny_model(kind, seed=0):
 
 
 def token_ids(rows, tokens, seed=0):
-    """[rows, tokens] ids, none of them special."""
+    """Return [rows, tokens] ids, none of them special."""
     return torch.randint(3, COMMON["vocab_size"], (rows, tokens), generator=torch.Generator().manual_seed(seed))

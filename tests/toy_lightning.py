@@ -18,7 +18,7 @@ class ToyTopKRouter(nn.Linear):
 
 
 class ToyMoE(LightningModule):
-    """Two routers over an embedding, and a head; the user's module, which knows nothing of the callback."""
+    """A user's module, two routers over an embedding and a head, which knows nothing of the callback."""
 
     def __init__(self, output: str = "tensor", dropout: float = 0.0) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class ToyMoE(LightningModule):
 
 
 class Sharded(ToyMoE):
-    """FSDP2 as Lightning wants it."""
+    """Shards the module by FSDP2, as Lightning wants it."""
 
     def configure_model(self):
         from torch.distributed.fsdp import fully_shard

@@ -24,7 +24,7 @@ import lightning.pytorch as pl
 import torch
 import transformers
 from accelerate import Accelerator
-from plain_sgd import PLAIN_SGD
+from plain_sgd import PLAIN_SGD, InOrder
 from tiny_models import COMMON, E, K
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -80,7 +80,7 @@ def new_model(head: str) -> Any:
 
 
 def documents(generator: torch.Generator, lengths: list[int]) -> list[int]:
-    """Documents of these lengths, one behind the other."""
+    """Return documents of these lengths, one behind the other."""
     ids = [torch.randint(3, 64, (length - 1,), generator=generator).tolist() for length in lengths]
     return [token for document in ids for token in (BEGIN, *document)]
 
@@ -94,7 +94,7 @@ FORMS = {  # lengths of the documents of the two rows of a batch
 
 
 def batches(head: str, form: str, count: int) -> list[Batch]:
-    """Batches of two rows, with labels for a head; the rows have unequally many."""
+    """Return batches of two rows, with labels for a head; the rows have unequally many."""
     generator = torch.Generator().manual_seed(1)
     made = []
     for number in range(count):
@@ -116,6 +116,12 @@ def batches(head: str, form: str, count: int) -> list[Batch]:
     return made
 
 
+def rows_of(cell: "Cell") -> list[Batch]:
+    """Return the rows of a cell's micro-batches, one behind the other."""
+    made = batches(cell.head, cell.form, cell.accumulation)
+    return [{name: value[index] for name, value in batch.items()} for batch in made for index in range(B)]
+
+
 def _labels(head: str, ids: torch.Tensor, ignored: int, generator: torch.Generator) -> torch.Tensor:
     if head in ("sequence classification", "reward"):
         return torch.randint(3, (), generator=generator)
@@ -130,7 +136,7 @@ def _labels(head: str, ids: torch.Tensor, ignored: int, generator: torch.Generat
 
 @dataclass
 class Step:
-    """One optimizer step: its gradient, and the forwards with a gradient of each micro-batch."""
+    """Records one optimizer step: its gradient, and the forwards with a gradient of each micro-batch."""
 
     micro_batches: list[list[Batch]] = field(default_factory=lambda: [[]])
     gradient: torch.Tensor | None = None
@@ -161,7 +167,7 @@ def gradient_of(model: nn.Module) -> torch.Tensor:
 
 
 def right_gradient(head: str, step: Step) -> torch.Tensor:
-    """The mean over micro-batches of the term's gradient, with masks told from the tokens alone."""
+    """Return the mean over micro-batches of the term's gradient, with masks told from the tokens alone."""
     model = new_model(head)
     micro_batches = [forwards for forwards in step.micro_batches if forwards]
     for forwards in micro_batches:
@@ -219,12 +225,7 @@ def accelerate_loop(cell: "Cell", model: Any, weight: float, step: Step, folder:
     if weight:
         attach(model, LOSS, weight, scale=1 / cell.accumulation if "scale=" in cell.trainer else None)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    rows = [
-        {name: value[index] for name, value in batch.items()}
-        for batch in batches(cell.head, cell.form, cell.accumulation)
-        for index in range(B)
-    ]
-    loader = torch.utils.data.DataLoader(rows, batch_size=B)  # type: ignore[arg-type]
+    loader = torch.utils.data.DataLoader(rows_of(cell), batch_size=B)  # type: ignore[arg-type]
     prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     for number, batch in enumerate(loader):
         with accelerator.accumulate(prepared):
@@ -294,9 +295,8 @@ def arguments(cell: "Cell", folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class InOrder(transformers.Trainer):
-    def _get_train_sampler(self, *_: Any) -> Any:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
+class OrderedTrainer(InOrder, transformers.Trainer):
+    """A Trainer that does not shuffle."""
 
 
 def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -305,11 +305,6 @@ def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None)
 
 
 def hf_trainer(cell: "Cell", model: Any, weight: float, step: Step, folder: Path) -> None:
-    rows = [
-        {name: value[index] for name, value in batch.items()}
-        for batch in batches(cell.head, cell.form, cell.accumulation)
-        for index in range(B)
-    ]
     options = arguments(cell, folder)
     if cell.loss == "label smoothing":
         options["label_smoothing_factor"] = 0.1
@@ -321,7 +316,8 @@ def hf_trainer(cell: "Cell", model: Any, weight: float, step: Step, folder: Path
     if cell.loss == "averaged":
         model.accepts_loss_kwargs = False
     compute = own_loss if cell.loss == "compute_loss_func" else None
-    trainer = InOrder(model, transformers.TrainingArguments(**options), train_dataset=rows, compute_loss_func=compute)
+    given = {"train_dataset": rows_of(cell), "compute_loss_func": compute}
+    trainer = OrderedTrainer(model, transformers.TrainingArguments(**options), **given)
     start(cell, trainer, weight, step)
 
 
@@ -336,7 +332,7 @@ def tokenizer() -> Any:
 
 
 def texts(generator: torch.Generator, lengths: list[int], *, begin: bool) -> list[str]:
-    """Texts of so many words; those that begin a document begin with its token."""
+    """Return texts of so many words; those that begin a document begin with its token."""
     drawn = [torch.randint(3, 64, (length,), generator=generator).tolist() for length in lengths]
     return [" ".join(["<s>" if begin else "", *(f"w{word}" for word in words)]) for words in drawn]  # joined by a space
 
@@ -419,7 +415,7 @@ class Cell:
 
 
 def cells() -> Iterator[Cell]:
-    """Every cell of the table, in its order."""
+    """Yield every cell of the table, in its order."""
     lm, rest = "causal LM", ("sequence classification", "token classification")
     padded, forms = ("padded right",), tuple(FORMS)
 
@@ -475,7 +471,7 @@ def cells() -> Iterator[Cell]:
 
 
 def examine(cell: Cell) -> tuple[str, float]:
-    """("exact", relative error) or (the message of the refusal, NaN); AssertionError where the term is wrong."""
+    """Return "exact" and the relative error, or the message of the refusal and NaN; a wrong term fails an assertion."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -515,12 +511,12 @@ with the message below the table. Nothing else happens.
 
 
 def verdicts() -> dict[tuple[str, str, str, str, int], str]:
-    """ "exact" or the message of the refusal, of each cell."""
+    """Return "exact" or the message of the refusal, of each cell."""
     return {cell.key: examine(cell)[0] for cell in cells()}
 
 
 def document(found: dict[tuple[str, str, str, str, int], str]) -> str:
-    """The page of these verdicts."""
+    """Return the page of these verdicts."""
     import accelerate
     import lightning as lightning_package
     import trl
@@ -554,7 +550,7 @@ def document(found: dict[tuple[str, str, str, str, int], str]) -> str:
 
 
 def read(page: str) -> dict[tuple[str, str, str, str, int], str]:
-    """The verdicts of a page."""
+    """Return the verdicts of a page."""
     found = {}
     lines = page.splitlines()
     notes = dict(line.split(". ", 1) for line in lines if line[:1].isdigit())

@@ -19,7 +19,7 @@ FULL, FIRST, _, LAST = 1, 2, 3, 4
 
 @dataclass
 class OfflineRun:
-    """What one process logged; ``history`` has a dict for each row, ``axes`` the step metric of each defined name."""
+    """Holds what one process logged: ``history`` a dict for each row, ``axes`` the step metric of each defined name."""
 
     folder: Path
     id: str = ""
@@ -33,12 +33,12 @@ class OfflineRun:
     finished: bool = False
 
     def table(self, key: str) -> dict:
-        """The last table under a key: its ``columns`` and ``data``."""
+        """Return the last table under a key: its ``columns`` and ``data``."""
         (*_, row) = (row for row in self.history if key in row)
         return json.loads((self.folder / "files" / row[key]["path"]).read_text())
 
     def images(self, key: str) -> list[Path]:
-        """The files of all images under a key, in the order of the rows."""
+        """Return the files of all images under a key, in the order of the rows."""
         return [self.folder / "files" / row[key]["path"] for row in self.history if key in row]
 
 
@@ -93,12 +93,12 @@ def read_file(path: Path) -> OfflineRun:
 
 
 def read_runs(folder: Path) -> list[OfflineRun]:
-    """The offline runs below ``folder`` in the order of their beginning: an interrupted run has more than one."""
+    """Return the offline runs below ``folder`` in the order they began: an interrupted run has more than one."""
     return [read_file(path) for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"))]
 
 
 def read_run(folder: Path) -> OfflineRun:
-    """The one offline run below ``folder``, when it has finished."""
+    """Return the one offline run below ``folder``, when it has finished."""
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     for _ in range(200):  # wandb's process may still write when ``finish`` has returned
         if (run := read_file(path)).finished:

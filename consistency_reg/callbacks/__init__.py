@@ -1,11 +1,11 @@
-"""Lightning callbacks: one adds the consistency term to a module's loss, one measures routing at validation."""
+"""Lightning callbacks: terms on the routing, cache-aware routing in training, and measures and pictures of both."""
 
 from consistency_reg.callbacks.agreement import ExpertAgreement
 from consistency_reg.callbacks.anchor import RouterAnchor
-from consistency_reg.callbacks.batches import domain_names
 from consistency_reg.callbacks.cache_aware import CacheAwareTraining
 from consistency_reg.callbacks.monitor import RoutingMonitor
 from consistency_reg.callbacks.regularizer import ConsistencyRegularizer
+from consistency_reg.callbacks.trainer_state import domain_names
 from consistency_reg.masks import batch_masks
 
 __all__ = [

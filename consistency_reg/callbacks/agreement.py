@@ -36,11 +36,7 @@ class ExpertAgreement(ListeningCallback):
     Args:
         segment_length: m of SCH.
         cache_ratios: rho of its caches, slots = rho * K.
-        masks: ``batch -> (valid, document_ids)``, each [B, T] or None; reads what the model is called with, and the
-            usual keys of the batch, when None (docs/tokens.md).
-        adapters: kinds of routers that the capture does not know by itself.
-        layers: regular expression on the routers' names; those of the model that is trained when None.
-        tokens: "labels": only tokens that have a label count (docs/tokens.md); "all": all that are no padding.
+        masks: see :class:`~consistency_reg.RoutingMonitor`, as are adapters, layers and tokens.
 
     Raises:
         RuntimeError: a validation has batches that the first one did not have.
@@ -112,7 +108,7 @@ class ExpertAgreement(ListeningCallback):
         rates = self._sch.results()[self.segment_length]
         for ratio in self.cache_ratios:
             name = HIT_RATE.at(cache=f"sch_m{self.segment_length}", ratio=ratio).within(VALIDATION).name
-            values[name] = torch.stack([layer.at(ratio) for layer in rates.layers]).mean().float()
+            values[name] = rates.at(ratio).float()
         pl_module.log_dict(values)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

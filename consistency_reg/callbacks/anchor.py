@@ -27,12 +27,7 @@ class RouterAnchor(TrainingStepTerm):
 
     Args:
         weight: weight of the term, >= 0.
-        masks: ``batch -> (valid, document_ids)``, each [B, T] or None; reads what the model is called with, and the
-            usual keys of the batch, when None (docs/tokens.md).
-        adapters: kinds of routers that the capture does not know by itself.
-        layers: regular expression on the routers' names; those that ran with gradient and belong to what the optimizer
-            trains when None.
-        tokens: "labels": only tokens that have a label count (docs/tokens.md); "all": all that are no padding.
+        masks: see :class:`~consistency_reg.ConsistencyRegularizer`, as are adapters, layers and tokens.
         name: of the term in the log and in checkpoints; "anchor" when None.
 
     Raises:

@@ -1,15 +1,14 @@
 """Train with cache-aware routing, and validate with and without it, as a Lightning callback."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from consistency_reg.callbacks.batches import domain_names
 from consistency_reg.callbacks.monitor import RoutingMonitor
+from consistency_reg.callbacks.trainer_state import callbacks_of, domain_names
 from consistency_reg.capture import RouterAdapter, RouterCapture
 from consistency_reg.distributed import all_sum
 from consistency_reg.masks import Masks, batch_masks
@@ -17,7 +16,6 @@ from consistency_reg.measures import TRAINED_CACHE_RATIO, TRAINED_MISSES, TRAINE
 from consistency_reg.measures.reading import DEPLOYED, TRAINING, Measure
 from consistency_reg.optional import require
 from consistency_reg.rerouting import CacheAwareRouting, RoutingSchedule
-from consistency_reg.tracking.accumulate import RoutingMeasures
 from consistency_reg.tracking.deployed import DeployedMeasures
 
 with require("lightning"):
@@ -130,8 +128,12 @@ class CacheAwareTraining(Callback):
                 )
             self._said = True
             return
-        with self._deployed(self._routing) as routing:
-            values = self._measure(trainer, pl_module, routing)
+        self._routing.reset()
+        self.deployed.begin(self._routing, 0)
+        try:
+            values = self._measure(trainer, pl_module, self._routing)
+        finally:
+            self._rest()
         pl_module.log_dict({f"{DEPLOYED}/{name}": value for name, value in values.items()})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -168,21 +170,13 @@ class CacheAwareTraining(Callback):
             self._routing.detach()
             self._routing = None
 
-    @contextmanager
-    def _deployed(self, routing: CacheAwareRouting) -> Iterator[CacheAwareRouting]:
-        try:
-            routing.reset()
-            self.deployed.begin(routing, 0)
-            yield routing
-        finally:
-            self._rest()
-
     def _measure(
         self, trainer: Trainer, pl_module: LightningModule, routing: CacheAwareRouting
     ) -> dict[str, Tensor | float]:
         """Return the measures of all validation data by name."""
         names, device = domain_names(trainer), pl_module.device
-        measures = DeployedMeasures(_measures(trainer))
+        monitor = (callbacks_of(trainer, RoutingMonitor) or [RoutingMonitor()])[0]
+        measures = DeployedMeasures(monitor.core.new_measures())
         capture = RouterCapture(pl_module, self.adapters)
         sums_D2 = torch.zeros(len(names), 2, dtype=torch.float64, device=_double(device))  # nats, predicted tokens
         with capture:
@@ -211,13 +205,6 @@ def _batches(trainer: Trainer) -> Iterator[tuple[int, Any]]:
     for index, (loader, batches) in enumerate(zip(each, trainer.num_val_batches, strict=True)):
         for batch in islice(loader, None if batches == float("inf") else int(batches)):
             yield index, trainer.strategy.batch_to_device(batch, dataloader_idx=index)
-
-
-def _measures(trainer: Trainer) -> RoutingMeasures:
-    """Return measures like those of the trainer's monitor."""
-    monitors = [one for one in trainer.callbacks if isinstance(one, RoutingMonitor)]  # type: ignore[attr-defined]
-    core = (monitors[0] if monitors else RoutingMonitor()).core
-    return RoutingMeasures(core.segment_lengths, core.cache_ratios, core.cache_shares)
 
 
 def _double(device: torch.device) -> torch.device:

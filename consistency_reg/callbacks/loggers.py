@@ -39,7 +39,7 @@ class TrainerBoard(Board):
         self._boards().media(images, tables)
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Write into the summary of wandb runs."""
+        """Write into the summary of wandb runs, next to the last values that wandb keeps there by itself."""
         self._boards().summary(values)
 
     def alert(self, title: str, text: str) -> None:
@@ -78,11 +78,6 @@ def logged_step(trainer: Trainer) -> int:
 def wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
     """Return those of the loggers that are wandb's."""
     return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-
-
-def summarize(trainer: Trainer, values: Mapping[str, Any]) -> None:
-    """Write into the summary of wandb runs, next to the last value of everything that wandb keeps there by itself."""
-    TrainerBoard(trainer).summary(values)
 
 
 def log_settings(trainer: Trainer, name: str, settings: Mapping[str, Any]) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistency_reg.callbacks.batches import domain_names
 from consistency_reg.callbacks.listening import ListeningCallback
 from consistency_reg.callbacks.loggers import TrainerBoard, define_axes, logged_step
+from consistency_reg.callbacks.trainer_state import domain_names
 from consistency_reg.capture import RouterAdapter
 from consistency_reg.masks import Masks, token_ids
 from consistency_reg.optional import require

@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from consistency_reg.callbacks.monitor import RoutingMonitor
+from consistency_reg.callbacks.trainer_state import callbacks_of
 from consistency_reg.measures import CROSS_ENTROPY
 from consistency_reg.measures.reading import TRAINING
 from consistency_reg.optional import require
@@ -76,9 +77,7 @@ class TrainingBar(RichProgressBar):
 
 def current_routing(trainer: Trainer) -> dict[str, float]:
     """Return SRP and misses as the trainer's monitor measured them last; empty before that, or without one."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    monitor = next((callback for callback in callbacks if isinstance(callback, RoutingMonitor)), None)
-    return {} if monitor is None else monitor.current
+    return next((monitor.current for monitor in callbacks_of(trainer, RoutingMonitor)), {})
 
 
 def total_steps(trainer: Trainer) -> int | float:

@@ -7,6 +7,7 @@ from typing import Any
 from consistency_reg.callbacks.goal_keeper import GoalKeeper
 from consistency_reg.callbacks.loggers import log_settings
 from consistency_reg.callbacks.monitor import RoutingMonitor
+from consistency_reg.callbacks.trainer_state import callbacks_of
 from consistency_reg.callbacks.training_step import TrainingStepTerm
 from consistency_reg.capture import RouterAdapter
 from consistency_reg.control import make_goal
@@ -129,9 +130,8 @@ class ConsistencyRegularizer(TrainingStepTerm):
     def after_term(self, trainer: Trainer, term: Term, trace: RoutingTrace) -> None:
         """Let the monitors of the trainer see whether the term reaches the routers."""
         if term.weight:
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, RoutingMonitor):
-                    callback.watch_term(term.weighted, trace)
+            for monitor in callbacks_of(trainer, RoutingMonitor):
+                monitor.watch_term(term.weighted, trace)
 
     @property
     def settings(self) -> dict[str, Any]:

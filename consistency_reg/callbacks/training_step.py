@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from consistency_reg.callbacks.listening import ListeningCallback
+from consistency_reg.callbacks.trainer_state import callbacks_of
 from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.session import Listener, ListenOptions
@@ -54,7 +55,7 @@ class TrainingStepTerm(ListeningCallback):
         """Wrap ``training_step``, so that whoever trains before ``on_fit_start`` has the term too."""
         if stage != "fit" or not self.is_on():
             return
-        terms = [callback for callback in _callbacks(trainer) if isinstance(callback, TrainingStepTerm)]
+        terms = callbacks_of(trainer, TrainingStepTerm)
         earlier = [term.name for term in terms[: terms.index(self)]] if self in terms else []
         same = earlier.count(self.name)
         self.logged_name = f"{self.name}_{same + 1}" if same else self.name
@@ -86,7 +87,7 @@ class TrainingStepTerm(ListeningCallback):
         """Take the state of a callback of this kind that no other takes, as options in its key may have changed."""
         states = checkpoint.get("callbacks") or {}
         kind = type(self).__qualname__
-        claimed = {callback.state_key for callback in _callbacks(trainer)}
+        claimed = {callback.state_key for callback in callbacks_of(trainer, Callback)}
         free = [key for key in states if key not in claimed and (key == kind or str(key).startswith(kind + "{"))]
         if self.state_key not in states and len(free) == 1:
             states[self.state_key] = states.pop(free[0])
@@ -149,10 +150,6 @@ class _StepWithTerm:
         if self.shadowed is not None:
             return _same, (self.shadowed,)
         return getattr, (self.module, "training_step")  # of its class: the copy has nothing of its own yet
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined]
 
 
 def _same(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -113,6 +113,7 @@ class Attachment:
         loss: the routing loss.
         term: the :class:`~consistency_reg.term.Term` of the last training forward, without its graph, or None.
         during: the one training that it is for, or None.
+        trained_routing: the cache-aware routing of training forwards with its schedule, or None.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class Attachment:
         self._options = replace(options, keep_inputs=keep_inputs)
         self._listener: Listener | None = None
         self._layer_names: tuple[str, ...] = ()
-        self._trained = None if routing is None else TrainedRouting(model, routing, options)
+        self.trained_routing = None if routing is None else TrainedRouting(model, routing, options)
         self._handles: list[RemovableHandle] = []
         self._called = False
 
@@ -152,21 +153,12 @@ class Attachment:
     @property
     def routing(self) -> CacheAwareRouting | None:
         """Return the cache-aware routing of training forwards, or None."""
-        return None if self._trained is None else self._trained.routing
-
-    @property
-    def trained_routing(self) -> TrainedRouting | None:
-        """Return the routing of training forwards with its schedule, or None."""
-        return self._trained
+        return None if self.trained_routing is None else self.trained_routing.routing
 
     def begin_step(self, step: int) -> None:
         """Give the routing the strength and the cache of an optimizer step; without effect where there is none."""
-        if self._trained is not None:
-            self._trained.begin(step)
-
-    def logged_routing(self) -> dict[str, float]:
-        """Return what is logged of the routing: ``routing``, its strength; nothing where there is none."""
-        return {} if self.routing is None else {"routing": self.routing.strength}
+        if self.trained_routing is not None:
+            self.trained_routing.begin(step)
 
     @property
     def value(self) -> float:
@@ -186,8 +178,8 @@ class Attachment:
         self._called = False
         self._listener = RoutingSession.of(self._model).listen(self._options)
         warn_of_frozen(self._listener)
-        if self._trained is not None:
-            self._trained.attach()
+        if self.trained_routing is not None:
+            self.trained_routing.attach()
         router = self._model.get_submodule(self._listener.layer_names[0])
         self._handles = [
             self._model.register_forward_pre_hook(OwnedHook(self, "_note_call")),
@@ -213,8 +205,8 @@ class Attachment:
         if self._listener is not None:
             self._listener.release()
             self._listener = None
-        if self._trained is not None:
-            self._trained.detach()
+        if self.trained_routing is not None:
+            self.trained_routing.detach()
 
     def __enter__(self) -> "Attachment":
         return self.attach()

@@ -28,7 +28,6 @@ from consistency_reg.optional import require
 from consistency_reg.rerouting import RoutingSchedule
 from consistency_reg.routing import RoutingTrace
 from consistency_reg.session import ListenOptions, Which
-from consistency_reg.tracking.accumulate import RoutingMeasures
 from consistency_reg.tracking.alarms import Alarms
 from consistency_reg.tracking.monitor import MonitorCore
 
@@ -59,9 +58,7 @@ class RoutingMonitorCallback(TrainerCallback):
     :meth:`add_to` puts the callback before the reporters and tells it the names of the datasets.
 
     Args:
-        segment_lengths: m of SRP and of local balance.
-        cache_ratios: rho of the LRU caches, slots = rho * K.
-        cache_shares: more LRU caches, as a share of a layer's experts.
+        segment_lengths: see :class:`~consistency_reg.RoutingMonitor`, as are the ratios, shares, samples and alarms.
         masks: ``forward's arguments by name -> (valid, document_ids)``, each [B, T] or None; reads what the
             model and those inside of it are called with when None (docs/tokens.md).
         adapters: kinds of routers that the capture does not know by itself.
@@ -72,8 +69,6 @@ class RoutingMonitorCallback(TrainerCallback):
         training: measure training steps too.
         deployed: the routing of ``eval_deployed/``, with the mean of its cache ratios; that of the training when None.
             ``RoutingSchedule(0.0)`` leaves these evaluations out.
-        samples: how many texts to draw, the first row of as many datasets.
-        alarms: the bounds to warn at, see :class:`~consistency_reg.tracking.alarms.Alarms`; the usual ones when None.
 
     Raises:
         ValueError: ratios that are not positive, shares outside of (0, 1]; a model without routers.
@@ -126,10 +121,9 @@ class RoutingMonitorCallback(TrainerCallback):
         return int(self._tokens)
 
     def usage_profile(self) -> str:
-        """Return how many tokens of the last evaluation used each expert, over all processes and datasets.
+        """Return a line ``layer expert count`` for each expert, of the last evaluation over all processes and datasets.
 
-        Written to a file it is a profile for engines that keep the most used experts in memory: a line
-        ``layer expert count`` for each expert, layers numbered from 0 among those with routers.
+        See :meth:`consistency_reg.RoutingMonitor.usage_profile`.
 
         Raises:
             RuntimeError: no evaluation was measured.
@@ -274,8 +268,7 @@ class RoutingMonitorCallback(TrainerCallback):
         self._model = model
         self._told: dict[str, tuple[str, ...]] = {}
         self._listener = ForwardListener(model, self._hear, self._options)
-        measures = RoutingMeasures(self.core.segment_lengths, self.core.cache_ratios, self.core.cache_shares)
-        self._deployed = DeployedEvaluation(model, self.deployed, measures, self._options)
+        self._deployed = DeployedEvaluation(model, self.deployed, self.core.new_measures(), self._options)
 
     def _hear(self, given: Given) -> None:
         assert self._listener is not None

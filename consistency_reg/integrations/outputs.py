@@ -20,14 +20,17 @@ def change_loss(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
         >>> change_loss({"loss": torch.tensor(1.0), "logits": None}, lambda loss: loss + 1)
         {'loss': tensor(2.), 'logits': None}
     """
+    loss = loss_of(output)
+    if loss is None:
+        raise LookupError
     if isinstance(output, tuple):
-        return (change(_scalar(output[0] if output else None)), *output[1:])
-    if isinstance(output, MutableMapping):  # transformers' outputs too
-        output["loss"] = change(_scalar(output.get("loss")))
-        return output
+        return (change(loss), *output[1:])
     if isinstance(output, Tensor):
-        return change(_scalar(output))
-    output.loss = change(_scalar(getattr(output, "loss", None)))
+        return change(loss)
+    if isinstance(output, MutableMapping):  # transformers' outputs too
+        output["loss"] = change(loss)
+    else:
+        output.loss = change(loss)
     return output
 
 
@@ -106,9 +109,3 @@ def _attributes(output: Any) -> dict[str, Any]:
     if hasattr(output, "get_seq_length") or isinstance(output, type):
         return {}
     return dict(getattr(output, "__dict__", {}))
-
-
-def _scalar(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.dim() > 0:
-        raise LookupError
-    return loss

@@ -9,7 +9,7 @@ from consistency_reg.tracking.board import Board, Boards, Table, TensorBoardBoar
 STEP = "train/global_step"  # the axis of transformers' WandbCallback
 
 
-class ReporterBoard(Board):
+class ReporterBoard(Boards):
     """Shows in wandb's run and in TensorBoard, at the present step, under ``eval/`` in place of ``val/``.
 
     Args:
@@ -27,28 +27,24 @@ class ReporterBoard(Board):
         if first and "tensorboard" in report_to:
             writers = (getattr(callback, "tb_writer", None) for callback in callbacks)
             boards += [TensorBoardBoard(writer, step) for writer in writers if writer is not None]
-        self._boards = Boards(boards)
+        super().__init__(boards)
 
     @property
     def shows_pictures(self) -> bool:
         """Return whether a reporter can hold pictures."""
-        return bool(self._boards.boards)
+        return bool(self.boards)
 
     def scalars(self, values: Mapping[str, float]) -> None:
         """Log numbers."""
-        self._boards.scalars(_renamed(values))
+        super().scalars(_renamed(values))
 
     def media(self, images: Mapping[str, Any], tables: Mapping[str, Table]) -> None:
         """Show images and tables."""
-        self._boards.media(_renamed(images), _renamed(tables))
+        super().media(_renamed(images), _renamed(tables))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Write into the summary of wandb's run."""
-        self._boards.summary(_renamed(values))
-
-    def alert(self, title: str, text: str) -> None:
-        """Alert the owner of wandb's run."""
-        self._boards.alert(title, text)
+        super().summary(_renamed(values))
 
 
 def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -179,8 +179,10 @@ class ConsistencyCallback(TrainerCallback):
     def on_substep_end(self, *_: Any, **__: Any) -> None:
         """Check and keep what a micro-batch had."""
         assert self._attachment is not None
+        routing = self._attachment.routing
+        logged_routing = {} if routing is None else {"routing": routing.strength}
         for term in self._attachment.end_micro_batch():
-            for name, value in (term.logged() | self._attachment.logged_routing()).items():
+            for name, value in (term.logged() | logged_routing).items():
                 self._seen.setdefault(name, []).append(value)
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:

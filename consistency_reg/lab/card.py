@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from consistency_reg.lab.files import write_atomically
 from consistency_reg.lab.render.markdown import markdown
 from consistency_reg.lab.render.table import Table
 from consistency_reg.measures import shown_in
@@ -14,19 +13,13 @@ from consistency_reg.optional import require
 with require("transformers"):
     from huggingface_hub import EvalResult, ModelCardData
 
+CARD = "README.md"  # in the folder of the model, where the hub looks for it
 PARTS = {
     "router": "the routers alone",
     "lora": "the routers, and low-rank updates of the attention's matrices, which are merged",
     "lora_experts": "the routers, and low-rank updates of the matrices of attention and experts, which are merged",
     "all": "all weights",
 }
-
-
-def write_card(result: Mapping[str, Any], folder: Path) -> Path:
-    """Write the card of a run into the folder of its model, and return the path of the card."""
-    path = folder / "README.md"
-    write_atomically(path, card(result))
-    return path
 
 
 def card(result: Mapping[str, Any]) -> str:

@@ -10,17 +10,17 @@ from importlib.metadata import version
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # as a shell has them
 HELP = ("-h", "--help")
-MODULES = {
-    "fit": "consistency_reg.lab.train",
-    "evaluate": "consistency_reg.lab.evaluate.command",
-    "ablate": "consistency_reg.lab.ablate",
-    "cloze": "consistency_reg.lab.cloze.command",
-    "export": "consistency_reg.lab.gguf.command",
-    "offload": "consistency_reg.lab.offload.command",
-    "price": "consistency_reg.lab.pricing.command",
-    "report": "consistency_reg.lab.report",
-    "upcycle": "consistency_reg.lab.upcycle.command",
-    "workspace": "consistency_reg.lab.workspace",
+COMMANDS = {  # the module that runs each, and what it does
+    "fit": ("train", "train one recipe into a run folder"),
+    "evaluate": ("evaluate.command", "judge models, and say how large a cache of experts they need"),
+    "ablate": ("ablate", "train every cell of a grid of recipes"),
+    "cloze": ("cloze.command", "let models choose among continuations of held-out passages"),
+    "export": ("gguf.command", "write a model as GGUF for llama.cpp"),
+    "offload": ("offload.command", "run models whose experts are read from disk"),
+    "price": ("pricing.command", "measure what routing that knows the cache costs and saves"),
+    "report": ("report", "compare runs: table, figures, one HTML page"),
+    "upcycle": ("upcycle.command", "turn a dense model into a mixture of experts"),
+    "workspace": ("workspace", "lay out a wandb project for reading trade-offs"),
 }
 
 
@@ -51,14 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    if not arguments or arguments[0] not in MODULES:
+    if not arguments or arguments[0] not in COMMANDS:
         if not arguments:
             _parser().print_help(sys.stderr)
             return 2
         _parser().parse_args(arguments)
     command, *rest = arguments
     if not {*HELP} & {*rest} and (rest or command != "fit"):
-        run: Callable[[list[str]], int | None] = import_module(MODULES[command]).main
+        run: Callable[[list[str]], int | None] = import_module(f"consistency_reg.lab.{COMMANDS[command][0]}").main
         return run(rest) or 0
     help_of = import_module(f"consistency_reg.lab.arguments.{command}").parser()
     help_of.print_help(sys.stdout if rest else sys.stderr)
@@ -89,14 +89,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--version", action="version", version=f"consistency-reg {version('consistency-reg')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("fit", help="train one recipe into a run folder")
-    commands.add_parser("evaluate", help="judge models, and say how large a cache of experts they need")
-    commands.add_parser("ablate", help="train every cell of a grid of recipes")
-    commands.add_parser("cloze", help="let models choose among continuations of held-out passages")
-    commands.add_parser("export", help="write a model as GGUF for llama.cpp")
-    commands.add_parser("offload", help="run models whose experts are read from disk")
-    commands.add_parser("price", help="measure what routing that knows the cache costs and saves")
-    commands.add_parser("report", help="compare runs: table, figures, one HTML page")
-    commands.add_parser("upcycle", help="turn a dense model into a mixture of experts")
-    commands.add_parser("workspace", help="lay out a wandb project for reading trade-offs")
+    for command, (_, does) in COMMANDS.items():
+        commands.add_parser(command, help=does)
     return parser

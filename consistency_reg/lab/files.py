@@ -17,7 +17,7 @@ SAFE_NAME = re.compile(r"[\w+-][\w.+-]{0,99}")
 
 
 class Draft:
-    """A file that is written next to its place and then takes it, so that nobody ever sees a part of it.
+    """Writes a file next to its place and then moves it there, so that nobody ever sees a part of it.
 
     A reader, a crash and a full disk find the former file or the new one. Being in the folder of its place, the draft
     is on the same file system, where a rename is one step; the bytes reach the disk before the rename does.

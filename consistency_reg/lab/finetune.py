@@ -75,6 +75,10 @@ def measure_before(trainer: Any, module: Any, data: Any) -> dict[str, Any]:
     how many of its parameters are to learn.
     """
     trainer.validate(module, datamodule=data, verbose=False)
-    measured = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-    return {"before": measured, "trainable_parameters": trainable}
+    return {"before": validated(trainer), "trainable_parameters": trainable}
+
+
+def validated(trainer: Any) -> dict[str, float]:
+    """Return the measures of a trainer's last validation by name."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}

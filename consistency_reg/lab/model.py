@@ -99,7 +99,7 @@ def small_moe(
 
 
 class PartlyDenseConfig(GraniteMoeSharedConfig):
-    """GraniteMoeShared with layers that have no router, which its own configuration cannot say.
+    """Configures GraniteMoeShared with layers that have no router, which its own configuration cannot say.
 
     Args:
         dense_layers: their numbers.
@@ -112,7 +112,7 @@ class PartlyDenseConfig(GraniteMoeSharedConfig):
 
 
 class PartlyDenseForCausalLM(GraniteMoeSharedForCausalLM):
-    """GraniteMoeShared with an MLP in the place of the experts, shared ones included, in some layers."""
+    """Puts an MLP in the place of the experts, shared ones included, in some layers of GraniteMoeShared."""
 
     config_class = PartlyDenseConfig
 

@@ -15,7 +15,7 @@ from consistency_reg.session import RoutingSession
 
 
 class CausalMoE(LightningModule):
-    """Next-token loss plus load-balance and router z-loss; logs perplexity, of every domain and of all.
+    """Trains on the next-token loss plus load-balance and router z-loss; logs perplexity, of every domain and of all.
 
     Args:
         model: a transformers causal language model whose layers have routers.

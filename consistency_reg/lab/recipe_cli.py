@@ -4,7 +4,8 @@ import argparse
 import inspect
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from consistency_reg.callbacks import (
     RoutingMonitor,
 )
 from consistency_reg.callbacks.progress import TrainingBar
+from consistency_reg.callbacks.trainer_state import callbacks_of
 from consistency_reg.lab.arguments.fit import recipe_words
 from consistency_reg.lab.checkpoint_files import WholeCheckpoints, let_save, refuse_damaged
 from consistency_reg.lab.corpus.data import TextDataModule
@@ -118,8 +120,7 @@ class RecipeCLI(LightningCLI):
     @property
     def deployment(self) -> dict[str, Any]:
         """Return the routing to deploy the model with, as arguments of CacheAwareRouting; empty for none."""
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        routing = next(one for one in callbacks if isinstance(one, CacheAwareTraining))
+        routing = callbacks_of(self.trainer, CacheAwareTraining)[0]
         return routing.deployed.settings() if routing.deployed.strength else {}
 
     def compare_with_folder(self) -> None:
@@ -154,12 +155,8 @@ class RecipeCLI(LightningCLI):
             refuse_damaged(self.folder.last_checkpoint)
 
     def _complete(self, recipe: dict[str, Any]) -> str:
-        silent = logging.root.manager.disable
-        logging.disable(logging.CRITICAL)
-        try:
+        with _quiet(logging.CRITICAL):
             return self.parser.dump(self.parser.parse_object(recipe), skip_none=False)
-        finally:
-            logging.disable(silent)
 
     def _let_the_model_follow(self) -> None:
         """Give a model that is built from scratch the seed, vocabulary and context of the recipe (jsonargparse cannot
@@ -217,12 +214,8 @@ class CheckOnly(RecipeCLI):
 
 def check_config(argv: Sequence[str]) -> None:
     """Raise ValueError if ``consistency-reg fit`` would refuse these arguments; nothing is built or written."""
-    silent = logging.root.manager.disable
-    logging.disable(max(silent, logging.INFO))  # Lightning says each time which seed it has set
-    try:
+    with _quiet(logging.INFO):  # Lightning says each time which seed it has set
         parse(CheckOnly, argv)
-    finally:
-        logging.disable(silent)
 
 
 def parse(cli: type[RecipeCLI], argv: Sequence[str]) -> RecipeCLI:
@@ -242,3 +235,14 @@ def parse(cli: type[RecipeCLI], argv: Sequence[str]) -> RecipeCLI:
             save_config_callback=None,
             parser_kwargs=options,
         )
+
+
+@contextmanager
+def _quiet(level: int) -> Iterator[None]:
+    """Log nothing of this level or below."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, level))
+    try:
+        yield
+    finally:
+        logging.disable(before)

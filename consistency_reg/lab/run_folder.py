@@ -12,95 +12,63 @@ import os
 import socket
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from consistency_reg.lab.files import naming, remove_leftovers, write_atomically, write_json
 
-PRICES = "prices.csv"
-CONFIG, RESULT, PROGRESS, METRICS = "config.yaml", "result.json", "progress.json", "metrics.csv"
-CHECKPOINTS, LAST, MODEL, WANDB, WANDB_ID = "checkpoints", "last.ckpt", "model", "wandb", "wandb-id"
-CELL_CONFIG, CELL_SETTINGS, LOG, LOCK = "cell.yaml", "cell.json", "log.txt", "lock"
 HANDED_DOWN = "CONSISTENCY_REG_CLAIM"  # the file descriptor of a claim that a child process is given
 PATIENCE = 15.0  # seconds in which what a killed owner has left, such as data workers, ends by itself
 SIGNED_WITHIN = 1.0  # seconds in which a new owner has written who it is
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Holds the folder of a run, which need not exist yet.
+    """Names the files in the folder of a run, which need not exist yet, and reads and writes them.
 
     Args:
         path: where it is.
+
+    Attributes:
+        config: the whole recipe of the run, defaults included.
+        result: what came out, written when the run is finished.
+        metrics: what was logged since the run was resumed last.
+        checkpoints: the folder of the checkpoints.
+        last_checkpoint: the checkpoint that a resumed run continues from.
+        model: the folder of the trained model, its tokenizer and its card.
+        wandb: the folder of wandb's files.
+        prices: the rows of ``consistency-reg price``.
+        cell_config: the keys that a cell of an ablation changes in its recipe.
+        cell_settings: the settings of an ablation's cell, and its place in the grid.
+        log: what the process of a cell has printed.
+        lock: what a :class:`Claim` locks, and says who has it.
 
     Example:
         >>> RunFolder(Path("runs/first")).last_checkpoint.as_posix()
         'runs/first/checkpoints/last.ckpt'
     """
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.result = path / "result.json"
+        self.metrics = path / "metrics.csv"
+        self.checkpoints = path / "checkpoints"
+        self.last_checkpoint = self.checkpoints / "last.ckpt"
+        self.model = path / "model"
+        self.wandb = path / "wandb"
+        self.prices = path / "prices.csv"
+        self.cell_config = path / "cell.yaml"
+        self.cell_settings = path / "cell.json"
+        self.log = path / "log.txt"
+        self._progress = path / "progress.json"
+        self._wandb_id = path / "wandb-id"
+        self.lock = path / "lock"
 
     @property
     def name(self) -> str:
         """Return the name of the run: the folder's own, also where it is given as ``.``."""
         return self.path.resolve().name
-
-    @property
-    def config(self) -> Path:
-        """Return the whole recipe of the run, defaults included."""
-        return self.path / CONFIG
-
-    @property
-    def result(self) -> Path:
-        """Return the file of the result, which is written when the run is finished."""
-        return self.path / RESULT
-
-    @property
-    def metrics(self) -> Path:
-        """Return the file of the metrics that were logged since the run was resumed last."""
-        return self.path / METRICS
-
-    @property
-    def checkpoints(self) -> Path:
-        """Return the folder of the checkpoints."""
-        return self.path / CHECKPOINTS
-
-    @property
-    def last_checkpoint(self) -> Path:
-        """Return the checkpoint that a resumed run continues from."""
-        return self.checkpoints / LAST
-
-    @property
-    def model(self) -> Path:
-        """Return the folder of the trained model, its tokenizer and its card."""
-        return self.path / MODEL
-
-    @property
-    def wandb(self) -> Path:
-        """Return the files of wandb."""
-        return self.path / WANDB
-
-    @property
-    def prices(self) -> Path:
-        """Return the file of the rows of ``consistency-reg price``."""
-        return self.path / PRICES
-
-    @property
-    def cell_config(self) -> Path:
-        """Return the file of the keys that a cell of an ablation changes in its recipe."""
-        return self.path / CELL_CONFIG
-
-    @property
-    def cell_settings(self) -> Path:
-        """Return the file of the settings of an ablation's cell, and of its place in the grid."""
-        return self.path / CELL_SETTINGS
-
-    @property
-    def log(self) -> Path:
-        """Return the file of what the process of a cell has printed."""
-        return self.path / LOG
 
     @property
     def is_finished(self) -> bool:
@@ -110,13 +78,13 @@ class RunFolder:
     @property
     def is_run(self) -> bool:
         """Return whether a run was begun in the folder."""
-        return any((self.path / name).exists() for name in (RESULT, CELL_SETTINGS, CONFIG))
+        return any(file.exists() for file in (self.result, self.cell_settings, self.config))
 
     @property
     def is_free(self) -> bool:
         """Return whether the folder holds nothing, or only what an ablation writes first."""
-        known = {LOCK, CELL_CONFIG}
-        return not self.path.is_dir() or all(one.name in known or one.match(".*.part") for one in self.path.iterdir())
+        known = (self.lock, self.cell_config)
+        return not self.path.is_dir() or all(one in known or one.match(".*.part") for one in self.path.iterdir())
 
     def check_writable(self) -> None:
         """Raise OSError if the folder can neither be written to nor made; nothing is written."""
@@ -170,22 +138,20 @@ class RunFolder:
 
     def write_progress(self, progress: dict[str, Any]) -> None:
         """Write how far the run is."""
-        write_json(self.path / PROGRESS, progress, durable=False)  # the next one comes in seconds
+        write_json(self._progress, progress, durable=False)  # the next one comes in seconds
 
     def read_progress(self) -> dict[str, Any] | None:
         """Return how far the run said it is, with the time of that under "written"; None before it did."""
-        path = self.path / PROGRESS
         try:
-            return {**json.loads(path.read_text()), "written": path.stat().st_mtime}
+            return {**json.loads(self._progress.read_text()), "written": self._progress.stat().st_mtime}
         except (OSError, ValueError):
             return None
 
     def wandb_id(self, new: str) -> str:
         """Return wandb's id of the run; it is ``new`` for the first one who asks."""
-        path = self.path / WANDB_ID
-        if not path.exists() or not path.stat().st_size:  # an empty one is what a full disk has left
-            write_atomically(path, new)
-        return path.read_text()
+        if not self._wandb_id.exists() or not self._wandb_id.stat().st_size:  # a full disk has left an empty one
+            write_atomically(self._wandb_id, new)
+        return self._wandb_id.read_text()
 
     def log_tail(self, lines: int = 8) -> list[str]:
         """Return the last lines of the log that say something; of a progress bar only its last state."""
@@ -217,7 +183,7 @@ def runs_within(place: Path) -> tuple[list[Path], list[Path]]:
 
 
 class Claim:
-    """The right to work in a run folder, which one process at a time has.
+    """Holds the right to work in a run folder, which one process at a time has.
 
     It ends with its process, however that ends, and is shared with the child process that it is handed down to: then it
     ends with whoever of the two ends last.
@@ -237,9 +203,9 @@ class Claim:
         if (inherited := _handed_down(folder)) is not None:
             claim = cls(inherited, inherited=True)
         else:
-            with naming(folder.path / LOCK):
+            with naming(folder.lock):
                 folder.path.mkdir(parents=True, exist_ok=True)
-                claim = cls(os.open(folder.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644))
+                claim = cls(os.open(folder.lock, os.O_RDWR | os.O_CREAT, 0o644))
             if not claim._lock():
                 os.close(claim.descriptor)
                 return None
@@ -304,7 +270,7 @@ def refuse_claimed(folder: RunFolder) -> None:
     owner = _owner(folder)
     if not owner or _is_dead(owner) or HANDED_DOWN in os.environ:
         return
-    with contextlib.suppress(OSError), open(folder.path / LOCK) as lock:
+    with contextlib.suppress(OSError), open(folder.lock) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -316,7 +282,7 @@ def _handed_down(folder: RunFolder) -> int | None:
     given = os.environ.get(HANDED_DOWN, "")
     try:
         descriptor = int(given)
-        here, there = os.fstat(descriptor), os.stat(folder.path / LOCK)
+        here, there = os.fstat(descriptor), os.stat(folder.lock)
     except (OSError, ValueError):
         return None
     if (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino):
@@ -328,7 +294,7 @@ def _handed_down(folder: RunFolder) -> int | None:
 
 def _owner(folder: RunFolder) -> dict[str, Any]:
     try:
-        owner = json.loads((folder.path / LOCK).read_text())
+        owner = json.loads(folder.lock.read_text())
     except (OSError, ValueError):
         return {}
     return owner if isinstance(owner, dict) else {}

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from consistency_reg.callbacks.loggers import log_files, summarize, wandb_loggers
+from consistency_reg.callbacks.loggers import TrainerBoard, log_files, wandb_loggers
 from consistency_reg.lab.files import naming, write_atomically
 from consistency_reg.lab.run_folder import RunFolder
 from consistency_reg.lab.wandb_login import wandb_mode
@@ -125,7 +125,8 @@ def log_result(trainer: Trainer, result: Mapping[str, Any], name: str, files: Se
 
     The recipe is in wandb's config and the metrics are in the summary under their own names, so neither is repeated.
     """
-    summarize(trainer, {"result": {key: value for key, value in result.items() if key not in ("config", "metrics")}})
+    shown = {key: value for key, value in result.items() if key not in ("config", "metrics")}
+    TrainerBoard(trainer).summary({"result": shown})
     log_files(trainer, f"{name}-card", "model-card", files)
 
 

@@ -58,17 +58,17 @@ class RunProgress(Callback):
 
     @property
     def tokens(self) -> int:
-        """Real tokens that all processes have trained on."""
+        """Return the real tokens that all processes have trained on."""
         return int(self._tokens)
 
     @property
     def tokens_per_second(self) -> float:
-        """Training throughput; validation and set-up do not count."""
+        """Return the throughput of training; validation and set-up do not count."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     @property
     def wall_seconds(self) -> float:
-        """Seconds of all sessions, with set-up and validation; those before this one up to their last checkpoint."""
+        """Return the seconds of all sessions, with set-up and validation; of earlier ones up to the last checkpoint."""
         return self._earlier_seconds + time.monotonic() - self._began
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -12,10 +12,10 @@ with require("lightning"):
     import yaml
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from consistency_reg.lab.card import write_card
+from consistency_reg.lab.card import CARD, card
 from consistency_reg.lab.cli import TERMINATED
-from consistency_reg.lab.files import whole_folder
-from consistency_reg.lab.finetune import is_fine_tuning, measure_before, vocabulary_digest
+from consistency_reg.lab.files import whole_folder, write_atomically
+from consistency_reg.lab.finetune import is_fine_tuning, measure_before, validated, vocabulary_digest
 from consistency_reg.lab.model import count_parameters
 from consistency_reg.lab.pretrained import save_plain
 from consistency_reg.lab.provenance import device_name, git_commit, package_versions
@@ -141,8 +141,8 @@ def _publish(cli: RecipeCLI, argv: Sequence[str], origin: dict[str, Any], before
         save_plain(cli.model.model, draft)  # merges low-rank updates, which count as parameters until then
         result = origin | _result(cli, argv) | before | ({"deployment": deployment} if deployment else {})
         cli.datamodule.tokenizer.save_pretrained(draft)
-        card = write_card(result, draft).name
-    log_result(cli.trainer, result, result["name"], [folder.model / card, folder.config])
+        write_atomically(draft / CARD, card(result))
+    log_result(cli.trainer, result, result["name"], [folder.model / CARD, folder.config])
     folder.write_result(result)
 
 
@@ -163,7 +163,5 @@ def _result(cli: RecipeCLI, argv: Sequence[str]) -> dict[str, Any]:
         "tokens_per_s": cli.progress.tokens_per_second,
         "wall_time_s": cli.progress.wall_seconds,
         "wandb_dir": str(folder.wandb) if folder.wandb.exists() else "",
-        "metrics": {
-            name: float(value) for name, value in cli.trainer.callback_metrics.items() if name.startswith("val/")
-        },
+        "metrics": validated(cli.trainer),
     }

@@ -8,7 +8,7 @@ WIDTH = 100
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose help fits a screen: a line of usage, one list of arguments, examples as written.
+    """Parses arguments, with a help that fits a screen: a line of usage, one list of arguments, examples as written.
 
     ``--help`` names the rare options of a command that has some, and ``--help-all`` explains them too.
 

@@ -8,7 +8,7 @@ from consistency_reg.routing import LayerRouting, RoutingTrace
 
 
 class AdjacentLoss(RoutingLoss):
-    """``mean_t (1 - <p_t, p_{t-1}>)`` over the adjacent tokens of a document.
+    """Computes ``mean_t (1 - <p_t, p_{t-1}>)`` over the adjacent tokens of a document.
 
     It also rewards a router that is sure of itself: two equal uniform distributions still cost ``1 - 1/E``.
 

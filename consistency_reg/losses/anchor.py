@@ -12,7 +12,7 @@ from consistency_reg.routing import LayerRouting, RoutingTrace
 
 
 class RouterAnchorLoss(RoutingLoss):
-    """``mean_t KL(p_t ‖ p_ref(h_t))``, p_ref the router before fine-tuning on the *present* input h_t, in nats.
+    """Computes ``mean_t KL(p_t ‖ p_ref(h_t))`` in nats, p_ref being the earlier router on the *present* input h_t.
 
     The reference sees the same hidden state as the router does, so it moves with the context: only what the router
     itself learned is held back. No gradient goes to the reference, nor through it to h_t. The references are part of

@@ -11,12 +11,12 @@ from torch import Tensor
 from consistency_reg.distributed import all_sum, world_size
 from consistency_reg.functional.segments import active_experts
 from consistency_reg.losses.base import RoutingLoss, without_padding
-from consistency_reg.losses.envelope import SCOPES
+from consistency_reg.losses.options import check_scope
 from consistency_reg.routing import LayerRouting, RoutingTrace
 
 
 class LoadBalanceLoss(RoutingLoss):
-    """Switch's ``E/K * sum_e share_e * prob_e`` for each layer, 1 when usage is uniform.
+    """Computes Switch's ``E/K * sum_e share_e * prob_e`` for each layer, 1 when usage is uniform.
 
     ``share_e`` is the share of tokens that expert e is active on (sums to K, no gradient), ``prob_e`` the mean router
     probability of e over the valid tokens of this batch (gradient). With "global" that is the batch of all processes,
@@ -49,13 +49,11 @@ class LoadBalanceLoss(RoutingLoss):
         accumulation_steps: int = 1,
     ) -> None:
         super().__init__()
-        if scope not in SCOPES:
-            raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
+        self.scope = check_scope(scope)
         if not 0 <= running < 1:
             raise ValueError(f"running must lie in [0, 1), got {running}")
         if accumulation_steps < 1:
             raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
-        self.scope = scope
         self.running = float(running)
         self.accumulation_steps = accumulation_steps
         self._average: dict[str, Tensor] = {}  # layer -> [E + 1] running average of the share, and its weight so far

@@ -10,7 +10,7 @@ from consistency_reg.routing import LayerRouting, RoutingTrace
 
 
 class RoutingLoss(nn.Module):
-    """A differentiable scalar of a :class:`~consistency_reg.RoutingTrace`, unweighted: the caller applies the weight.
+    """Computes a scalar of a :class:`~consistency_reg.RoutingTrace`, with its graph; the caller applies the weight.
 
     A subclass writes :meth:`layer_loss`, or :meth:`per_layer` where layers of one shape are worked on together. They
     are never pooled before that: a mean over layers hides what each of them does.

@@ -4,11 +4,12 @@ from torch import Tensor
 
 from consistency_reg.functional.bles import mean_absolute_step, replaced_experts
 from consistency_reg.losses.base import RoutingLoss, without_padding
+from consistency_reg.losses.options import check_positive
 from consistency_reg.routing import LayerRouting, RoutingTrace
 
 
 class BlockwiseLoss(RoutingLoss):
-    """``floor(H/2) / (B K (T-1)) * sum_t ‖p_t - p_{t-1}‖₁ / (B T)``: the share of experts replaced times the step.
+    """Computes ``floor(H/2) / (B K (T-1)) * sum_t ‖p_t - p_{t-1}‖₁ / (B T)``: share of experts replaced times step.
 
     ``H = sum |1[e in S_t] - 1[e in S_{t-1}]|`` has no gradient: the more experts a batch replaces from token to token,
     the more each step of the router's distribution costs. Pairs are the adjacent tokens of a document: B (T-1) is
@@ -29,9 +30,7 @@ class BlockwiseLoss(RoutingLoss):
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be a positive number, got {temperature}")
-        self.temperature = float(temperature)
+        self.temperature = check_positive("temperature", temperature)
 
     def layer_loss(self, layer: LayerRouting, trace: RoutingTrace) -> Tensor:
         """Return the loss of one layer."""

@@ -9,6 +9,7 @@ from consistency_reg.distributed import all_sum
 from consistency_reg.functional.consistency import Marginals, hit_rate_marginals, lru_residents
 from consistency_reg.functional.segments import active_experts
 from consistency_reg.losses.envelope import EnvelopeLoss
+from consistency_reg.losses.options import check_positive
 from consistency_reg.routing import LayerStack
 
 
@@ -34,20 +35,16 @@ class CacheConsistencyLoss(EnvelopeLoss):
         scope: Literal["global", "batch", "sequence"] = "global",
     ) -> None:
         super().__init__(membership=membership, temperature=temperature, balance_neutral=balance_neutral, scope=scope)
-        if not 0 < cache_ratio < float("inf"):
-            raise ValueError(f"cache_ratio must be a positive number, got {cache_ratio}")
-        self.cache_ratio = float(cache_ratio)
+        self.cache_ratio = check_positive("cache_ratio", cache_ratio)
 
     def marginals(self, layers: LayerStack, position: Tensor) -> Iterator[Marginals]:
         """Yield the hit rate."""
         slots = min(max(round(self.cache_ratio * layers.top_k), 1), layers.num_experts)
         active = active_experts(layers.expert_ids, layers.num_experts, position >= 0)
         residents = lru_residents(layers.expert_ids, layers.num_experts, position, slots)
-        hits_B, accesses_B = (active * residents).sum(dim=(-2, -1)), active.sum(dim=(-2, -1))
-        if self.scope == "sequence":
-            yield hit_rate_marginals(residents, active, hits_B, accesses_B)
-            return
-        hits, accesses = hits_B.sum(dim=-1, keepdim=True), accesses_B.sum(dim=-1, keepdim=True)
+        hits, accesses = (active * residents).sum(dim=(-2, -1)), active.sum(dim=(-2, -1))  # of each row
+        if self.scope != "sequence":
+            hits, accesses = hits.sum(dim=-1, keepdim=True), accesses.sum(dim=-1, keepdim=True)
         if self.scope == "global":
             hits, accesses = all_sum(hits, accesses)
         yield hit_rate_marginals(residents, active, hits, accesses)

@@ -13,10 +13,10 @@ from consistency_reg.devices import is_on_host
 from consistency_reg.distributed import all_sum, largest, world_size
 from consistency_reg.functional.consistency import Marginals, margin_membership
 from consistency_reg.losses.base import RoutingLoss
+from consistency_reg.losses.options import check_positive, check_scope
 from consistency_reg.routing import LayerRouting, LayerStack, RoutingTrace, probabilities
 from consistency_reg.routing.documents import row_chunks
 
-SCOPES = ("global", "batch", "sequence")
 MEMBERSHIPS = ("margin", "probability")
 # Tokens x experts of the layers that are worked on together, if a single one is not larger.
 STACKED = 2**16  # stays in a CPU's cache
@@ -53,20 +53,16 @@ class EnvelopeLoss(RoutingLoss):
         super().__init__()
         if membership not in MEMBERSHIPS:
             raise ValueError(f"membership must be one of {MEMBERSHIPS}, got {membership!r}")
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be a positive number, got {temperature}")
         if balance_neutral is None:
             balance_neutral = "slope" if membership == "margin" else True
         if balance_neutral not in (True, False, "slope"):
             raise ValueError(f"balance_neutral must be True, False, 'slope' or None, got {balance_neutral!r}")
         if balance_neutral == "slope" and membership != "margin":
             raise ValueError("balance_neutral='slope' needs membership='margin': a probability has no slope of its own")
-        if scope not in SCOPES:
-            raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
         self.membership = membership
-        self.temperature = float(temperature)
+        self.temperature = check_positive("temperature", temperature)
         self.balance_neutral = balance_neutral
-        self.scope = scope
+        self.scope = check_scope(scope)
 
     def marginals(self, layers: LayerStack, position: Tensor) -> Iterator[Marginals]:
         """Yield the values to average, one at a time, each with its derivative by the activations; no graph.

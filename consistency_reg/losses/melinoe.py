@@ -10,7 +10,7 @@ from consistency_reg.routing import LayerRouting, RoutingTrace
 
 
 class MelinoeLoss(RoutingLoss):
-    """``mean_t <r_t, 1 - c_t>``: the misses per token of a soft cache that recent requests fill.
+    """Computes ``mean_t <r_t, 1 - c_t>``: the misses per token of a soft cache that recent requests fill.
 
     r is the set of chosen experts, straight-through: 0/1 in value, the router's distribution p in gradient. The cache
     takes it up after the token: ``c' = (decay * Z * c + r) / Z'``, ``Z' = decay * Z + K / C``, so that c sums to C. An

@@ -15,7 +15,7 @@ RHO_FLOOR = 1e-8  # the paper's guard of the logarithm
 
 
 class ReMoELoss(RoutingLoss):
-    """``-log(rho) + smooth * S_1 + lag * mean_d S_d + working_set * H``, which never goes below log K.
+    """Computes ``-log(rho) + smooth * S_1 + lag * mean_d S_d + working_set * H``, which never goes below log K.
 
     rho is the mean probability that a token gives to the K experts of its predecessor, divided by K (no gradient
     through their choice); ``S_d`` the mean symmetric KL of tokens at distance d; H the entropy of the mean distribution

@@ -9,7 +9,7 @@ from consistency_reg.routing import LayerRouting, RoutingTrace
 
 
 class StickyLoss(RoutingLoss):
-    """``mean_t [smooth * ‖p_t - p_{t-1}‖² + anchor * ((t - s) / W) * ‖p_t - p_s‖²]``, s the start of t's window.
+    """Computes ``mean_t [smooth * ‖p_t - p_{t-1}‖² + anchor * ((t - s) / W) * ‖p_t - p_s‖²]``, s the start of a window.
 
     Windows of W tokens follow one another from the start of a document. The mean is over the tokens with a
     predecessor; the gradient goes through both sides of a difference.

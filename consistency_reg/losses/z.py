@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
+from consistency_reg.functional.pairs import masked_mean
 from consistency_reg.losses.base import RoutingLoss, without_padding
 from consistency_reg.routing import LayerRouting, RoutingTrace
 
 
 class RouterZLoss(RoutingLoss):
-    """``mean over valid tokens of logsumexp(logits)^2``, which keeps the router's logits small.
+    """Computes ``mean over valid tokens of logsumexp(logits)^2``, which keeps the router's logits small.
 
     Source: arXiv 2202.08906.
 
@@ -25,6 +26,4 @@ class RouterZLoss(RoutingLoss):
         if logits_BTE is None:
             raise ValueError(f"layer {layer.name!r}: the loss needs the router's logits, but the trace has none")
         dtype = torch.promote_types(logits_BTE.dtype, torch.float32)
-        squared_BT = logits_BTE.to(dtype).logsumexp(dim=-1) ** 2
-        valid_BT = trace.valid_mask
-        return (squared_BT * valid_BT).sum() / valid_BT.sum().clamp_min(1)
+        return masked_mean(logits_BTE.to(dtype).logsumexp(dim=-1) ** 2, trace.valid_mask)

@@ -59,22 +59,21 @@ def read_masks(given: Mapping[str, Any], shape: Shape | None = None, pad_id: int
         return None, None
     shape = shape or token_shape(given)
     cached = given.get("past_key_values") is not None
-    valid, attended = read_attention(given.get("attention_mask"), shape, cached=cached)
+    mask = given.get("attention_mask")
+    valid, attended = read_attention(mask, shape, cached=cached)
     explicit = next((name for name in BOUNDARIES[:-1] if given.get(name) is not None), None)
     if explicit is not None:
         document_ids, inside = _read_documents(explicit, given[explicit], shape)
-        valid = inside if valid is None else valid if inside is None else valid & inside
+        valid = _both(valid, inside)
     else:
         begins = [attended, _read_positions(given.get("position_ids"), shape)]
         found = [one for one in begins if one is not None]
         document_ids = torch.stack(found).any(dim=0).long().cumsum(dim=1) if found else None
         if document_ids is None:
-            document_ids = _numbered_in(given.get("attention_mask"))
-    mask = given.get("attention_mask")
+            document_ids = _numbered_in(mask)
     square = attended is not None and explicit is None and pad_id is not None  # pads may attend themselves there
     if document_ids is not None and (mask is None or square):
-        real = _without_lonely_pads(given, document_ids, pad_id, on_the_left=square)
-        valid = real if valid is None else valid if real is None else valid & real
+        valid = _both(valid, _without_lonely_pads(given, document_ids, pad_id, on_the_left=square))
     return valid, document_ids
 
 
@@ -117,6 +116,13 @@ def count_tokens(batch: Any, masks: Callable[[Any], Masks] | None = None) -> Ten
     if isinstance(batch, Mapping) and any(name in batch for name in KEYS):
         return 0  # a batch without ids, not one of batches
     return sum(counts[1:], counts[0]) if counts else 0
+
+
+def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Return which tokens are real by two accounts, of which None knows nothing."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one & other
 
 
 def _read_documents(name: str, value: Any, shape: Shape) -> Masks:

@@ -18,8 +18,7 @@ from consistency_reg.functional.balance import (
 from consistency_reg.functional.segments import check_segment_lengths
 from consistency_reg.measures import of_metric
 from consistency_reg.measures.reading import segment_name
-from consistency_reg.metrics.base import RoutingMetric, Value
-from consistency_reg.metrics.plots import axes_of
+from consistency_reg.metrics.base import RoutingMetric, Value, axes_of
 from consistency_reg.routing import RoutingTrace
 
 OVER_LAYERS: dict[str, Callable[[Tensor], Tensor]] = {"mean": Tensor.mean, "max": Tensor.max, "min": Tensor.min}
@@ -27,7 +26,7 @@ OVER_LAYERS: dict[str, Callable[[Tensor], Tensor]] = {"mean": Tensor.mean, "max"
 
 @dataclass(frozen=True)
 class ModelBalance:
-    """Balance of every layer; tensors are float64 [L] unless told otherwise.
+    """Holds the balance of every layer; tensors are float64 [L] unless told otherwise.
 
     Attributes:
         layers: the global balance of each layer.
@@ -45,7 +44,7 @@ class ModelBalance:
 
     @property
     def counts(self) -> tuple[Tensor, ...]:
-        """For each layer [E] int64, the tokens that used each expert."""
+        """Return for each layer [E] int64, the tokens that used each expert."""
         return tuple((usage_E * self.tokens).round().long() for usage_E in self.usage)
 
     def of_layers(self, name: str, segment_length: int | None = None) -> Tensor:
@@ -64,7 +63,7 @@ class ModelBalance:
 
 
 class RoutingBalance(RoutingMetric):
-    """Global and local balance and the overlap rate of every layer; layers are never pooled, as that hides imbalance.
+    """Measures the balance, global and local, and the overlap of each layer; pooled layers would hide imbalance.
 
     ``compute()`` gives ``balance_sd`` [percentage points], ``balance_cv``, ``local_cv_m16``, ``local_cv_document`` and
     ``overlap`` as means over the layers, ``balance_max_over_mean`` and ``balance_min_share`` of the worst layer, and
@@ -141,10 +140,6 @@ class RoutingBalance(RoutingMetric):
             overlap=Mean(self.overlap_shared, self.overlap_accesses).value,
             tokens=self.tokens,
         )
-
-    def values(self, results: ModelBalance) -> Iterator[Value]:
-        """Yield balance and overlap: see :meth:`ModelBalance.values`."""
-        return results.values()
 
 
 def _cv_states(segment_length: int | None) -> tuple[str, str]:

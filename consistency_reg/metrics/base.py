@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 from consistency_reg.devices import is_on_host
 from consistency_reg.measures.reading import LAYER, Reading
+from consistency_reg.optional import require
 from consistency_reg.routing import RoutingTrace
 
 
@@ -92,7 +93,7 @@ class RoutingMetric(Metric):
 
     def values(self, results: Any) -> Iterator[Value]:
         """Yield the value of each measure of :mod:`consistency_reg.measures` that :meth:`results` holds."""
-        raise NotImplementedError
+        return results.values()
 
     def _scalars(self, results: Any) -> dict[str, Tensor]:
         """Return the values under the names of ``compute()``: the model's first, then those of the layers."""
@@ -134,3 +135,10 @@ class RoutingMetric(Metric):
             raise ValueError(f"the metric is for layers of {self.num_experts} experts, got a trace of {found}")
         if self.check_values and is_on_host(trace.expert_ids[0]):
             trace.check_values()
+
+
+def axes_of(ax: Any = None) -> Any:
+    """Return the given matplotlib axes, or new ones."""
+    with require("plots"):
+        from matplotlib import pyplot
+    return pyplot.subplots(layout="constrained")[1] if ax is None else ax

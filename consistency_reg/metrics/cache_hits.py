@@ -16,7 +16,7 @@ from consistency_reg.routing import RoutingTrace
 
 
 class SegmentCacheHitRate(HitRateMetric):
-    """SCH of every layer, and of one cache shared by all layers, for several segment lengths and every cache size.
+    """Measures SCH by cache size and segment length, of each layer and of a cache that all layers share.
 
     ``compute()`` gives ``sch_m16_rho2``, the mean over the layers with 2K slots each, ``sch_m16_rho2_layer_00`` of
     each layer, ``sch_m16_rho2_shared`` of a shared cache with twice the K of all layers together, and with a bootstrap
@@ -53,7 +53,7 @@ class SegmentCacheHitRate(HitRateMetric):
 
 
 class CacheHitRate(HitRateMetric):
-    """Hit rate of a real cache policy for every layer, and for one cache shared by all layers, for every cache size.
+    """Measures the hit rate of a real cache policy by cache size, of each layer and of a cache that all layers share.
 
     ``compute()`` gives ``lru_rho2`` and so on, as :class:`SegmentCacheHitRate` does; ``results()`` gives a
     :class:`ModelHitRates`. The fixed set is the most used experts of all data that the metric has seen, also in its

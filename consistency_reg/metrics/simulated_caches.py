@@ -11,8 +11,7 @@ from torch import Tensor
 from consistency_reg.functional.bootstrap import percentile_interval
 from consistency_reg.functional.cache_simulation import RowSums
 from consistency_reg.measures.reading import Reading
-from consistency_reg.metrics.base import Value
-from consistency_reg.metrics.plots import axes_of
+from consistency_reg.metrics.base import Value, axes_of
 from consistency_reg.metrics.resampled import ResampledMetric
 from consistency_reg.routing import RoutingTrace
 
@@ -80,12 +79,11 @@ class ModelHitRates:
 
     def value(self, reading: Reading) -> Value:
         """Return the hit rate at the cache size that a reading of the table of measures names."""
-        if reading.share is not None:
-            return Value(
-                reading, self.at_share(reading.share), [layer.at_share(reading.share) for layer in self.layers]
-            )
-        assert reading.ratio is not None
-        return Value(reading, self.at(reading.ratio), [layer.at(reading.ratio) for layer in self.layers])
+        share, ratio = reading.share, reading.ratio
+        if share is not None:
+            return Value(reading, self.at_share(share), [layer.at_share(share) for layer in self.layers])
+        assert ratio is not None
+        return Value(reading, self.at(ratio), [layer.at(ratio) for layer in self.layers])
 
 
 class HitRateMetric(ResampledMetric):

@@ -19,8 +19,7 @@ from consistency_reg.functional.specialization import (
 from consistency_reg.functional.srp import best_f1
 from consistency_reg.functional.srp_counts import srp_counts
 from consistency_reg.measures import of_metric
-from consistency_reg.metrics.base import RoutingMetric, Value
-from consistency_reg.metrics.plots import axes_of
+from consistency_reg.metrics.base import RoutingMetric, Value, axes_of
 from consistency_reg.routing import RoutingTrace
 
 
@@ -68,7 +67,7 @@ class ModelSpecialization:
 
 
 class ExpertSpecialization(RoutingMetric):
-    """Specialization of experts in domains and in token ids, and its correlation with their own SRP.
+    """Measures how experts specialize in domains and in token ids, and the correlation with their own SRP.
 
     ``compute()`` gives ``domain_specialization``, ``domain_srp_pearson``, ``domain_srp_spearman`` and the same for
     ``vocabulary``; ``results()`` gives a :class:`ModelSpecialization` down to the expert.

@@ -12,14 +12,13 @@ from consistency_reg.functional.segments import check_segment_lengths
 from consistency_reg.functional.srp import ModelSRP, best_f1, model_srp
 from consistency_reg.functional.srp_counts import srp_counts
 from consistency_reg.measures import of_metric
-from consistency_reg.metrics.base import Value
-from consistency_reg.metrics.plots import interval_plot
+from consistency_reg.metrics.base import Value, axes_of
 from consistency_reg.metrics.resampled import ResampledMetric
 from consistency_reg.routing import RoutingTrace
 
 
 class SegmentRoutingPerformance(ResampledMetric):
-    """SRP, static SRP and local gain of every layer and of the model, for several segment lengths at once.
+    """Measures SRP, static SRP and local gain of every layer and of the model, for several segment lengths at once.
 
     ``compute()`` gives ``static_srp`` and, for each m, ``srp_m16``, ``size_ratio_m16``, ``threshold_m16``,
     ``local_gain_m16`` of the model and ``srp_m16_layer_00`` of each layer, and with a bootstrap ``srp_m16_low`` and
@@ -67,15 +66,9 @@ class SegmentRoutingPerformance(ResampledMetric):
     def update(self, trace: RoutingTrace, sequence_index: Tensor | None = None) -> None:
         """Count the windows of a batch. On a GPU the host does not wait."""
         for part, index in self._numbered(trace, sequence_index):
+            options = self.segment_lengths, part.valid, part.document_ids
             counts = [
-                srp_counts(
-                    layer.expert_ids,
-                    layer.num_experts,
-                    self.segment_lengths,
-                    part.valid,
-                    part.document_ids,
-                    per_sequence=self.replicates > 0,
-                )
+                srp_counts(layer.expert_ids, layer.num_experts, *options, per_sequence=self.replicates > 0)
                 for layer in part
             ]
             self._add("usage", torch.cat([layer.usage for layer in counts]))
@@ -91,14 +84,22 @@ class SegmentRoutingPerformance(ResampledMetric):
     def plot(self, val: dict[int, ModelSRP] | None = None, ax: Any = None) -> Any:
         """Draw SRP by segment length, the model with its interval and the layers behind it; return (figure, axes)."""
         results = self.results() if val is None else val
-        return interval_plot(
-            x=list(results),
-            model=[float(result.srp) for result in results.values()],
-            layers=[[float(layer.srp) for layer in result.layers] for result in results.values()],
-            intervals=[None if result.interval is None else result.interval.tolist() for result in results.values()],
-            labels=("segment length m [tokens]", "SRP"),
-            ax=ax,
+        ax = axes_of(ax)
+        lengths, models = list(results), list(results.values())
+        ax.plot(lengths, [[float(layer.srp) for layer in model.layers] for model in models], color="0.8", linewidth=1)
+        ax.plot(
+            lengths,
+            [float(model.srp) for model in models],
+            color="C0",
+            marker="o" if len(models) < 10 else None,
+            label="model",
         )
+        intervals = [model.interval.tolist() for model in models if model.interval is not None]
+        if intervals:
+            ax.fill_between(lengths, *zip(*intervals, strict=True), color="C0", alpha=0.2, label="95% interval")
+        ax.set(xlabel="segment length m [tokens]", ylabel="SRP")
+        ax.legend()
+        return ax.figure, ax
 
     def _results(self) -> dict[int, ModelSRP]:
         usage = [self.usage[experts] for experts in self._layer_experts]

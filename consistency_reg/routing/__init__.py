@@ -12,10 +12,9 @@
 from consistency_reg.routing.checks import check_expert_ids, check_id_shape, check_masks
 from consistency_reg.routing.layers import LayerRouting, LayerStack
 from consistency_reg.routing.trace import RoutingTrace
-from consistency_reg.routing.weights import SCORE_FUNCTIONS, WEIGHTS, probabilities
+from consistency_reg.routing.weights import WEIGHTS, probabilities
 
 __all__ = [
-    "SCORE_FUNCTIONS",
     "WEIGHTS",
     "LayerRouting",
     "LayerStack",

@@ -34,17 +34,17 @@ class LayerRouting:
 
     @property
     def top_k(self) -> int:
-        """K, the experts that are active per token."""
+        """Return K, the experts that are active per token."""
         return self.expert_ids.shape[-1]
 
     @property
     def probabilities(self) -> Tensor:
-        """[B, T, E] the router's distribution over experts, in fp32 or better (all weights normalized)."""
+        """Return [B, T, E] the router's distribution over experts, in fp32 or better (all weights normalized)."""
         return probabilities(self._known_logits, self.score_function)
 
     @property
     def log_probabilities(self) -> Tensor:
-        """[B, T, E] the logarithm of :attr:`probabilities`, finite also where those underflow."""
+        """Return [B, T, E] the logarithm of :attr:`probabilities`, finite also where those underflow."""
         return LOG_WEIGHTS[self.score_function](exact(self._known_logits)).log_softmax(dim=-1)
 
     @property
@@ -58,7 +58,7 @@ class LayerRouting:
 
 @dataclass(frozen=True)
 class LayerStack:
-    """S layers of one shape, worked on at once: B rows, T tokens, K active of E routed experts in each.
+    """Holds S layers of one shape, worked on at once: B rows, T tokens, K active of E routed experts in each.
 
     Attributes:
         expert_ids: [S, B, T, K] int64, the routers' own choices, in their order.
@@ -90,7 +90,7 @@ class LayerStack:
 
     @property
     def top_k(self) -> int:
-        """K, the experts that are active per token."""
+        """Return K, the experts that are active per token."""
         return self.expert_ids.shape[-1]
 
 

@@ -109,12 +109,12 @@ class RoutingTrace:
 
     @cached_property
     def positions(self) -> Tensor:
-        """[B, T] int64: index of every token within its document, -1 on padding."""
+        """Return [B, T] int64, the index of every token within its document, -1 on padding."""
         return document_positions(self.shape, self.valid, self.document_ids, device=self.expert_ids[0].device)
 
     @property
     def valid_mask(self) -> Tensor:
-        """[B, T] bool, True for real tokens."""
+        """Return [B, T] bool, True for real tokens."""
         if self.valid is not None:
             return self.valid
         return torch.ones(self.shape, dtype=torch.bool, device=self.expert_ids[0].device)

@@ -69,7 +69,7 @@ class MonitorCore:
         self.alarms = Alarms() if alarms is None else alarms
         self.tradeoff = TradeOff(quality)
         self.current: dict[str, float] = {}  # SRP and misses as measured last
-        self._measures = self._new_measures()
+        self._measures = self.new_measures()
         self._measured: Measured | None = None
         self._usage: tuple[Tensor, ...] = ()  # of the last validation
         self._pictures: Any = None
@@ -79,6 +79,10 @@ class MonitorCore:
     def headline_names(self) -> tuple[str, ...]:
         """Return the names of the measures that progress bars show."""
         return self._measures.headline_names
+
+    def new_measures(self) -> RoutingMeasures:
+        """Return measures like those of a validation, which have counted nothing yet."""
+        return RoutingMeasures(self.segment_lengths, self.cache_ratios, self.cache_shares)
 
     def draw(self, board: Board, decode: Callable[[list[int]], str] | None = None) -> None:
         """Draw pictures from now on; needs the extra ``plots``, and warns where it is not installed.
@@ -184,7 +188,7 @@ class MonitorCore:
 
     def reset(self) -> None:
         """Forget what was counted since the last validation."""
-        self._measures = self._new_measures()
+        self._measures = self.new_measures()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best validation so far."""
@@ -202,9 +206,6 @@ class MonitorCore:
         for alarm in alarms:
             board.warn(f"{alarm.title}. {alarm.text}")
             board.alert(alarm.title, alarm.text)
-
-    def _new_measures(self) -> RoutingMeasures:
-        return RoutingMeasures(self.segment_lengths, self.cache_ratios, self.cache_shares)
 
 
 def _checked(name: str, values: Sequence[float], which: str, is_right: Callable[[float], bool]) -> tuple[float, ...]:

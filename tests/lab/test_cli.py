@@ -90,7 +90,7 @@ def test_an_exit_inside_a_command_is_its_code(command, capsys, code, expected):
     assert ("no such key" in capsys.readouterr().err) == (code == "no such key")
 
 
-@pytest.mark.parametrize("arguments", [[], *([name] for name in cli.MODULES)], ids=lambda words: " ".join(words))
+@pytest.mark.parametrize("arguments", [[], *([name] for name in cli.COMMANDS)], ids=lambda words: " ".join(words))
 def test_help_fits_a_screen_and_has_an_example(capsys, arguments):
     assert cli.main([*arguments, "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -224,7 +224,9 @@ def test_the_version_is_that_of_the_package(capsys):
 HEAVY = ("torch", "lightning", "transformers", "datasets", "wandb", "matplotlib", "pandas", "numpy", "yaml", "rich")
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], *([name, "--help"] for name in cli.MODULES)], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], *([name, "--help"] for name in cli.COMMANDS)], ids=str
+)
 def test_help_and_version_load_nothing_heavy(arguments):
     """Which is why they take a fraction of a second."""
     code = (

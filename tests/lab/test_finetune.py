@@ -394,6 +394,17 @@ def test_options_out_of_range_are_refused(checkpoint):
         attention_matrices(Block())
 
 
+def test_a_matrix_of_attention_whose_name_begins_as_a_routers_is_not_taken_for_it():
+    class ToyAttention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.gate_proj = ToyTopKRouter(4, 2), torch.nn.Linear(4, 4)
+
+    model = torch.nn.Module()
+    model.attention = ToyAttention()
+    assert attention_matrices(model) == ["attention.gate_proj"]
+
+
 class ToyTopKRouter(torch.nn.Linear):
     pass
 

@@ -7,7 +7,10 @@ from consistency_reg.byte_sizes import parse_bytes, show_bytes
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("2GB", 2e9), ("1.5GiB", 1.5 * 2**30), (" 300 mb ", 3e8), ("12", 12), (12, 12), (1.5e3, 1500), ("7B", 7)],
+    [
+        *(("2GB", 2e9), ("1.5GiB", 1.5 * 2**30), (" 300 mb ", 3e8), ("1 TB", 1e12), ("2TiB", 2**41)),
+        *(("12", 12), (12, 12), (1.5e3, 1500), ("7B", 7)),
+    ],
 )
 def test_bytes_as_people_write_them(text, number):
     assert parse_bytes(text) == number
@@ -26,4 +29,4 @@ def test_shown_bytes_are_read_again():
         "2 MB",
         "3.21 GB",
     ]
-    assert parse_bytes(show_bytes(2_000_000)) == 2_000_000
+    assert [parse_bytes(show_bytes(number)) for number in (2_000_000, 4_000_000_000_000)] == [2e6, 4e12]

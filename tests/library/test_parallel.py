@@ -1,7 +1,5 @@
 """The term over two real processes: DDP and FSDP2 give the parameters of one process, uneven batches do not hang."""
 
-import os
-
 import pytest
 import torch
 from accelerate import Accelerator
@@ -77,8 +75,6 @@ def joined(rank):
 
 
 def everything(rank):
-    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # for accelerate, as torchrun does
     found = {(way, scope): of_two(rank, way, scope) for way in WAYS for scope in SCOPES}
     return found | {"uneven": uneven(rank), "joined": joined(rank)}
 

@@ -50,15 +50,8 @@ def refuse_other_settings(grid: Grid, cells: tuple[Cell, ...]) -> None:
             )
 
 
-def prepare(grid: Grid, cell: Cell) -> None:
-    """Write the cell's recipe and settings into its folder."""
-    folder = cell.run
-    write_config(cell, folder.cell_config)
-    write_json(folder.cell_settings, settings(grid, cell))
-
-
 def claim(grid: Grid, cell: Cell) -> Claim | None:
-    """Claim a cell and prepare its folder; None if another process works on it or has just finished it."""
+    """Claim a cell, and write its recipe and settings; None if another process works on it or has just finished it."""
     folder = cell.run
     taken = Claim.take(folder)
     if taken is None:
@@ -66,7 +59,8 @@ def claim(grid: Grid, cell: Cell) -> Claim | None:
     try:
         if not folder.is_finished:
             folder.tidy()
-            prepare(grid, cell)
+            write_config(cell, folder.cell_config)
+            write_json(folder.cell_settings, settings(grid, cell))
             return taken
     except BaseException:
         taken.release()

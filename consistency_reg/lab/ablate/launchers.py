@@ -16,7 +16,7 @@ BUSY = "another process works on it"
 
 
 class Process(Protocol):
-    """A cell whose process runs."""
+    """Stands for the process of a cell that runs."""
 
     def poll(self) -> str | None:
         """Return None while it runs, then "" or what went wrong; :data:`BUSY` if another works on it."""
@@ -71,7 +71,7 @@ class LocalLauncher:
 
 
 class LocalProcess:
-    """A cell's process, to which the claim of the cell's folder is handed down. Its output goes to the cell's log."""
+    """Runs a cell in a process that the claim of its folder is handed down to; its output goes to the cell's log."""
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], cell: Cell, claim: Claim) -> None:
         self._claim = claim

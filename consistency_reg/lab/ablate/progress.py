@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from consistency_reg.lab.ablate.grid import Cell
 from consistency_reg.lab.render.table import Table
@@ -109,15 +108,8 @@ def clock(seconds: float | None) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
 
 
-class Display(Protocol):
-    """Shows how far the cells are; it is told many times a second."""
-
-    def update(self, states: Sequence[CellState]) -> None:
-        """Show the states."""
-
-
 class LiveDisplay:
-    """A bar for all cells and one for each that runs; on a pipe or in a log, a line now and then instead.
+    """Shows a bar for all cells and one for each that runs; on a pipe or in a log, a line now and then instead.
 
     Args:
         jobs: cells at a time.
@@ -145,7 +137,7 @@ class LiveDisplay:
             self._live.stop()
 
     def update(self, states: Sequence[CellState]) -> None:
-        """Show the states."""
+        """Show the states, as often as they are looked at."""
         for state in states:
             self._tell_change(state)
         if self.console.is_terminal:

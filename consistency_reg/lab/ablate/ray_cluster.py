@@ -86,7 +86,7 @@ class RayLauncher:
 
 
 class RayProcess:
-    """A cell at work somewhere in the cluster."""
+    """Stands for a cell at work somewhere in the cluster."""
 
     def __init__(self, reference: "ray.ObjectRef[str]") -> None:
         self._reference = reference

@@ -11,7 +11,7 @@ from types import FrameType
 
 from consistency_reg.lab.ablate.grid import Cell, Grid
 from consistency_reg.lab.ablate.launchers import BUSY, Launcher, Process
-from consistency_reg.lab.ablate.progress import CellState, Display
+from consistency_reg.lab.ablate.progress import CellState, LiveDisplay
 
 GRACE_SECONDS = 20.0
 
@@ -30,16 +30,10 @@ class Outcome:
     error: str | None = None
 
 
-@dataclass
-class _Running:
-    state: CellState
-    process: Process
-
-
 def run_cells(
     grid: Grid,
     cells: Sequence[Cell],
-    display: Display,
+    display: LiveDisplay,
     launcher: Launcher,
     *,
     poll_seconds: float = 0.2,
@@ -57,7 +51,7 @@ def run_cells(
         poll_seconds: how often to look at the cells.
     """
     states = [CellState(cell) for cell in cells]
-    waiting, running = list(states), list[_Running]()
+    waiting, running = list(states), list[tuple[CellState, Process]]()
     outcomes: dict[Path, Outcome] = {}
 
     def settle(state: CellState, outcome: Outcome) -> None:
@@ -67,30 +61,30 @@ def run_cells(
     with _termination_as_interrupt():
         try:
             while waiting or running:
-                for task, problem in [(task, task.process.poll()) for task in running]:
-                    if problem is None:
+                for state, process in list(running):
+                    if (problem := process.poll()) is None:
                         continue
-                    running.remove(task)
+                    running.remove((state, process))
                     if problem == BUSY:
-                        task.state.status = "elsewhere"
-                        waiting.append(task.state)
+                        state.status = "elsewhere"
+                        waiting.append(state)
                     else:
-                        settle(task.state, _outcome(task.state.cell, problem))
+                        settle(state, _outcome(state.cell, problem))
                 for state in [state for state in waiting if state.cell.run.is_finished]:
                     waiting.remove(state)
                     settle(state, Outcome(state.cell, ran=False))
                 slots = launcher.slots()
                 for state in list(waiting):
-                    if len(running) < slots and (process := _start(grid, state, launcher)):
+                    if len(running) < slots and (started := _start(grid, state, launcher)):
                         waiting.remove(state)
-                        running.append(_Running(state, process))
+                        running.append((state, started))
                 for state in states:
                     state.observe()
                 display.update(states)
                 if waiting or running:
                     time.sleep(poll_seconds)
         finally:
-            _stop([task.process for task in running])
+            _stop([process for _, process in running])
     return [outcomes[cell.folder] for cell in cells]
 
 

@@ -29,7 +29,9 @@ def parser() -> CommandParser:
         "--spread", default="equal", metavar="NAME", help="equal, auto (by measured hits) or shared; default: equal"
     )
     command.add_argument("--policy", default="lru", metavar="NAME", help="lru or lfu; default: lru")
-    command.add_argument("--cache-aware", type=numbers, metavar="S", help="bias to slots, such as 0,0.1; as trained")
+    command.add_argument(
+        "--cache-aware", type=numbers, metavar="S", help="bias to slots, such as 0,0.1; by default config.json has it"
+    )
     command.add_argument("--store", default="disk", metavar="NAME", help="disk or host memory; default: disk")
     command.add_argument("--reads", default="direct", metavar="NAME", help="direct or buffered; default: direct")
     command.add_argument("--read-bandwidth", metavar="SIZE", help="of a slower disk, such as 500MB/s")

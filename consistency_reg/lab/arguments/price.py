@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from consistency_reg.lab.arguments.evaluate import METHODS, names, numbers
-from consistency_reg.lab.usage import CommandParser
+from consistency_reg.lab.arguments.evaluate import METHODS
+from consistency_reg.lab.usage import CommandParser, names, numbers
 
 STRENGTHS = (0.0, 0.05, 0.1, 0.2, 0.3)
 EXAMPLE = """\

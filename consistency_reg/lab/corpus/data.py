@@ -33,7 +33,7 @@ SEPARATES_DOCUMENTS = ("eager", "sdpa")
 
 
 class TextDataModule(LightningDataModule):
-    """Rows of packed text, the domains mixed evenly in training, one dataloader for each domain in validation.
+    """Serves rows of packed text: in training the domains mixed evenly, in validation a dataloader for each domain.
 
     What is seen, and in what order, depends on the arguments alone: not on the model, the number of workers or that of
     processes (P processes with batches of B see what one sees with P * B). A run that is resumed from a checkpoint
@@ -125,7 +125,7 @@ class TextDataModule(LightningDataModule):
 
     @property
     def corpus_sha256(self) -> dict[str, str]:
-        """SHA-256 of the text of each domain."""
+        """Return the SHA-256 of the text of each domain."""
         return {name: text.sha256 for name, text in self.texts.items()}
 
     def prepare_data(self) -> None:

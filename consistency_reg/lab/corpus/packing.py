@@ -20,7 +20,7 @@ IGNORED = -100  # what torch's and transformers' cross-entropy leave out
 
 
 class PackedRows(Dataset):
-    """The documents of one split as rows of T tokens; only the last row may be shorter, then it is padded.
+    """Holds the documents of one split as rows of T tokens; only the last row may be shorter, then it is padded.
 
     An item is a dict of
 
@@ -88,7 +88,7 @@ class PackedRows(Dataset):
 
 
 class MixedRows(DistributedSampler):
-    """An order of the rows of several domains that depends on the seed alone.
+    """Orders the rows of several domains by the seed alone.
 
     The order is an endless sequence of rounds; a round has one row of each domain, in a random order. Each domain goes
     through its rows in a random order and then, newly shuffled, again. An epoch is as many rounds as it takes to see
@@ -142,7 +142,7 @@ class MixedRows(DistributedSampler):
 
 
 class ResumableLoader(DataLoader):
-    """A DataLoader over :class:`MixedRows` that a checkpoint can put back in the midst of an epoch.
+    """Loads rows in the order of :class:`MixedRows`; a checkpoint can put it back in the midst of an epoch.
 
     Lightning keeps its ``state_dict`` in the checkpoint. It counts the rows that all processes were given, so a run may
     go on with another number of processes or another batch size.

@@ -120,11 +120,13 @@ class DataSource:
             f"text_column of {self.path!r} must be a column of strings or chats, {there}, got {self.text_column!r}"
         )
 
+    def _named_files(self) -> list[str]:
+        return [self.data_files] if isinstance(self.data_files, str) else self.data_files or []
+
     def _text_files(self) -> list[Path]:
         """Return the files of text that the source names, or that lie in the folder that it names."""
         if self.data_files is not None:
-            files = [self.data_files] if isinstance(self.data_files, str) else self.data_files
-            return [Path(file) for file in files] if self.path in TEXT_FORMATS else []
+            return [Path(file) for file in self._named_files()] if self.path in TEXT_FORMATS else []
         folder = Path(self.path)
         found = sorted(folder.rglob("*")) if folder.is_dir() else []
         return [file for file in found if FORMATS.get(file.suffix) in TEXT_FORMATS]
@@ -133,8 +135,7 @@ class DataSource:
         """Return the first malformed line, where the source is files of JSON lines."""
         if self.path != "json" or self.data_files is None:
             return None
-        files = [self.data_files] if isinstance(self.data_files, str) else self.data_files
-        mistake = None
+        files, mistake = self._named_files(), None
         if self.text_column != CHAT:
             mistake = first_mistake(files, self.text_column, lambda value: isinstance(value, str), "a string")
         if mistake is None and self.text_column in (TEXT, CHAT):

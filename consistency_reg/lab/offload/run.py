@@ -48,7 +48,7 @@ def measure(place: str, prompts: Sequence[str], options: argparse.Namespace, con
     offloaded = OffloadedExperts(path, spread=options.spread, curves=curves, **budget)
     with offloaded as model:
         _check_context(model, encoded, options, place)
-        for strength in options.cache_aware or [_trained_strength(model)]:
+        for strength in options.cache_aware or [_configured_strength(model)]:
             name = _name(path, place) + (f" + bias {strength:g}" if strength else "")
             with ExitStack() as stack:
                 if strength:
@@ -59,8 +59,8 @@ def measure(place: str, prompts: Sequence[str], options: argparse.Namespace, con
             yield Measured(name, _about(offloaded, place, strength, options), passes, texts, calibration)
 
 
-def _trained_strength(model: Any) -> float:
-    """Return the strength of the bias that a model was trained to be deployed with, 0 for none."""
+def _configured_strength(model: Any) -> float:
+    """Return the strength of the bias that a model is to be deployed with, as its configuration says; 0 for none."""
     deployment = getattr(model.config, "cache_aware_routing", None) or {}
     return float(deployment.get("strength", 0.0))
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consistency_reg.callbacks.batches import domain_names
+from consistency_reg.callbacks.trainer_state import domain_names
 from consistency_reg.callbacks.training_step import TrainingStepTerm
 from consistency_reg.lab.arguments.upcycle import SMOLLM
 from consistency_reg.lab.module import next_token_losses

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from parameters import parameters
+from processes import on_processes
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from toy_lightning import ToyMoE, Validated, fit, layer_ids, loader, regularizer, tokens, toy
@@ -105,22 +106,12 @@ def test_accumulation_1x8_equals_4x2():
     torch.testing.assert_close(parameters(whole), parameters(accumulated), rtol=1e-5, atol=1e-6)
 
 
-def _two_processes(rank: int, folder: str, port: int) -> None:
-    import os
-
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
-    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "TORCHELASTIC_RUN_ID": "test"}
-    os.environ |= {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-    from lightning.fabric.plugins.environments import TorchElasticEnvironment
-    from lightning.pytorch.strategies import DDPStrategy
-
-    torch.set_num_threads(1)
-    strategy = DDPStrategy(process_group_backend="gloo")
-    strategy.cluster_environment = TorchElasticEnvironment()
+def _of_two(rank: int) -> tuple:
     module, callback = judged(), training(cache_ratio=[1, 3], deployed_cache_ratio=1.5)
-    options = {"strategy": strategy, "devices": 2, "use_distributed_sampler": False}
+    gloo = DDPStrategy(process_group_backend="gloo")
+    options = {"strategy": gloo, "devices": 2, "use_distributed_sampler": False}
     logged = train_and_validate(module, tokens(24)[rank::2], 4, callback, options, tokens(10, seed=3)[rank::2])
-    torch.save((parameters(module), logged), f"{folder}/found_{rank}.pt")
+    return parameters(module), logged
 
 
 def train_and_validate(module, ids, batch_size, callback, options, validation):
@@ -133,9 +124,7 @@ def train_and_validate(module, ids, batch_size, callback, options, validation):
 
 @pytest.mark.slow
 def test_two_processes_give_the_parameters_and_the_deployed_validation_of_one(tmp_path):
-    port = torch.randint(20000, 60000, (1,)).item()
-    mp.spawn(_two_processes, args=(str(tmp_path), port), nprocs=2)
-    (even, logged), (_, other) = (torch.load(tmp_path / f"found_{rank}.pt") for rank in range(2))
+    (even, logged), (_, other) = on_processes(2, _of_two, tmp_path)
     one, callback = judged(), training(cache_ratio=[1, 3], deployed_cache_ratio=1.5)
     expected = train_and_validate(one, tokens(24), 8, callback, {}, tokens(10, seed=3))
     torch.testing.assert_close(even, parameters(one), rtol=1e-5, atol=1e-6)

@@ -12,6 +12,7 @@ from parameters import parameters
 from places import ROOT
 from torch import nn
 from torch.utils.data import DataLoader
+from toy_lightning import ToyTopKRouter
 
 from consistency_reg import (
     ConsistencyRegularizer,
@@ -74,13 +75,6 @@ def column(folder, name):
         return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
 
 
-class PulledTopKRouter(nn.Linear):
-    def forward(self, x):
-        logits = super().forward(x)
-        weights, ids = logits.softmax(-1).topk(2)
-        return logits, weights, ids
-
-
 class Pulled(LightningModule):
     """A router over a token's and its document's embedding that is pulled back to where it began: what it gives up for
     consistency is a question of the term's weight alone."""
@@ -89,7 +83,7 @@ class Pulled(LightningModule):
         super().__init__()
         torch.manual_seed(0)
         self.token, self.topic = (nn.Embedding(V, 8).requires_grad_(False) for _ in range(2))
-        self.router = PulledTopKRouter(16, 8, bias=False)
+        self.router = ToyTopKRouter(16, 8, bias=False)
         self.start = self.router.weight.detach().clone()
 
     def forward(self, tokens):

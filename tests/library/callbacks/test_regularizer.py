@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from parameters import parameters
+from processes import on_processes
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from toy_lightning import Sharded, ToyMoE, fit, regularizer, tokens, toy
@@ -105,21 +106,10 @@ def test_accumulation_1x8_equals_4x2_where_each_row_is_its_own_statistic():
     assert not torch.allclose(parameters(whole), parameters(toy()))
 
 
-def _two_processes(rank: int, folder: str, port: int) -> None:
-    import os
-
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
-    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "TORCHELASTIC_RUN_ID": "test"}
-    os.environ |= {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-    from lightning.fabric.plugins.environments import TorchElasticEnvironment
-    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-
-    torch.set_num_threads(1)
-
+def _of_two(rank: int, folder: str) -> dict:
     def train(term: ConsistencyRegularizer, module: ToyMoE | None = None) -> torch.Tensor:
         gloo = {"process_group_backend": "gloo"}
         strategy = DDPStrategy(**gloo) if module is None else ModelParallelStrategy(2, 1, **gloo)  # data, tensor
-        strategy.cluster_environment = TorchElasticEnvironment()
         module = module or toy()
         fit(module, tokens(24)[rank::2], 4, [term], strategy=strategy, devices=2, use_distributed_sampler=False)
         return parameters(module)
@@ -129,7 +119,7 @@ def _two_processes(rank: int, folder: str, port: int) -> None:
         term = regularizer(response_steps=2, max_weight=20.0, **goal)
         train(term)
         found[name] = term.weight_at(10)
-    torch.save(found, f"{folder}/found_{rank}.pt")
+    return found
 
 
 def _goals(folder) -> dict[str, dict]:
@@ -142,9 +132,7 @@ def _goals(folder) -> dict[str, dict]:
 def test_two_processes_give_the_parameters_and_weights_of_one(tmp_path):
     """3 steps of 8 rows, of which rank 0 has the even ones."""
     (tmp_path / "reference.json").write_text(json.dumps({"step": [0, 1, 2], "train/ce": [3.6, 3.6, 3.6]}))
-    port = torch.randint(20000, 60000, (1,)).item()
-    mp.spawn(_two_processes, args=(str(tmp_path), port), nprocs=2)
-    even, odd = (torch.load(tmp_path / f"found_{rank}.pt") for rank in range(2))
+    even, odd = on_processes(2, _of_two, tmp_path, str(tmp_path))
     one = toy()
     fit(one, tokens(24), 8, [regularizer()])
     for strategy in ("ddp", "fsdp2"):

@@ -1,12 +1,10 @@
 """The term's own gradient over two real processes: a Trainer, DDP and FSDP2 give what one process gives."""
 
-import os
-
 import pytest
 import torch
 import transformers
 from parameters import parameters
-from plain_sgd import PLAIN_SGD
+from plain_sgd import PLAIN_SGD, InOrder
 from processes import on_processes
 from tiny_models import tiny_model, token_ids
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,9 +17,8 @@ from consistency_reg.integrations import ConsistencyCallback, RoutingMonitorCall
 T = 12
 
 
-class InOrder(transformers.Trainer):
-    def _get_train_sampler(self, *_):
-        return torch.utils.data.SequentialSampler(self.train_dataset)
+class OrderedTrainer(InOrder, transformers.Trainer):
+    """A Trainer that does not shuffle."""
 
 
 def rows():
@@ -39,7 +36,8 @@ def train(folder, scope, batch_size, **more):
     options = PLAIN_SGD | {"output_dir": str(folder), "gradient_accumulation_steps": 2}
     options |= {"per_device_train_batch_size": batch_size} | more
     options |= {"per_device_eval_batch_size": 4, "eval_strategy": "epoch"}
-    trainer = InOrder(model, transformers.TrainingArguments(**options), train_dataset=rows(), eval_dataset=rows()[:8])
+    arguments = transformers.TrainingArguments(**options)
+    trainer = OrderedTrainer(model, arguments, train_dataset=rows(), eval_dataset=rows()[:8])
     ConsistencyCallback(LocalConsistencyLoss((3, 5), scope=scope), 5.0).add_to(trainer)
     monitor = RoutingMonitorCallback((2, 4)).add_to(trainer)
     trainer.train()
@@ -68,8 +66,6 @@ def scaled(rank, way):
 
 
 def everything(rank, folder):
-    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}  # for accelerate, as torchrun does
     trained = {scope: train(folder, scope, 2, ddp_backend="gloo") for scope in ("global", "sequence")}
     return trained | {way: scaled(rank, way) for way in ("ddp", "fsdp2")}
 

@@ -5,12 +5,11 @@ import copy
 import datasets
 import pytest
 import torch
-import transformers
 from parameters import parameters
 from peft import LoraConfig
-from plain_sgd import PLAIN_SGD
+from plain_sgd import PLAIN_SGD, InOrder
 from tiny_models import tiny_model, token_ids
-from tokenizers import Tokenizer, models, pre_tokenizers
+from trainer_matrix import tokenizer
 from trl import SFTConfig, SFTTrainer
 
 from consistency_reg import LocalConsistencyLoss
@@ -18,15 +17,6 @@ from consistency_reg.integrations import ConsistencyCallback, attach
 
 T = 12
 LOSS = LocalConsistencyLoss((3, 5), scope="sequence")
-
-
-def tokenizer():
-    words = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, 64))])}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
 
 
 def trainer_of(model, folder, *, rows=8, batch_size=4, callbacks=(), peft_config=None, **options):
@@ -62,17 +52,14 @@ def expected_steps(weight, rows=8, batch_size=4):
     return parameters(model)
 
 
-class InOrder(SFTTrainer):
-    """Batches in the order of the data."""
-
-    def _get_train_sampler(self, *_):
-        return torch.utils.data.SequentialSampler(self.train_dataset)
+class OrderedTrainer(InOrder, SFTTrainer):
+    """An SFTTrainer that does not shuffle."""
 
 
 def test_steps_are_those_of_the_loss_with_the_term(tmp_path):
     model = tiny_model("olmoe")
     trainer = trainer_of(model, tmp_path, callbacks=[ConsistencyCallback(LOSS, 5.0)])
-    trainer.__class__ = InOrder
+    trainer.__class__ = OrderedTrainer
     trainer.train()
     torch.testing.assert_close(parameters(model), expected_steps(5.0), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(parameters(model), expected_steps(0.0), rtol=1e-3, atol=1e-4)
