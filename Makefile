@@ -20,7 +20,7 @@ demo: .venv/installed
 RESULTS := demo:README.md,docs/results.md gate:docs/results.md frontier:docs/results.md medium:docs/results.md \
 	longer:docs/results.md,docs/choosing.md finetune:docs/finetuning.md paper:docs/ablations.md \
 	deployed:docs/results.md deployed_gate:docs/results.md deployed_transfer:docs/results.md finetune_deployed:docs/finetuning.md \
-	upcycle_deployed:docs/results.md longer_deployed:docs/results.md
+	finetune_mature:docs/finetuning.md upcycle_deployed:docs/results.md longer_deployed:docs/results.md
 comma := ,
 
 results: .venv/installed
@@ -39,7 +39,7 @@ test: .venv/installed
 	OMP_NUM_THREADS=1 WANDB_MODE=offline $(BIN)/python -m pytest -m "not slow and not gpu" -n 2
 
 test-slow: .venv/installed
-	WANDB_MODE=offline $(BIN)/python -m pytest -m "slow or gpu"
+	OMP_NUM_THREADS=1 WANDB_MODE=offline $(BIN)/python -m pytest -m "slow or gpu" -n 2
 
 lint: .venv/installed
 	$(BIN)/ruff check
