@@ -34,8 +34,7 @@ class ConsistencyRegularizer(TrainingStepTerm):
         weight: weight of the term, >= 0.
         warmup_steps: optimizer steps over which the weight rises linearly from 0.
         start_step: optimizer step at which the term, and its warm-up, begins.
-        end_step: optimizer step from which the weight is 0 again; never when None. The last steps of a run without
-            the term give perplexity back, and keep most of the consistency.
+        end_step: optimizer step from which the weight is 0 again; never when None.
         cooldown_steps: optimizer steps before ``end_step`` over which the weight falls linearly to 0.
         masks: ``batch -> (valid, document_ids)``, each [B, T] or None; reads what the model is called with, and the
             usual keys of the batch, when None (docs/tokens.md).

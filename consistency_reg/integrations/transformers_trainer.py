@@ -53,8 +53,7 @@ class ConsistencyCallback(TrainerCallback):
         weight: weight of the term, >= 0.
         warmup_steps: optimizer steps over which the weight rises linearly from 0.
         start_step: optimizer step at which the term, and its warm-up, begins.
-        end_step: optimizer step from which the weight is 0 again; never when None. The last steps of a run without
-            the term give perplexity back, and keep most of the consistency.
+        end_step: optimizer step from which the weight is 0 again; never when None.
         cooldown_steps: optimizer steps before ``end_step`` over which the weight falls linearly to 0.
         name: of the term in the log, ``NAME/loss``, and in checkpoints. None for "consistency", or for other losses
             "balance", "z" or "anchor"; a second of the same name is called ``NAME_2``.
