@@ -1,4 +1,4 @@
-"""How many slots a number of bytes pays for, and how to spread them over the layers."""
+"""Turn a number of bytes into slots, and spread them over the layers."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Which experts a cache holds after each access: the rule by which the engine keeps and evicts.
+"""Keep and evict experts by the rule of a cache policy, access by access.
 
 It is the rule of the simulator with ``replay="token"`` (see :mod:`consistency_reg.functional.cache_hits`): a token's
 experts are looked up together against the cache as it was before the token; then each of them in the router's order
@@ -21,7 +21,7 @@ ENGINE_POLICIES = ("lru", "lfu", "fixed")  # those of the registry that need no 
 
 
 class Cache(Protocol):
-    """The residents of one cache of experts.
+    """Knows the residents of one cache of experts.
 
     Attributes:
         slots: C.
@@ -39,7 +39,7 @@ class Cache(Protocol):
 
 
 class EvictingCache:
-    """A cache that evicts by a policy of the registry.
+    """Evicts by a policy of the registry.
 
     Args:
         policy: "lru" or "lfu".
@@ -77,7 +77,7 @@ class EvictingCache:
 
 
 class FixedCache:
-    """A cache of the experts that are used most, which never changes.
+    """Holds the experts that are used most, and never changes.
 
     Args:
         usage: [E], how often each expert is used.
@@ -100,7 +100,7 @@ class FixedCache:
 
 
 class _Access:
-    """One access as the registry's policies see it; a policy that looks ahead finds no future here."""
+    """Shows one access as the registry's policies see it; a policy that looks ahead finds no future here."""
 
     tokens = size = LATEST
 

@@ -1,4 +1,4 @@
-"""What this machine needs for an expert and for a token: measured, and put together to a prediction."""
+"""Measure what this machine needs for an expert and for a token, and predict the time of a token from it."""
 
 import copy
 import math
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a model costs on this machine.
+    """Holds what a model costs on this machine.
 
     Attributes:
         bandwidth: bytes per second of random reads of whole experts, so many at once as a token's misses would be.

@@ -1,4 +1,4 @@
-"""Where the tensors of a safetensors checkpoint lie in its files.
+"""Find where the tensors of a safetensors checkpoint lie in its files.
 
 Source of the format: https://github.com/huggingface/safetensors#format (8 bytes with the length of a JSON header, the
 header, the tensors' bytes).
@@ -30,7 +30,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor, or a part of one that is contiguous, in a file.
+    """Locates a tensor, or a contiguous part of one, in a file.
 
     Attributes:
         path: of the file.

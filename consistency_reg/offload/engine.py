@@ -25,7 +25,7 @@ STORES = ("disk", "host")
 
 
 class OffloadedExperts:
-    """A model whose experts come from disk, or from host memory, into a few slots as tokens need them.
+    """Runs a model whose experts come from disk, or from host memory, into a few slots as tokens need them.
 
     A context manager that gives the model; ``attach()`` and ``detach()`` do the same. Works for every architecture of
     transformers whose experts go through its ``ExpertsInterface``, on any safetensors checkpoint of it. All experts are

@@ -1,4 +1,4 @@
-"""The function that transformers' ExpertsInterface calls for offloaded experts, and which engine it is for."""
+"""Register the function that transformers' ExpertsInterface calls for offloaded experts, for the engine of each call."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ Compute = Callable[
 
 
 class Dispatch:
-    """Have transformers compute the experts of some layers by a function, until it is undone.
+    """Has transformers compute the experts of some layers by a function, until it is undone.
 
     Args:
         layers: of experts.
@@ -44,7 +44,7 @@ class Dispatch:
 
 
 class _Layer:
-    """What belongs to one module: no module and no parameter, so that torch does not register it."""
+    """Holds what belongs to one module: no module and no parameter, so that torch does not register it."""
 
     def __init__(self, number: int, compute: Compute) -> None:
         self.number, self.compute = number, compute

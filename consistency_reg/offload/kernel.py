@@ -1,4 +1,4 @@
-"""Computing experts one after the other, with the operations and in the order of a model's own eager loop.
+"""Compute experts one after the other, with the operations and in the order of a model's own eager loop.
 
 So outputs are those of the model in memory, bit for bit where matrix products are reproducible.
 """

@@ -1,4 +1,4 @@
-"""The modules of a model that hold its routed experts, where transformers' ExpertsInterface computes them."""
+"""Find the modules of a model that hold its routed experts, where transformers' ExpertsInterface computes them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", 
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """The routed experts of one layer.
+    """Describes the routed experts of one layer.
 
     Attributes:
         name: of the module in its model.

@@ -1,4 +1,4 @@
-"""Loading a model without its experts: everything else as transformers loads it, the experts on the meta device."""
+"""Load a model without its experts: everything else as transformers loads it, the experts on the meta device."""
 
 import copy
 import re

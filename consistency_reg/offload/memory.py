@@ -1,4 +1,4 @@
-"""The fast memory: buffers that each hold one expert, and the caches that say which experts stay in them."""
+"""Hold experts in fast memory: buffers of one expert each, and the caches that decide which experts stay in them."""
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from consistency_reg.offload.stores import Store
 
 
 class Slots:
-    """Buffers for the experts of layers of one shape. Experts are numbered through all layers of the model.
+    """Holds buffers for the experts of layers of one shape. Experts are numbered through all layers of the model.
 
     Args:
         layer: one of these layers.
@@ -61,7 +61,7 @@ class Slots:
 
 
 class FastMemory:
-    """The slots of all layers.
+    """Holds the slots of all layers.
 
     Args:
         layers: of experts.
@@ -139,7 +139,7 @@ class FastMemory:
 
 
 class _OfLayer:
-    """A layer's own cache, which numbers experts from 0, under the numbers of the whole model."""
+    """Gives a layer's own cache, which numbers experts from 0, the numbers of the whole model."""
 
     def __init__(self, cache: Cache, first: int) -> None:
         self._cache, self._first = cache, first
@@ -157,7 +157,7 @@ class _OfLayer:
 
 
 class Visit:
-    """One call of a layer: which of its experts are read, in which order and into which buffers.
+    """Plans one call of a layer: which of its experts are read, in which order and into which buffers.
 
     What is resident stays until the call has computed with it; then the rule of :mod:`consistency_reg.offload.cache`
     decides. No expert is read twice.
@@ -214,7 +214,7 @@ class Visit:
             self._read_ahead()
 
     def abandon(self) -> None:
-        """Wait until nothing is on its way any more, whatever becomes of it."""
+        """Wait until no read is on its way any more, failed or not."""
         for arrived in self._arrival.values():
             try:
                 arrived()

@@ -1,4 +1,4 @@
-"""Where an offloaded model comes from: a folder, or a model that is in memory already."""
+"""Take a model to offload from a folder, or from memory, and give it back."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Origin(Protocol):
-    """What the engine asks of a model before it runs.
+    """Answers what the engine asks of a model before it runs.
 
     Attributes:
         layers: of experts.
@@ -50,7 +50,7 @@ class Origin(Protocol):
 
 
 class FromFolder:
-    """A model of a folder or of the hub, which is loaded without its experts.
+    """Loads a model of a folder or of the hub without its experts.
 
     Args:
         place: folder or hub id.
@@ -86,7 +86,7 @@ class FromFolder:
 
 
 class FromModel:
-    """A model in memory, whose experts are taken out and put back.
+    """Takes the experts out of a model in memory, and puts them back.
 
     Args:
         model: of transformers.

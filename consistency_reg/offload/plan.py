@@ -1,4 +1,4 @@
-"""How many slots each layer gets, checked before anything is loaded."""
+"""Decide how many slots each layer gets, before anything is loaded."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ SPREADS = ("equal", "shared", "auto")
 
 @dataclass(frozen=True)
 class Need:
-    """What a model needs of fast memory.
+    """States what a model needs of fast memory.
 
     Attributes:
         layers: of experts.
@@ -100,7 +100,7 @@ def _available(need: Need, cache_ratio: float, slots: int | None, memory: str | 
 
 
 def _checked(need: Need, slots: Sequence[int]) -> list[int]:
-    """Cut to the number of experts, and refuse fewer slots than a token needs."""
+    """Return the slots, at most one for each expert; ValueError where they are fewer than a token needs."""
     least = need.top_k or 1
     for number in slots:
         if number < least:

@@ -1,4 +1,4 @@
-"""Reading byte ranges of files so that each read costs what the disk costs."""
+"""Read byte ranges of files so that each read costs what the disk costs."""
 
 import mmap
 import os

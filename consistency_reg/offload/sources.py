@@ -1,4 +1,4 @@
-"""From what parts of a checkpoint each expert's weights are made.
+"""Find the parts of a checkpoint that each expert's weights are made of.
 
 A checkpoint may hold a layer's experts as one 3D tensor or one by one, under other names than the model's, and with
 gate and up projections apart. transformers says how by its conversion mapping; that mapping is applied here to one
@@ -21,7 +21,7 @@ COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass
 class WeightSource:
-    """One weight of the experts of a layer.
+    """Describes one weight of the experts of a layer.
 
     Attributes:
         name: of the weight in the experts' module.
@@ -64,7 +64,7 @@ class WeightSource:
 
 
 class _OneExpert:
-    """What a converter takes for its model: one whose every weight holds a single expert."""
+    """Stands in for the model that a converter asks: one whose every weight holds a single expert."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._parameter = torch.empty((1, *shape), device="meta")
@@ -76,7 +76,7 @@ class _OneExpert:
 
 @dataclass(frozen=True)
 class Sources:
-    """A checkpoint divided into what the experts are made of and the rest.
+    """Divides a checkpoint into what the experts are made of and the rest.
 
     Attributes:
         experts: for each layer its weights.

@@ -1,4 +1,4 @@
-"""What offloading cost: by layer and by step."""
+"""Count what offloading cost, by layer and by step."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass
 class Counts:
-    """Sums over some calls of layers.
+    """Sums the costs of some calls of layers.
 
     Attributes:
         hits: experts that were resident when a call needed them.
@@ -37,7 +37,7 @@ class Counts:
 
 @dataclass
 class Step(Counts):
-    """One forward pass of the model.
+    """Describes one forward pass of the model.
 
     Attributes:
         tokens: of the pass: 1 in decode, those of the prompt in prefill.
@@ -50,7 +50,7 @@ class Step(Counts):
 
 @dataclass
 class OffloadStatistics(Counts):
-    """What a run of an offloaded model cost.
+    """Holds what a run of an offloaded model cost.
 
     Attributes:
         layers: sums for each layer.
@@ -91,7 +91,7 @@ def _sum(parts: Iterable[Counts]) -> Counts:
 
 
 class Recorder:
-    """Collect what each call of a layer cost.
+    """Collects what each call of a layer cost.
 
     Args:
         num_layers: L.

@@ -1,4 +1,4 @@
-"""Where experts are when they are not in a slot, and how one is brought into it."""
+"""Store the experts that are in no slot, and bring them into slots."""
 
 import threading
 import time
@@ -21,7 +21,7 @@ Rows = Mapping[str, Tensor]  # one expert's weights by name
 
 @dataclass(frozen=True)
 class Opening:
-    """How a store is to be opened.
+    """Says how a store is to be opened.
 
     Attributes:
         kind: "disk" or "host".
@@ -37,7 +37,7 @@ class Opening:
 
 
 class Store(Protocol):
-    """All experts of a model."""
+    """Holds all experts of a model."""
 
     way: str
 
@@ -56,7 +56,7 @@ class Store(Protocol):
 
 
 class DiskStore:
-    """Experts in the safetensors files of a checkpoint; several parts are read at once.
+    """Reads experts from the safetensors files of a checkpoint, several parts at once.
 
     Args:
         sources: what each expert is made of.
@@ -137,7 +137,7 @@ class DiskStore:
 
 
 class HostStore:
-    """Experts in the memory of the host, as a model's own parameters hold them.
+    """Holds experts in the memory of the host, as a model's own parameters do.
 
     Args:
         weights: for each layer its weights by name, [E, ...] each.
@@ -185,7 +185,7 @@ class HostStore:
 
 
 class OntoGPU:
-    """Copies to a CUDA device beside its computing: what another store brings to pinned memory is copied on from there.
+    """Copies what another store brings to pinned memory on to a CUDA device, next to its computing.
 
     A copy runs on a stream of its own. It begins when everything is over that the device was told to compute before
     :meth:`fetch`, among it what used the slot's former expert; what is computed after the wait begins when the copy is
