@@ -1,4 +1,4 @@
-"""Register the function that transformers' ExpertsInterface calls for offloaded experts, for the engine of each call."""
+"""Register the function that transformers' ExpertsInterface calls for offloaded experts, for each call's engine."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
