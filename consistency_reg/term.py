@@ -40,7 +40,9 @@ class WeightSchedule:
         object.__setattr__(self, "weight", check_weight(self.weight))
         for name in ("warmup_steps", "start_step", "end_step", "cooldown_steps"):
             steps = getattr(self, name)
-            if steps is not None and (not isinstance(steps, Real) or steps < 0):
+            if steps is None and name in ("end_step", "cooldown_steps"):
+                continue
+            if not isinstance(steps, Real) or steps < 0:
                 raise ValueError(f"{name} must be >= 0, got {steps!r}")
         if self.end_step is None and self.cooldown_steps:
             raise ValueError(f"cooldown_steps needs an end_step, got cooldown_steps={self.cooldown_steps!r} alone")
