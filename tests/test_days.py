@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 import re
 import subprocess
 import sysconfig
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 from places import ROOT
 from wandb_file import read_run
-from wheels import built_wheel, new_python
+from wheels import built_wheel, new_python, user_environment
 
 DAYS = ROOT / "tests" / "days"
 pytestmark = pytest.mark.slow
@@ -31,8 +30,7 @@ def python(tmp_path_factory):
 
 def live(python, day, folder):
     """Run the script of a day in a folder and return all that it printed."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "WANDB_MODE")}
-    environment = kept | {"HOME": str(folder), "XDG_CACHE_HOME": str(folder / ".cache"), "COLUMNS": "120"}
+    environment = user_environment() | {"HOME": str(folder), "XDG_CACHE_HOME": str(folder / ".cache"), "COLUMNS": "120"}
     script = [str(python), str(DAYS / f"{day}.py")]
     done = subprocess.run(
         script, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -43,8 +41,7 @@ def live(python, day, folder):
 
 def test_the_package_is_that_of_the_wheel(python, tmp_path):
     command = [str(python), "-c", "import consistency_reg; print(consistency_reg.__file__)"]
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=tmp_path, env=user_environment(), capture_output=True, text=True, check=True)
     assert Path(done.stdout.strip()).is_relative_to(python.parents[1])
 
 

@@ -1,13 +1,12 @@
 """The first ten minutes: README alone, the wheel in a new virtual environment, a module that knows nothing of us."""
 
-import os
 import re
 import subprocess
 
 import pytest
 from places import ROOT
 from wandb_file import read_run
-from wheels import built_wheel, new_python
+from wheels import built_wheel, new_python, user_environment
 
 OWN_MODULE = """
 import sys
@@ -57,8 +56,8 @@ def test_three_lines_of_readme_in_a_module_of_ones_own_fill_the_panels_of_a_wand
     )
     assert added.count("Trainer(logger") == 1
     (tmp_path / "train.py").write_text(OWN_MODULE + added + "\ntrainer.fit(module, train, validation)\n")
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "WANDB_MODE")}
-    done = subprocess.run([str(python), "train.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    command = [str(python), "train.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=user_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     run = read_run(tmp_path)
     names = {name for row in run.history for name in row}

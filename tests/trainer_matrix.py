@@ -12,18 +12,21 @@ import argparse
 import copy
 import functools
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import datasets
 import lightning.pytorch as pl
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from plain_sgd import PLAIN_SGD, InOrder
 from tiny_models import COMMON, E, K
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -473,7 +476,8 @@ def cells() -> Iterator[Cell]:
 def examine(cell: Cell) -> tuple[str, float]:
     """Return "exact" and the relative error, or the message of the refusal and NaN; a wrong term fails an assertion."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    AcceleratorState._reset_state()  # else torch.compile of an earlier cell holds on
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), mock.patch.dict(os.environ):
         warnings.simplefilter("ignore")
         without, _ = _train(cell, 0.0, Path(folder))
         try:

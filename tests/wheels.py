@@ -1,5 +1,6 @@
 """The package as its users get it: a wheel, and virtual environments to install it in."""
 
+import os
 import subprocess
 import sys
 
@@ -21,3 +22,9 @@ def new_python(folder, *install):
     python = folder / "venv" / "bin" / "python"
     subprocess.run([str(python), "-m", "pip", "install", "--quiet", *map(str, install)], check=True)
     return python
+
+
+def user_environment():
+    """Return the environment without what the tests have set: a path to the checkout, and wandb's mode and service."""
+    ours = ("PYTHONPATH", "WANDB_MODE", "WANDB_SERVICE")
+    return {name: value for name, value in os.environ.items() if name not in ours}
