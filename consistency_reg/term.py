@@ -38,10 +38,9 @@ class WeightSchedule:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", check_weight(self.weight))
-        for name in ("warmup_steps", "start_step", "end_step", "cooldown_steps"):
+        optional = [name for name in ("end_step", "cooldown_steps") if getattr(self, name) is not None]
+        for name in ("warmup_steps", "start_step", *optional):
             steps = getattr(self, name)
-            if steps is None and name in ("end_step", "cooldown_steps"):
-                continue
             if not isinstance(steps, Real) or steps < 0:
                 raise ValueError(f"{name} must be >= 0, got {steps!r}")
         if self.end_step is None and self.cooldown_steps:

@@ -1,4 +1,4 @@
-"""What a router of transformers does with another choice than its own, by its own code.
+"""Give a router of transformers another choice than its own, and compute what its own code makes of it.
 
 :class:`Forced` makes the ``topk`` (or ``argmax``) by which a router chooses return given experts instead, so that all
 that follows is the architecture's own rule: the oracle of how chosen experts are weighed.

@@ -1,4 +1,4 @@
-"""What PyTorch has allocated at most, which no profiler of Python's own memory sees."""
+"""Measure what PyTorch has allocated at most, which no profiler of Python's own memory sees."""
 
 import numpy as np
 from torch.profiler import ProfilerActivity, profile

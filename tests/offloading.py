@@ -1,4 +1,4 @@
-"""What the tests of offloading share: checkpoints on disk and the same models in memory."""
+"""Make what the tests of offloading share: checkpoints on disk and the same models in memory."""
 
 import torch
 import transformers

@@ -1,4 +1,4 @@
-"""What losses are to make of padding: nothing, whatever the scores and ids are that stand there."""
+"""Assert that padding has no effect on a loss, whatever scores and ids stand there."""
 
 import copy
 
@@ -8,7 +8,7 @@ from consistency_reg import RoutingTrace
 
 
 def assert_padding_has_no_effect(loss, logits, ids, num_experts, valid, junk):
-    """Return the gradient of the logits, which is the same for every (score, id) of ``junk`` on the padding."""
+    """Assert that value and gradient are the same for every (score, id) of ``junk`` there; return the gradient."""
     results = []
     for junk_score, junk_id in junk:
         leaf = logits.masked_fill(~valid[:, :, None], junk_score).requires_grad_()

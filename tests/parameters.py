@@ -1,4 +1,4 @@
-"""What a model has learned, as one vector."""
+"""Return what a model has learned as one vector."""
 
 import torch
 from torch.distributed.tensor import DTensor

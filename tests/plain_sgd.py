@@ -1,4 +1,4 @@
-"""What lets a transformers or TRL trainer train as a plain loop would: SGD at a constant rate, batches in order."""
+"""Let a transformers or TRL trainer train as a plain loop would: SGD at a constant rate, batches in order."""
 
 from torch.utils.data import SequentialSampler
 
@@ -17,7 +17,7 @@ PLAIN_SGD = {
 
 
 class InOrder:
-    """Mixed into a trainer: the batches come in the order of the data."""
+    """Makes a trainer that it is mixed into take the batches in the order of the data."""
 
     def _get_train_sampler(self, *_):
         return SequentialSampler(self.train_dataset)

@@ -1,4 +1,4 @@
-"""The package as its users get it: a wheel, and virtual environments to install it in."""
+"""Build and install the package as its users get it: a wheel, and virtual environments to install it in."""
 
 import os
 import subprocess
