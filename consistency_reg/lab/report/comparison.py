@@ -41,7 +41,7 @@ def cell_table(cells: pd.DataFrame) -> Table:
                 _term(cell),
                 str(cell["seeds"]),
                 *(
-                    over_seeds(cell, name, show)
+                    shown_over_seeds(cell, name, show)
                     for name, show in (("misses_change", change), ("perplexity_change", change), ("srp_change", points))
                 ),
                 number(2)(cell["smallest_share_min"]),
@@ -73,9 +73,9 @@ def loss_table(losses: pd.DataFrame) -> Table:
                 ", ".join(f"{weight:g}" for weight in loss["weights"]),
                 str(len(loss["seeds"])),
                 f"{loss['left_out']} of {loss['runs']}" if loss["left_out"] else "",
-                over_seeds(loss, "volume", percent),
+                shown_over_seeds(loss, "volume", percent),
                 percent(loss["volume_std"]),
-                over_seeds(loss, "behind", percent) if loss["behind_max"] or loss["behind_min"] else "",
+                shown_over_seeds(loss, "behind", percent) if loss["behind_max"] or loss["behind_min"] else "",
                 *(best_of(loss[f"best {i}"]) for i in range(len(BUDGETS))),
             ]
         )
@@ -128,7 +128,7 @@ def effect_table(effects: pd.DataFrame) -> Table:
         shown = []
         for name, show in columns:
             agreed = sign(effect[f"{name}_min"], effect[f"{name}_max"]) != "±" or math.isnan(effect[f"{name}_mean"])
-            shown.append(("" if agreed else "± ") + over_seeds(effect, name, show))
+            shown.append(("" if agreed else "± ") + shown_over_seeds(effect, name, show))
         table.rows.append(
             [
                 f"{effect['choice']}={effect['value']}",
@@ -169,7 +169,7 @@ def published_tables(beside: pd.DataFrame, agreed: pd.DataFrame) -> list[Table]:
                 str(row["seeds"]),
                 number(1)(row["srp_mean"]),
                 number(1)(row["srp"]),
-                over_seeds(row, "effect", lambda value: f"{value:+.1f}"),
+                shown_over_seeds(row, "effect", lambda value: f"{value:+.1f}"),
                 f"{row['effect']:+.1f}",
                 "" if row["agrees"] is None else "same" if row["agrees"] else "other",
                 number(2)(row["sd_mean"]),
@@ -208,7 +208,7 @@ def _term(cell: pd.Series) -> str:
     return f"{cell['loss']} {cell['weight']:g}"
 
 
-def over_seeds(row: pd.Series, name: str, show: Callable[[float], str]) -> str:
+def shown_over_seeds(row: pd.Series, name: str, show: Callable[[float], str]) -> str:
     """Return a change over the seeds as text."""
     return spread(show, *mean_and_range(row, name))
 

@@ -3,7 +3,7 @@
 import math
 
 from consistency_reg.lab.render.table import Table, change, number, percent
-from consistency_reg.lab.report.comparison import LEFT_OUT, OVER_SEEDS, budget_name, over_seeds
+from consistency_reg.lab.report.comparison import LEFT_OUT, OVER_SEEDS, budget_name, shown_over_seeds
 from consistency_reg.lab.report.hypervolume import BUDGETS, REFERENCE
 from consistency_reg.optional import require
 
@@ -43,8 +43,8 @@ def rank_table(ranks: pd.DataFrame) -> Table:
                 row["deployed"],
                 _trained(row),
                 str(len(row["seeds"])),
-                over_seeds(row, "volume", percent),
-                over_seeds(row, "behind", percent) if row["behind_max"] or row["behind_min"] else "",
+                shown_over_seeds(row, "volume", percent),
+                shown_over_seeds(row, "behind", percent) if row["behind_max"] or row["behind_min"] else "",
                 *(_best(row[f"best {i}"]) for i in range(len(BUDGETS))),
                 f"{row['left_out']} of {row['runs']}" if row["left_out"] else "",
             ]
@@ -90,7 +90,7 @@ def strength_table(strengths: pd.DataFrame) -> Table:
                 row["deployed"],
                 f"{row['strength']:g}",
                 str(row["seeds"]),
-                *(over_seeds(row, name, show) for name, show in shown.values()),
+                *(shown_over_seeds(row, name, show) for name, show in shown.values()),
                 number(2)(row["smallest_share_min"]),
                 number(2)(row["cv_ratio_max"]),
                 percent(row["agreement_mean"]),
