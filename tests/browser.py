@@ -1,6 +1,5 @@
 """Chromium without a window and without a network, driven as a person would: look, point, click, type."""
 
-import base64
 import json
 import shutil
 import socket
@@ -57,13 +56,6 @@ class Browser:
     def tell(self, command, parameters):
         """Give Chromium a command of its developer tools."""
         return _ask(f"{self.address}/goog/cdp/execute", {"cmd": command, "params": parameters})
-
-    def screenshot(self, path):
-        """Keep the whole page as a PNG."""
-        size = self.tell("Page.getLayoutMetrics", {})["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-        shot = self.tell("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
-        Path(path).write_bytes(base64.b64decode(shot["data"]))
 
     def point(self, selector, place=0):
         """Move the pointer onto the middle of an element, which is scrolled to first."""

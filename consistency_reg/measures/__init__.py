@@ -9,7 +9,7 @@ a domain. :func:`parse` reads such a name back.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from consistency_reg.measures.reading import (
@@ -395,7 +395,7 @@ TRAINED_MISSES = Measure(
 MEASURES = tuple(row for row in list(globals().values()) if isinstance(row, Measure))  # in the order above
 
 
-def usual_length(segment_lengths: Sequence[int]) -> int:
+def usual_length(segment_lengths: Iterable[int]) -> int:
     """Return the m to name where there is room for one: the nearest to 16, the shorter of two."""
     return min(segment_lengths, key=lambda m: (abs(m - USUAL_LENGTH), m))
 

@@ -1,7 +1,7 @@
 """Measure all that a recording says of a model."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,7 @@ from consistency_reg.cache_policies import POLICIES
 from consistency_reg.functional.srp import ModelSRP
 from consistency_reg.lab.evaluate.advice import CacheChoice, choose, knee_ratio
 from consistency_reg.lab.evaluate.traces import Recording
-from consistency_reg.measures import HIT_RATE, MIN_SHARE, PERPLEXITY, SHARED_HIT_RATE
+from consistency_reg.measures import HIT_RATE, MIN_SHARE, PERPLEXITY, SHARED_HIT_RATE, usual_length
 from consistency_reg.measures.reading import Reading, segment_name
 from consistency_reg.metrics import (
     CacheHitRate,
@@ -61,7 +61,7 @@ class Evaluation:
     @property
     def segment_length(self) -> int:
         """Return the m to name where there is room for one."""
-        return one_length(self.srp)
+        return usual_length(self.srp)
 
     @property
     def min_share(self) -> float:
@@ -163,7 +163,7 @@ def measure(
             experts,
             D if D > 1 else None,
             words,
-            segment_length=one_length(lengths),
+            segment_length=usual_length(lengths),
             favourites=FAVOURITES,
             check_values=False,
         ).to(device)
@@ -194,12 +194,6 @@ def measure(
         specialization=None if specialization is None else specialization.results(),
         cache_ratios=tuple(cache_ratios),
     )
-
-
-def one_length(segment_lengths: Iterable[int]) -> int:
-    """Return the m to name where there is room for one: 16 if it is among them, else the first."""
-    lengths = list(segment_lengths)
-    return 16 if 16 in lengths else lengths[0]
 
 
 def _of_windows(metric: SegmentRoutingPerformance) -> dict[int, ModelSRP]:

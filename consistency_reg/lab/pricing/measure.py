@@ -97,7 +97,7 @@ def _measure(model: nn.Module, batches: Batches, routing: CacheAwareRouting) -> 
         "misses_with_first_uses": routing.misses / (routing.hits + routing.misses),
         "misses_lfu": 1 - float(lfu.results().at(routing.cache_ratio)),
         "bytes_per_token": _bytes_per_token(model, routing, trace),
-        **{name: float(values[name]) for name in MEASURES},
+        **{name: float(values.get(name, math.nan)) for name in MEASURES},  # documents may be shorter than 16 tokens
     }
 
 

@@ -71,7 +71,8 @@ def _cache(row: Mapping[str, Any]) -> str:
 def bought(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a sentence for each model and cache: the fewest misses that at most +0.5% of perplexity buys.
 
-    A strength at which an expert is used less than a tenth of its fair share does not count.
+    A strength at which an expert is used less than a tenth of its fair share does not count, unless one is without the
+    bias too.
 
     Example:
         >>> row = {"model": "olmoe", "slots": 16, "misses": 0.2, "misses_change": -0.4, "strength": 0.1}
@@ -81,9 +82,10 @@ def bought(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     said = []
     for key in dict.fromkeys((name_of(row), row["slots"]) for row in rows):
         mine = [row for row in rows if (name_of(row), row["slots"]) == key]
-        cheap = [row for row in mine if row["perplexity_change"] <= MOST_COST and is_alive(row)]
+        as_it_is_alive = all(is_alive(row) for row in mine if not row["strength"])
+        cheap = [row for row in mine if row["perplexity_change"] <= MOST_COST and (is_alive(row) or not as_it_is_alive)]
         best = min(cheap, key=lambda row: row["misses"], default=None)
-        found = "nothing: every strength costs more."
+        found = "nothing: every strength costs more, or lets an expert fall below a tenth of its fair share."
         if best is not None and best["strength"]:
             cost = change(best["perplexity_change"])
             found = f"{change(best['misses_change'])} misses (strength {best['strength']:g}, {cost})."

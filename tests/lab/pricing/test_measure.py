@@ -14,7 +14,7 @@ from consistency_reg.lab.model import small_moe
 from consistency_reg.lab.module import next_token_losses
 from consistency_reg.lab.pricing.command import main
 from consistency_reg.lab.pricing.measure import price
-from consistency_reg.lab.pricing.rows import read
+from consistency_reg.lab.pricing.rows import read, write
 from consistency_reg.lab.pricing.runs import price_run
 from consistency_reg.lab.pricing.show import bought
 
@@ -91,6 +91,17 @@ def test_a_row_in_one_forward_is_what_generation_sees_token_by_token(model, batc
     assert row["misses_with_first_uses"] == routing.misses / (routing.hits + routing.misses)
 
 
+def test_documents_shorter_than_a_segment_are_priced_without_the_measures_of_segments(model, batches, tmp_path):
+    batch = {name: value[:, :10] for name, value in batches["one"][0].items()}
+    (row,) = price(model, {"one": [batch]}, strengths=[0.3])
+    assert math.isfinite(row["perplexity"])
+    assert 0 < row["misses"] < 1
+    assert math.isnan(row["srp/m16"])
+    write(tmp_path / "prices.csv", [{"run": "first", "seed": 0} | row])
+    (kept,) = read(tmp_path / "prices.csv")
+    assert kept["misses"] == pytest.approx(row["misses"])
+
+
 @pytest.mark.parametrize("settings", [{"strengths": [0, -1]}, {"cache_ratios": [0.5]}, {"guaranteed": 3}])
 def test_bad_settings_are_refused_before_the_first_forward(settings, model, batches, monkeypatch):
     monkeypatch.setattr(model, "forward", None)
@@ -165,6 +176,19 @@ def test_a_strength_that_costs_too_much_buys_nothing_whatever_the_order_of_the_r
     row = {"model": "olmoe", "slots": 16, "misses": 0.2, "misses_change": -0.4, "strength": 0.1}
     as_it_is = {"model": "olmoe", "slots": 16, "misses": 0.3, "misses_change": 0.0, "strength": 0.0}
     dead = {"balance/min_share": 0.01}
+    nothing = "every strength costs more, or lets an expert fall below a tenth of its fair share."
     rows = [row | {"perplexity_change": 0.02}, as_it_is | dead | {"perplexity_change": 0.0}]
     for order in (rows, rows[::-1]):
-        assert bought(order) == ["olmoe, 16 slots: +0.5% perplexity buys nothing: every strength costs more."]
+        assert bought(order) == [f"olmoe, 16 slots: +0.5% perplexity buys nothing: {nothing}"]
+    rows = [row | dead | {"perplexity_change": 0.001}, as_it_is | {"perplexity_change": 0.0}]
+    for order in (rows, rows[::-1]):
+        assert bought(order) == [f"olmoe, 16 slots: +0.5% perplexity buys nothing: {nothing}"]
+
+
+def test_an_expert_that_is_hardly_used_without_the_bias_does_not_speak_against_it():
+    as_it_is = {"model": "olmoe", "slots": 16, "balance/min_share": 0.01, "strength": 0.0, "misses_change": 0.0}
+    rows = [
+        as_it_is | {"misses": 0.3, "perplexity_change": 0.0},
+        as_it_is | {"misses": 0.2, "perplexity_change": 0.001, "misses_change": -0.33, "strength": 0.1},
+    ]
+    assert bought(rows) == ["olmoe, 16 slots: +0.5% perplexity buys -33.0% misses (strength 0.1, +0.1%)."]

@@ -297,6 +297,14 @@ def test_metrics_that_are_missing_or_nan_leave_gaps(folder):
         read_run(path)
 
 
+def test_runs_whose_documents_are_all_shorter_than_16_tokens_are_compared_without_srp(folder):
+    of_segments = ("val/srp/m16", "val/srp/m64", "val/rho_hat/m16", "val/local_gain/m16", "val/balance/local_cv/m16")
+    for name, weight in {"a-seed0": 0.0, "b-seed0": 0.3}.items():
+        write_run("runs", name, weight=weight, metrics=dict.fromkeys(of_segments))
+    assert report("runs", "--out", "out") == 0
+    assert "LRU misses" in Path("out/report.html").read_text()
+
+
 def test_a_collapsed_run_is_marked_everywhere(folder, capsys):
     write_run("runs", "a-seed0")
     write_run("runs", "b-seed0", weight=1.0, hits=0.9, metrics={"val/balance/min_share": 0.05})

@@ -67,8 +67,8 @@ def draw(findings: Findings, looks: Looks) -> Figure:
     return figure
 
 
-def explore(findings: Findings, looks: Looks) -> Explored:
-    """Return the two charts of the trade-off, whose points open their runs."""
+def explore(findings: Findings, looks: Looks) -> Explored | None:
+    """Return a chart for each side that any run has measured, whose points open their runs; None without one."""
     charts = []
     for side in SIDES:
         measured = [run for run in findings.runs if run.measured(side.needed)]
@@ -84,8 +84,9 @@ def explore(findings: Findings, looks: Looks) -> Explored:
             )
             for pair in _pairs(findings, side)
         ]
-        charts.append(plane([*spans(arrows), *points(marks)], side.label, QUALITY))
-    return Explored("tradeoff", TITLE, CAPTION, charts)
+        if marks:
+            charts.append(plane([*spans(arrows), *points(marks)], side.label, QUALITY))
+    return Explored("tradeoff", TITLE, CAPTION, charts) if charts else None
 
 
 def _pairs(findings: Findings, side: Side) -> list[Pair]:
