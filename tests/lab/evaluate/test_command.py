@@ -453,7 +453,7 @@ def test_a_model_is_judged_and_its_saved_routing_gives_the_same(place, tmp_path,
     assert lru["shared"]["by_slots"] == pytest.approx(shared.tolist(), abs=1e-12)
     assert lru["shared"]["at_ratio"]["2.0"]["hit_rate"] == lru["shared"]["by_slots"][2 * 2 * K - 1]
     assert value["shared by all", "hit_rate_lru", "", "2.0"] == lru["shared"]["at_ratio"]["2.0"]["hit_rate"]
-    assert value["all", "vocabulary_specialization_mean", "2", ""] == model["specialization"]["vocabulary"]["mean"]
+    assert value["all", "vocabulary_specialization_mean", "8", ""] == model["specialization"]["vocabulary"]["mean"]
     assert list(map(len, model["specialization"]["vocabulary"]["layers"])) == [E, E]
     size = 3 * COMMON["hidden_size"] * COMMON["intermediate_size"] * 4
     assert model["advice"]["2K"]["memory_bytes"] == 2 * 2 * K * size
