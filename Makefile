@@ -19,7 +19,8 @@ demo: .venv/installed
 # Each file of rows, and the pages that hold its tables.
 RESULTS := demo:README.md,docs/results.md gate:docs/results.md frontier:docs/results.md medium:docs/results.md \
 	longer:docs/results.md,docs/choosing.md finetune:docs/finetuning.md paper:docs/ablations.md \
-	deployed:docs/results.md deployed_gate:docs/results.md deployed_transfer:docs/results.md finetune_deployed:docs/finetuning.md \
+	deployed:docs/results.md deployed_gate:docs/results.md deployed_transfer:docs/results.md \
+	deployed_domains:docs/results.md finetune_deployed:docs/finetuning.md \
 	finetune_mature:docs/finetuning.md upcycle_deployed:docs/results.md longer_deployed:docs/results.md
 comma := ,
 

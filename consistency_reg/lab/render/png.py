@@ -1,7 +1,7 @@
 """Draw panels and legends with matplotlib, and turn figures into PNGs."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from consistency_reg.optional import require
@@ -16,11 +16,15 @@ with require("plots"):
 DPI = 150
 
 
-def panels(rows: int, columns: int, width: float, height: float, *, sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    """Return an empty figure of ``width`` x ``height`` inches and its panels, row by row."""
+def panels(
+    rows: int, columns: int, width: float, height: float, *, sharey: bool = False, widths: Sequence[float] | None = None
+) -> tuple[Figure, list[Axes]]:
+    """Return an empty figure of ``width`` x ``height`` inches and its panels, row by row; ``widths`` are relative."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    every: list[Axes] = figure.subplots(rows, columns, squeeze=False, sharey=sharey).flatten().tolist()
+    every: list[Axes] = (
+        figure.subplots(rows, columns, squeeze=False, sharey=sharey, width_ratios=widths).flatten().tolist()
+    )
     for axes in every:
         axes.grid(color="0.9", linewidth=0.8)
         axes.set_axisbelow(True)

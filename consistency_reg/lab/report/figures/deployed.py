@@ -10,7 +10,7 @@ from consistency_reg.lab.render.png import entry, legend_below, panels
 from consistency_reg.lab.render.table import change, number
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.hypervolume import BUDGETS
-from consistency_reg.lab.report.looks import Looks, cross, errors, whisker_marks
+from consistency_reg.lab.report.looks import Looks, errors, whisker_marks
 from consistency_reg.lab.report.runs import Run
 from consistency_reg.optional import require
 
@@ -23,7 +23,7 @@ TITLE = "Frontier as deployed"
 CAPTION = (
     "Changes against the baseline of the same seed without any bias: a line for each cell through the strengths of "
     "cache-aware routing, from 0 (the model as it is) on, means over the seeds, whiskers from the lowest to the "
-    "highest seed. Hollow: the bias alone, on the baseline, without training. Next to a point the strength. Over a "
+    "highest seed. Hollow: the bias alone, on the baseline, without training. Next to a point the strength. A "
     "cross: an expert under a tenth of its fair share, or the global balance given up. The line at +0.5% perplexity is "
     "the budget of the table. The second panel shows what costs little."
 )
@@ -39,10 +39,13 @@ def draw(findings: Findings, looks: Looks) -> Figure | None:
         return None
     runs = findings.run_of_cell
     styles = _styles(strengths, looks, runs)
-    figure, both = panels(1, 2, 11, 5.4)
+    figure, both = panels(1, 2, 11, 5.4, widths=(2, 3))
     for axes, part in zip(both, (strengths, _cheap(strengths)), strict=True):
         for _, cell in part.groupby(["against", "cell"], sort=False):
-            _line(axes, cell, looks, runs[cell["cell"].iloc[0]], styles[cell["cell"].iloc[0]])
+            run = runs[cell["cell"].iloc[0]]
+            _line(axes, cell, looks, run, styles[run.cell])
+            if axes is both[1]:  # in the panel that has room for them
+                _strengths(axes, cell[cell["left_out"] == 0])
         axes.axhline(0, color="0.6", linewidth=0.8)
         axes.axvline(0, color="0.6", linewidth=0.8)
         axes.axhline(100 * BUDGETS[0].mean, color="0.5", linewidth=1, linestyle=":")
@@ -52,7 +55,7 @@ def draw(findings: Findings, looks: Looks) -> Figure | None:
     both[1].set_title(f"up to {100 * CHEAP:+g}% perplexity", loc="left", fontsize=11)
     handles = [line for line in both[0].get_lines() if not str(line.get_label()).startswith("_")]
     if strengths["left_out"].any():
-        handles.append(entry("left out", "x", color="black", markersize=10))
+        handles.append(entry("left out", "x", color="0.4", markersize=6))
     legend_below(figure, handles)
     return figure
 
@@ -112,12 +115,16 @@ def _line(axes: Axes, cell: pd.DataFrame, looks: Looks, run: Run, dashes: Any) -
     for _, row in cell.iterrows():
         x, y = 100 * row["misses_change_mean"], 100 * row["perplexity_change_mean"]
         if row["left_out"]:
-            cross(axes, x, y)
-            face = "white" if alone else colour
-            axes.plot(x, y, shape, color=colour, markerfacecolor=face, markersize=6, zorder=3)
-        axes.errorbar(x, y, **errors(row, "misses_change"), fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.5)
-        if row["strength"]:
-            axes.annotate(f"{row['strength']:g}", (x, y), (4, 4), textcoords="offset points", fontsize=7, color="0.3")
+            axes.plot(x, y, "x", color=colour, alpha=0.5, markersize=6, zorder=2)
+        else:
+            axes.errorbar(x, y, **errors(row, "misses_change"), fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.5)
+
+
+def _strengths(axes: Axes, cell: pd.DataFrame) -> None:
+    """Write the strength next to each point, but for the model as it is."""
+    for _, row in cell[cell["strength"] > 0].iterrows():
+        place = 100 * row["misses_change_mean"], 100 * row["perplexity_change_mean"]
+        axes.annotate(f"{row['strength']:g}", place, (4, 4), textcoords="offset points", fontsize=7, color="0.3")
 
 
 def _mark(row: pd.Series, looks: Looks, run: Run) -> Mark:
