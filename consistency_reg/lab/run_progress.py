@@ -226,6 +226,9 @@ class StepCheckpoint(ModelCheckpoint):
         self._release(trainer)
         super().on_train_epoch_end(trainer, *args)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the end of training to :class:`RunProgress`, which saved it before its epoch counted as complete."""
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove a checkpoint whose step or validation may not have been logged, as a resumed run would not log it."""
         batches = trainer.fit_loop.epoch_loop.batch_progress.current

@@ -355,6 +355,12 @@ def test_a_finished_run_goes_on_when_it_is_to_have_more_steps(tmp_path):
         fit.main(arguments(tmp_path / "run", **changes))
 
 
+def test_a_run_that_saved_nothing_but_its_end_goes_on_when_it_is_to_have_more_steps(tmp_path):
+    for steps in (2, 4):
+        assert fit.main(arguments(tmp_path / "run", trainer__max_steps=steps, wandb_project="")) == 0
+        assert (result(tmp_path / "run")["steps"], result(tmp_path / "run")["tokens"]) == (steps, steps * 2 * 64)
+
+
 def test_a_second_fit_in_a_folder_is_told_who_trains_there(tmp_path, monkeypatch):
     said, original = [], RunProgress.on_train_end
 
