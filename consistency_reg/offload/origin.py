@@ -103,7 +103,7 @@ class FromModel:
         self.dense_bytes = _dense_bytes(model, self.layers, self.dtype)
         self._folder = Path(getattr(self.config, "name_or_path", "") or ".")
         self._sources = None
-        self._taken: list[dict[str, nn.Parameter]] | None = None  # of each layer; empty where they are read again
+        self._taken: list[dict[str, nn.Parameter]] | None = None  # of each layer; without data where a disk has it
         if kind == "disk":
             if not (self._folder / "config.json").is_file():
                 raise ValueError("the model was loaded from no folder: save it and give that, or use store='host'")
@@ -126,26 +126,26 @@ class FromModel:
             self._check_unchanged(store)
         self._device = next(self._model.parameters()).device
         self._needs_grad = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        taken = [{name: to_meta(layer.module, name) for name in layer.shapes} for layer in self.layers]
-        self._taken = [] if self._sources is not None else taken
+        self._taken = [{name: to_meta(layer.module, name) for name in layer.shapes} for layer in self.layers]
         for weights in self._taken:
             for weight in weights.values():
-                weight.data = weight.data.cpu()  # where a store in host memory is
+                weight.data = weight.data.cpu() if self._sources is None else weight.data.new_empty(0)
         for parameter in self._needs_grad:
             parameter.requires_grad_(False)
         return to_device(self._model, device), self.layers
 
     def give_back(self) -> None:
-        """Put the experts back if they were taken, from the checkpoint where they were read from it."""
-        if (taken := self._taken) is None:
+        """Put the experts' parameters back if they were taken, filled from the checkpoint where they were read."""
+        if self._taken is None:
             return
         if self._sources is not None:
             disk = DiskStore(self._sources, self.config, self.layers, Opening())
-            weights = _read_all(disk, self.layers, self.dtype)
-            taken = [{name: nn.Parameter(weight) for name, weight in layer.items()} for layer in weights]
-        for layer, back in zip(self.layers, taken, strict=True):
-            for name, weight in back.items():
-                layer.module.register_parameter(name, weight)
+            for taken, read in zip(self._taken, _read_all(disk, self.layers, self.dtype), strict=True):
+                for name, weight in read.items():
+                    taken[name].data = weight
+        for layer, taken in zip(self.layers, self._taken, strict=True):
+            for name, parameter in taken.items():
+                layer.module.register_parameter(name, parameter)
         to_device(self._model, self._device)
         for parameter in self._needs_grad:
             parameter.requires_grad_(True)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from offloading import save
+from offloading import in_memory, logits, save
 from safetensors.torch import load_file, save_file
-from tiny_models import COMMON, E, K
+from tiny_models import COMMON, E, K, token_ids
 
 from consistency_reg import OffloadedExperts
 
@@ -120,6 +120,14 @@ def test_places_without_a_model(tmp_path, olmoe):
     Path(olmoe, "model.safetensors.index.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"must hold model.safetensors or .* has neither"):
         OffloadedExperts(olmoe)
+
+
+def test_the_index_of_an_earlier_save_in_several_files_is_not_followed(olmoe):
+    """As for transformers: saving again in one file removes the former files, but not their index."""
+    in_memory(olmoe).save_pretrained(olmoe)
+    assert Path(olmoe, "model.safetensors.index.json").exists()
+    with OffloadedExperts(olmoe) as model:
+        assert torch.equal(logits(model, token_ids(1, 4)), logits(in_memory(olmoe), token_ids(1, 4)))
 
 
 def test_a_model_of_no_folder_says_where_its_experts_could_be(olmoe):
