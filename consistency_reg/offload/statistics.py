@@ -1,7 +1,7 @@
 """Count what offloading cost, by layer and by step."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -98,8 +98,7 @@ class Recorder:
     """
 
     def __init__(self, num_layers: int) -> None:
-        self.num_layers, self._last_layer = num_layers, -1
-        self.steps: list[Step] = []
+        self.num_layers = num_layers
         self.clear()
 
     def add(self, layer: int, tokens: int, counts: Counts) -> None:
@@ -114,12 +113,12 @@ class Recorder:
     def statistics(self, **about: Any) -> OffloadStatistics:
         """Return copies of all sums."""
         total = _sum(self.layers)
-        steps = [Step(**{**vars(step), "layers": list(step.layers)}) for step in self.steps]
-        layers = [Counts(**vars(layer)) for layer in self.layers]
+        steps = [replace(step, layers=list(step.layers)) for step in self.steps]
+        layers = [replace(layer) for layer in self.layers]
         return OffloadStatistics(**vars(total), layers=layers, steps=steps, **about)
 
     def clear(self) -> None:
         """Forget everything."""
         self.layers = [Counts() for _ in range(self.num_layers)]
-        self.steps = []
+        self.steps: list[Step] = []
         self._last_layer = -1

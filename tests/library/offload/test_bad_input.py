@@ -31,6 +31,7 @@ def olmoe(tmp_path):
         ({"slots": [4, "4"]}, "slots must be whole numbers of experts, got '4'"),
         ({"slots": [4]}, "slots must be one number or one for each of 2 layers, got 1"),
         ({"policy": "belady"}, r"policy must be one of \('lru', 'lfu', 'fixed'\), got 'belady'"),
+        ({"policy": "fixed", "usage": [torch.ones(E)]}, r"usage must be \[E\] for .* = \[8, 8\], got shapes \[\[8\]\]"),
         ({"policy": "fixed"}, "policy='fixed' goes with the usage of every layer's experts"),
         ({"reads": "fast"}, "reads must be one of direct, buffered, got 'fast'"),
         ({"store": "cloud"}, "store must be one of disk, host, got 'cloud'"),
