@@ -236,6 +236,11 @@ class OffloadedExperts:
             torch.cuda.synchronize(self.device)
 
     @property
+    def config(self) -> Any:
+        """The configuration of the model, before it is attached too."""
+        return self._origin.config
+
+    @property
     def dense_bytes(self) -> int:
         """The bytes of all weights that are no routed experts'."""
         return self._origin.dense_bytes

@@ -121,4 +121,4 @@ class Recorder:
         """Forget everything."""
         self.layers = [Counts() for _ in range(self.num_layers)]
         self.steps: list[Step] = []
-        self._last_layer = -1
+        self._last_layer: int = -1
