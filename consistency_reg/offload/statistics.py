@@ -98,7 +98,8 @@ class Recorder:
     """
 
     def __init__(self, num_layers: int) -> None:
-        self.num_layers = num_layers
+        self.num_layers, self._last_layer = num_layers, -1
+        self.steps: list[Step] = []
         self.clear()
 
     def add(self, layer: int, tokens: int, counts: Counts) -> None:
@@ -120,5 +121,5 @@ class Recorder:
     def clear(self) -> None:
         """Forget everything."""
         self.layers = [Counts() for _ in range(self.num_layers)]
-        self.steps: list[Step] = []
-        self._last_layer: int = -1
+        self.steps = []
+        self._last_layer = -1

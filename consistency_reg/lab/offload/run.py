@@ -51,7 +51,7 @@ def measure(place: str, prompts: Sequence[str], options: argparse.Namespace, con
         curves = _curves(offloaded, encoded, options)
         offloaded = OffloadedExperts(path, spread="auto", curves=curves, **budget)
     strengths = options.cache_aware or [_configured_strength(offloaded.config)]
-    ratio = _equal_ratio(offloaded) if any(strengths) else None
+    ratio = _equal_ratio(offloaded) if any(strengths) else 0.0
     with offloaded as model:
         for strength in strengths:
             name = _name(path, place) + (f" + bias {strength:g}" if strength else "")
