@@ -12,13 +12,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from consistency_reg.devices import is_on_host
-from consistency_reg.functional.segments import (
-    active_experts,
-    running_sums,
-    window_ends,
-)
+from consistency_reg.functional.pairs import has_predecessor
+from consistency_reg.functional.segments import active_experts, running_sums, window_ends
 from consistency_reg.routing import check_expert_ids, check_id_shape, check_masks
-from consistency_reg.routing.documents import document_positions, row_chunks, rows_of
+from consistency_reg.routing.documents import chunks_with_positions, document_ends, row_chunks
 
 CHUNK_TOKENS = 8192  # bounds the memory whatever B is
 
@@ -68,9 +65,9 @@ def usage_counts(expert_ids: Tensor, num_experts: int, valid: Tensor | None = No
     check_id_shape(expert_ids, num_experts)
     bins = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_ids.device)
     for rows in row_chunks(len(expert_ids), expert_ids.shape[1], CHUNK_TOKENS):
-        ids_BTK, valid_BT, _ = rows_of(rows, expert_ids, valid, None)
-        if valid_BT is not None:
-            ids_BTK = ids_BTK.where(valid_BT[..., None], num_experts)  # a bin for padding
+        ids_BTK = expert_ids[rows]
+        if valid is not None:
+            ids_BTK = ids_BTK.where(valid[rows, :, None], num_experts)  # a bin for padding
         bins.scatter_add_(0, ids_BTK.flatten(), torch.ones_like(ids_BTK).flatten())
     return bins[:num_experts]
 
@@ -150,9 +147,7 @@ def local_cv_means(
     totals = {m: torch.zeros((), dtype=torch.float64, device=device) for m in segment_lengths}
     counts = {m: torch.zeros((), dtype=torch.int64, device=device) for m in segment_lengths}
     sum_dtype = torch.int16 if T < 2**15 else torch.int32
-    for rows in row_chunks(B, T, chunk_tokens):
-        ids_BTK, valid_BT, document_BT = rows_of(rows, expert_ids, valid, document_ids)
-        position_BT = document_positions((len(ids_BTK), T), valid_BT, document_BT, device=device)
+    for _, ids_BTK, valid_BT, position_BT in chunks_with_positions(expert_ids, valid, document_ids, chunk_tokens):
         active_BTE = active_experts(ids_BTK, num_experts, valid_BT)
         before_BTE = pad(running_sums(active_BTE, sum_dtype), (0, 0, 1, 0))  # [B, T+1, E]
         for m in segment_lengths:
@@ -188,25 +183,13 @@ def overlap_mean(
     B, T, K = expert_ids.shape
     check_masks((B, T), valid, document_ids)
     shared, pairs = torch.zeros(2, dtype=torch.int64, device=expert_ids.device)
-    for rows in row_chunks(B, T, chunk_tokens):
-        ids_BTK, valid_BT, document_BT = rows_of(rows, expert_ids, valid, document_ids)
-        position_BT = document_positions((len(ids_BTK), T), valid_BT, document_BT, device=ids_BTK.device)
-        follows_BT = position_BT[:, 1:] >= 1
+    for _, ids_BTK, valid_BT, position_BT in chunks_with_positions(expert_ids, valid, document_ids, chunk_tokens):
+        follows_BT = has_predecessor(position_BT, 1)
         active_BTE = active_experts(ids_BTK, num_experts, valid_BT)
         shared_BT = (active_BTE[:, 1:] & active_BTE[:, :-1]).sum(dim=-1)
         shared += shared_BT.where(follows_BT, 0).sum()
         pairs += follows_BT.sum()
     return Mean(shared, K * pairs)
-
-
-def document_ends(position: Tensor) -> Tensor:
-    """Return where the last token of a document stands: [B, T] positions -> [B, T] bool.
-
-    Example:
-        >>> document_ends(torch.tensor([[0, 1, 0, -1, 0, 1]]))
-        tensor([[False,  True,  True, False, False,  True]])
-    """
-    return (position >= 0) & (pad(position[:, 1:], (0, 1)) <= 0)
 
 
 def _segments(position_BT: Tensor, segment_length: int | None) -> tuple[Tensor, Tensor]:

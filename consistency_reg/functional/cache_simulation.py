@@ -16,7 +16,7 @@ from consistency_reg.functional.segments import check_segment_lengths, side_by_s
 from consistency_reg.functional.stack import Columns, Priorities, column_groups, stack_hits
 from consistency_reg.functional.stack_priorities import PolicyPriorities, WindowUses
 from consistency_reg.routing import RoutingTrace
-from consistency_reg.routing.documents import document_lengths, document_positions, row_chunks
+from consistency_reg.routing.documents import document_ends, document_lengths, document_positions, row_chunks
 
 SIMULATED = (*EVICTING, "sch")
 REPLAYS = ("token", "access")
@@ -263,6 +263,4 @@ def _documents(position_NT: Tensor, *, whole_rows: bool = False) -> tuple[Tensor
         return rows_D, rows_D * T, torch.full_like(rows_D, T)
     position_S = position_NT.flatten()
     first_D = (position_S == 0).nonzero()[:, 0]
-    following_S = torch.cat([position_S[1:], position_S.new_full((1,), -1)])
-    last_S = (position_S >= 0) & (following_S <= 0)
-    return first_D // max(T, 1), first_D, position_S[last_S] + 1
+    return first_D // max(T, 1), first_D, position_S[document_ends(position_NT).flatten()] + 1

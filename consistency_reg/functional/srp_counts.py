@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from consistency_reg import devices
 from consistency_reg.functional.segments import active_experts, running_sums, window_ends
 from consistency_reg.routing import check_id_shape, check_masks
-from consistency_reg.routing.documents import document_positions, row_chunks, rows_of
+from consistency_reg.routing.documents import chunks_with_positions
 
 CHUNK_TOKENS = 2**13  # with 64 experts a chunk is a megabyte: it stays in a CPU's cache
 KERNEL_CHUNK_TOKENS = 2**22  # enough to fill a GPU
@@ -72,9 +72,8 @@ def srp_counts(
     usage_E = torch.zeros(E, dtype=torch.int64, device=device)
     by_kernel = devices.has_kernels(expert_ids)
     count, most = (_count_by_kernel, KERNEL_CHUNK_TOKENS) if by_kernel else (_count, CHUNK_TOKENS)
-    for rows in row_chunks(N, T, chunk_tokens or most):
-        ids_BTK, valid_BT, document_BT = rows_of(rows, expert_ids, valid, document_ids)
-        position_BT = document_positions((len(ids_BTK), T), valid_BT, document_BT, device=device)
+    chunks = chunks_with_positions(expert_ids, valid, document_ids, chunk_tokens or most)
+    for rows, ids_BTK, valid_BT, position_BT in chunks:
         part = count(ids_BTK, E, segment_lengths, valid_BT, position_BT, per_sequence)
         usage_E += part.usage
         for m in segment_lengths:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def row_chunks(rows: int, row_size: int, most: int) -> Iterator[slice]:
@@ -27,17 +28,6 @@ def row_chunks(rows: int, row_size: int, most: int) -> Iterator[slice]:
     step = max(1, most // max(row_size, 1))
     for first in range(0, max(rows, 1), step):
         yield slice(first, min(first + step, rows))
-
-
-def rows_of(
-    rows: slice, expert_ids: Tensor, valid: Tensor | None, document_ids: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return some rows of the ids and of the masks that there are."""
-    return (
-        expert_ids[rows],
-        None if valid is None else valid[rows],
-        None if document_ids is None else document_ids[rows],
-    )
 
 
 def document_positions(
@@ -91,3 +81,25 @@ def document_lengths(position: Tensor) -> Tensor:
     no_continuation_BT = torch.where(position <= 0, index_T, T).flip(1).cummin(dim=1).values.flip(1)
     ends_BT = torch.cat([no_continuation_BT[:, 1:], no_continuation_BT.new_full((B, 1), T)], dim=1)
     return (ends_BT - index_T + position).masked_fill(position < 0, 0)
+
+
+def document_ends(position: Tensor) -> Tensor:
+    """Return where the last token of a document stands: [B, T] positions -> [B, T] bool.
+
+    Example:
+        >>> document_ends(torch.tensor([[0, 1, 0, -1, 0, 1]]))
+        tensor([[False,  True,  True, False, False,  True]])
+    """
+    return (position >= 0) & (pad(position[:, 1:], (0, 1)) <= 0)
+
+
+def chunks_with_positions(
+    expert_ids: Tensor, valid: Tensor | None, document_ids: Tensor | None, most: int
+) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor]]:
+    """Yield some rows at a time, about ``most`` tokens: which, their ids, ``valid`` and :func:`document_positions`."""
+    B, T, _ = expert_ids.shape
+    for rows in row_chunks(B, T, most):
+        ids_BTK = expert_ids[rows]
+        valid_BT, document_BT = (None if mask is None else mask[rows] for mask in (valid, document_ids))
+        position_BT = document_positions((len(ids_BTK), T), valid_BT, document_BT, device=expert_ids.device)
+        yield rows, ids_BTK, valid_BT, position_BT

@@ -11,7 +11,6 @@ from strategies import on_cases, routings
 from consistency_reg.functional.balance import (
     _segment_usage,
     _segments,
-    document_ends,
     local_cv,
     local_cv_means,
     overlap_mean,
@@ -71,10 +70,6 @@ def test_no_tokens_give_zeros():
     assert [float(x) for x in (balance.sd, balance.cv, balance.max_over_mean, balance.min_share)] == [0, 0, 0, 0]
     assert float(local_cv(torch.zeros(0, 3, 1, dtype=torch.int64), 4)) == 0
     assert float(overlap_rate(torch.zeros(2, 0, 1, dtype=torch.int64), 4)) == 0
-
-
-def test_a_pad_and_a_new_document_end_a_document():
-    assert document_ends(torch.tensor([[0, 1, -1, 0, 0, 1]])).tolist() == [[False, True, False, True, False, True]]
 
 
 def test_counting_never_reads_the_device():

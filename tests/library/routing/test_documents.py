@@ -5,7 +5,7 @@ from hypothesis import given
 from reference import documents
 from strategies import routings
 
-from consistency_reg.routing.documents import document_lengths, document_positions
+from consistency_reg.routing.documents import document_ends, document_lengths, document_positions
 
 
 @given(routings())
@@ -40,3 +40,7 @@ def test_lengths_are_those_of_the_documents(routing):
         expected[n, first:end] = end - first
     position = document_positions(tuple(routing.valid.shape), **routing.masks)
     assert torch.equal(document_lengths(position), expected)
+
+
+def test_a_pad_and_a_new_document_end_a_document():
+    assert document_ends(torch.tensor([[0, 1, -1, 0, 0, 1]])).tolist() == [[False, True, False, True, False, True]]
