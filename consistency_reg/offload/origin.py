@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,37 +24,18 @@ from consistency_reg.offload.stores import DiskStore, HostStore, Opening
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class Origin(Protocol):
-    """Answers what the engine asks of a model before it runs.
-
-    Attributes:
-        layers: of experts.
-        config: of the model.
-        dtype: of the experts in their slots.
-        dense_bytes: of all other weights.
-    """
-
-    layers: list[ExpertLayer]
-    config: Any
-    dtype: torch.dtype
-    dense_bytes: int
-
-    def open_store(self, opening: Opening) -> DiskStore | HostStore:
-        """Open what holds the experts."""
-
-    def take(self, store: DiskStore | HostStore, device: torch.device) -> tuple[Any, list[ExpertLayer]]:
-        """Return the model without its experts, and its layers of experts."""
-
-    def give_back(self) -> None:
-        """Undo :meth:`take` where there was a model before."""
-
-
 class FromFolder:
     """Loads a model of a folder or of the hub without its experts.
 
     Args:
         place: folder or hub id.
         dtype: of the loaded weights, "auto" as saved.
+
+    Attributes:
+        layers: of experts.
+        config: of the model.
+        dtype: of the experts in their slots.
+        dense_bytes: of all other weights.
     """
 
     def __init__(self, place: str | Path, dtype: str | torch.dtype) -> None:
@@ -75,7 +56,7 @@ class FromFolder:
         return HostStore(_read_all(disk, self.layers, self.dtype), opening.threads)
 
     def take(self, store: DiskStore | HostStore, device: torch.device) -> tuple[Any, list[ExpertLayer]]:
-        """Load the model."""
+        """Return the loaded model, and its layers of experts."""
         model = load_without_experts(self._folder, self.config, self.layers, self._sources.dense, self.dtype)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -86,7 +67,7 @@ class FromFolder:
 
 
 class FromModel:
-    """Takes the experts out of a model in memory, and puts them back.
+    """Takes the experts out of a model in memory, and puts them back; has the attributes of :class:`FromFolder`.
 
     Args:
         model: of transformers.
@@ -117,7 +98,7 @@ class FromModel:
         return HostStore(weights, opening.threads)
 
     def take(self, store: DiskStore | HostStore, device: torch.device) -> tuple[Any, list[ExpertLayer]]:
-        """Put the experts' parameters onto the meta device.
+        """Put the experts' parameters onto the meta device; return the model, and its layers of experts.
 
         Raises:
             ValueError: they are not those of the checkpoint.

@@ -344,6 +344,15 @@ def test_a_calibration_tells_the_slower_disk_from_the_one_that_is_there(olmoe):
         assert time.perf_counter() - began >= 0.02
 
 
+@pytest.mark.parametrize("policy", ["lru", "lfu", "fixed"])
+def test_computing_is_calibrated_without_reads_whatever_the_policy_keeps(olmoe, policy):
+    usage = [torch.arange(E)] * 2 if policy == "fixed" else None
+    offloaded = OffloadedExperts(olmoe, slots=K, policy=policy, usage=usage, read_bandwidth=50 * 3 * 32 * 16 * 4)
+    with offloaded:
+        found = calibrate(offloaded, token_ids(1, 30), reads=1, passes=3)
+    assert found.compute_seconds < 0.02  # of one read
+
+
 def test_reads_can_be_held_back_to_those_of_a_slower_disk(olmoe):
     ids = token_ids(1, 30)
     expert_bytes = 3 * 32 * 16 * 4
