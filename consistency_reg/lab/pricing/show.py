@@ -84,11 +84,13 @@ def bought(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         mine = [row for row in rows if (name_of(row), row["slots"]) == key]
         as_it_is_alive = all(is_alive(row) for row in mine if not row["strength"])
         cheap = [row for row in mine if row["perplexity_change"] <= MOST_COST and (is_alive(row) or not as_it_is_alive)]
-        best = min(cheap, key=lambda row: row["misses"], default=None)
+        best = min(cheap, key=lambda row: (row["misses"], row["strength"]), default=None)
         found = "nothing: every strength costs more, or lets an expert fall below a tenth of its fair share."
         if best is not None and best["strength"]:
             cost = change(best["perplexity_change"])
             found = f"{change(best['misses_change'])} misses (strength {best['strength']:g}, {cost})."
+        elif any(row["strength"] for row in cheap):
+            found = "nothing: no strength within it has fewer misses."
         said.append(f"{key[0]}, {key[1]} slots: +0.5% perplexity buys {found}")
     return said
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from consistency_reg.lab.arguments.upcycle import parser
+from consistency_reg.lab.checkpoint import read_tokenizer
 from consistency_reg.lab.corpus.text import load_domain
 from consistency_reg.lab.upcycle.convert import Plan, mlp_inputs, upcycle
 from consistency_reg.lab.upcycle.refit import refit
@@ -13,7 +14,7 @@ from consistency_reg.lab.upcycle.smollm import place_of
 from consistency_reg.optional import require
 
 with require("transformers"):
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 CORPUS_BYTES = 4_500_000  # of each domain, as in the recipes, so that the same text is held out
 ROW = 256  # tokens, as in the recipes
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (options.out / "config.json").exists():
         raise ValueError(f"--out must not hold a model yet, got {options.out}")
     place = place_of(options.dense)
-    tokenizer = AutoTokenizer.from_pretrained(place)
+    tokenizer = read_tokenizer(place)
     dense = AutoModelForCausalLM.from_pretrained(place, dtype="auto").float().eval()
     layers = range(dense.config.num_hidden_layers) if plan.layers is None else plan.layers
     rows = calibration_rows(tokenizer, options.calibration_tokens, options.domains)

@@ -185,6 +185,15 @@ def test_a_strength_that_costs_too_much_buys_nothing_whatever_the_order_of_the_r
         assert bought(order) == [f"olmoe, 16 slots: +0.5% perplexity buys nothing: {nothing}"]
 
 
+def test_strengths_that_save_nothing_are_not_said_to_cost_more():
+    row = {"model": "olmoe", "slots": 8, "misses": 0.0, "misses_change": None, "perplexity_change": 0.0}
+    rows = [row | {"strength": 0.0}, row | {"strength": 0.1}]
+    for order in (rows, rows[::-1]):
+        assert bought(order) == [
+            "olmoe, 8 slots: +0.5% perplexity buys nothing: no strength within it has fewer misses."
+        ]
+
+
 def test_an_expert_that_is_hardly_used_without_the_bias_does_not_speak_against_it():
     as_it_is = {"model": "olmoe", "slots": 16, "balance/min_share": 0.01, "strength": 0.0, "misses_change": 0.0}
     rows = [
