@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from consistency_reg.callbacks.monitor import RoutingMonitor
-from consistency_reg.callbacks.trainer_state import callbacks_of, domain_names
+from consistency_reg.callbacks.trainer_state import callbacks_of, domain_names, warn_of_late_start
 from consistency_reg.capture import RouterAdapter, RouterCapture
 from consistency_reg.distributed import all_sum
 from consistency_reg.masks import Masks, batch_masks
@@ -89,6 +89,11 @@ class CacheAwareTraining(Callback):
         """Find the routers, before the first forward, so that compiled models are changed too."""
         self._fitting = True
         self._attach(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn if the routing begins after the end of training."""
+        if self.schedule.strength:
+            warn_of_late_start(trainer, "cache-aware routing", self.schedule.start_step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Give the routing the strength and the cache of the step."""

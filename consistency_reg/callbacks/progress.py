@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from consistency_reg.callbacks.monitor import RoutingMonitor
-from consistency_reg.callbacks.trainer_state import callbacks_of
+from consistency_reg.callbacks.trainer_state import callbacks_of, total_steps
 from consistency_reg.measures import CROSS_ENTROPY
 from consistency_reg.measures.reading import TRAINING
 from consistency_reg.optional import require
@@ -78,12 +78,3 @@ class TrainingBar(RichProgressBar):
 def current_routing(trainer: Trainer) -> dict[str, float]:
     """Return SRP and misses as the trainer's monitor measured them last; empty before that, or without one."""
     return next((monitor.current for monitor in callbacks_of(trainer, RoutingMonitor)), {})
-
-
-def total_steps(trainer: Trainer) -> int | float:
-    """Return the optimizer steps of the whole training, inf if it has no end; for the time after training has begun."""
-    steps = trainer.max_steps if trainer.max_steps > 0 else math.inf
-    if trainer.max_epochs is not None and trainer.max_epochs > 0 and math.isfinite(trainer.num_training_batches):
-        per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        steps = min(steps, trainer.max_epochs * per_epoch)
-    return steps

@@ -7,7 +7,7 @@ from typing import Any
 from consistency_reg.callbacks.goal_keeper import GoalKeeper
 from consistency_reg.callbacks.loggers import log_settings
 from consistency_reg.callbacks.monitor import RoutingMonitor
-from consistency_reg.callbacks.trainer_state import callbacks_of
+from consistency_reg.callbacks.trainer_state import callbacks_of, warn_of_late_start
 from consistency_reg.callbacks.training_step import TrainingStepTerm
 from consistency_reg.capture import RouterAdapter
 from consistency_reg.control import make_goal
@@ -163,7 +163,9 @@ class ConsistencyRegularizer(TrainingStepTerm):
         self.loss.to(pl_module.device)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget what moved the weight in an earlier run."""
+        """Forget what moved the weight in an earlier run; warn if the term begins after the end of this one."""
+        if self.schedule.weight:
+            warn_of_late_start(trainer, "the consistency term", self.schedule.start_step)
         if self.goal_keeper is not None:
             self.goal_keeper.on_train_start(trainer.global_step)
 

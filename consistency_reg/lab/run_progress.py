@@ -10,9 +10,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from consistency_reg.callbacks.progress import current_routing, total_steps
+from consistency_reg.callbacks.progress import current_routing
+from consistency_reg.callbacks.trainer_state import total_steps
 from consistency_reg.lab.checkpoint_files import WholeCheckpoints
 from consistency_reg.lab.cli import TERMINATED
 from consistency_reg.lab.files import write_atomically
@@ -72,7 +74,15 @@ class RunProgress(Callback):
         return self._earlier_seconds + time.monotonic() - self._began
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals, SIGTERM from Lightning, which would stop between two batches and save nothing."""
+        """Take the signals, SIGTERM from Lightning, which would stop between two batches and save nothing.
+
+        Warn if the epochs end before ``max_steps``, for which the learning rate is scheduled.
+        """
+        if (steps := total_steps(trainer)) < trainer.max_steps:
+            rank_zero_warn(
+                f"the data end this run after {steps:g} of trainer.max_steps={trainer.max_steps} steps: raise "
+                f"trainer.max_epochs={trainer.max_epochs}, or set it to -1 to go through them as often as it takes"
+            )
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._heed) for number in SIGNALS}
 
@@ -225,6 +235,9 @@ class StepCheckpoint(ModelCheckpoint):
         """Move the checkpoint of the epoch's last step to its place."""
         self._release(trainer)
         super().on_train_epoch_end(trainer, *args)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the end of training to :class:`RunProgress`, which saved it before its epoch counted as complete."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove a checkpoint whose step or validation may not have been logged, as a resumed run would not log it."""

@@ -82,11 +82,12 @@ class FixedCache:
     Args:
         usage: [E], how often each expert is used.
         slots: C.
+        first: number of the first of these experts.
     """
 
-    def __init__(self, usage: Tensor, slots: int) -> None:
+    def __init__(self, usage: Tensor, slots: int, first: int = 0) -> None:
         self.slots = slots
-        self._residents = frozenset(most_used(usage)[:slots].tolist())
+        self._residents = frozenset(first + expert for expert in most_used(usage)[:slots].tolist())
 
     def use(self, expert: int) -> int | None:
         """Evict nothing: an expert that is not of the set is read for this access alone."""
@@ -116,16 +117,27 @@ class _Access:
         raise ValueError("the policy needs the next use of an expert, which an engine does not know")
 
 
-def check_engine_policy(policy: str, usage: Sequence[Tensor] | None) -> None:
-    """Raise ValueError unless an engine can follow the policy, and "fixed" comes with the usage of experts."""
+def check_engine_policy(policy: str, usage: Sequence[Tensor] | None, num_experts: Sequence[int]) -> None:
+    """Raise ValueError unless an engine can follow the policy, and "fixed" comes with the usage of all experts."""
     check_policy(policy, ENGINE_POLICIES)
     if (policy == "fixed") != (usage is not None):
         raise ValueError("policy='fixed' goes with the usage of every layer's experts: give both or neither")
+    if usage is not None and (shapes := [list(counts.shape) for counts in usage]) != [[E] for E in num_experts]:
+        raise ValueError(f"usage must be [E] for layers with E = {list(num_experts)}, got shapes {shapes}")
 
 
-def new_cache(policy: str, slots: int, usage: Tensor | None = None) -> Cache:
-    """Return an empty cache of so many slots; ``usage`` [E] is for "fixed"."""
-    return EvictingCache(policy, slots) if usage is None else FixedCache(usage, slots)
+def new_caches(policy: str, slots: Sequence[int], usage: Sequence[Tensor] | None, first: Sequence[int]) -> list[Cache]:
+    """Return an empty cache for each layer.
+
+    Args:
+        policy: that an engine can follow.
+        slots: of each layer.
+        usage: for each layer [E], for "fixed".
+        first: for each layer the number of its first expert among those of all layers.
+    """
+    if usage is None:
+        return [EvictingCache(policy, number) for number in slots]
+    return [FixedCache(*one) for one in zip(usage, slots, first, strict=True)]
 
 
 def replay(cache: Cache, tokens: Iterable[Iterable[int]]) -> set[int]:

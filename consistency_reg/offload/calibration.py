@@ -77,18 +77,20 @@ def calibrate(
 
 @torch.no_grad()
 def _compute_seconds(offloaded: "OffloadedExperts", ids: Tensor, passes: int) -> float:
-    """Return the median of a token that comes again at its place, so that its experts are all there."""
+    """Return the median of a token that comes again at its place, less what it waits for experts of no slot."""
     model: Any = offloaded.model
     offloaded.reset()
     before = model(ids[:, :-1], use_cache=True).past_key_values
+    offloaded.reset()  # else "lfu" may evict what came least often, one expert of the token for another
     times = []
     for number in range(passes + 1):
         state = copy.deepcopy(before)
+        offloaded.forget()
         began = time.perf_counter()
         model(ids[:, -1:], past_key_values=state, use_cache=True)
         offloaded.finish()
-        if number:  # the first brings the experts
-            times.append(time.perf_counter() - began)
+        if number:  # the first brings the experts, which "fixed" does not keep
+            times.append(time.perf_counter() - began - offloaded.statistics().seconds_waiting)
     return median(times)
 
 

@@ -58,14 +58,16 @@ class StoredTensor:
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Return every tensor of a model's folder, from one file or from several with an index.
 
+    Where both are there the one file counts, as for transformers: saving a model in one file leaves a former index.
+
     Raises:
         FileNotFoundError: the folder holds no safetensors checkpoint, or lacks a file of it.
         ValueError: a file is truncated or is no safetensors file.
     """
-    if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    elif (folder / SINGLE).is_file():
+    if (folder / SINGLE).is_file():
         names = [SINGLE]
+    elif (folder / INDEX).is_file():
+        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
     else:
         raise FileNotFoundError(f"{folder} must hold {SINGLE} or {INDEX}, and has neither")
     tensors: dict[str, StoredTensor] = {}

@@ -15,7 +15,7 @@ from consistency_reg.offload.interface import Dispatch
 from consistency_reg.offload.kernel import kernel_of
 from consistency_reg.offload.layers import experts_per_token
 from consistency_reg.offload.memory import FastMemory
-from consistency_reg.offload.origin import FromFolder, FromModel, Origin
+from consistency_reg.offload.origin import FromFolder, FromModel
 from consistency_reg.offload.plan import Need, plan_slots
 from consistency_reg.offload.reading import READS
 from consistency_reg.offload.statistics import Counts, OffloadStatistics, Recorder
@@ -103,14 +103,14 @@ class OffloadedExperts:
     ) -> None:
         self.device = _device(device)
         _check_options(store, reads, read_ahead, threads)
-        check_engine_policy(policy, usage)
         self._policy, self._usage, self._spread = policy, usage, spread
         self.read_bandwidth = None if read_bandwidth is None else parse_bandwidth(read_bandwidth)
         self._opening = Opening(store, reads, threads, self.read_bandwidth)
         self._read_ahead, self._record, self._best_last = read_ahead, record, best_last
         given = isinstance(model_or_folder, nn.Module)
-        self._origin: Origin = FromModel(model_or_folder, store) if given else FromFolder(model_or_folder, dtype)  # type: ignore[arg-type]
+        self._origin = FromModel(model_or_folder, store) if given else FromFolder(model_or_folder, dtype)  # type: ignore[arg-type]
         self._layers = self._origin.layers
+        check_engine_policy(policy, usage, self.num_experts)
         self.top_k = experts_per_token(self._origin.config)
         expert_bytes = [layer.expert_elements * self._origin.dtype.itemsize for layer in self._layers]
         buffers = threads if store == "disk" and reads == "direct" else 0
@@ -234,6 +234,11 @@ class OffloadedExperts:
         """Wait until a GPU has done what it was told to; a CPU has."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the model, before it is attached too."""
+        return self._origin.config
 
     @property
     def dense_bytes(self) -> int:

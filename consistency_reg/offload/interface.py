@@ -1,6 +1,7 @@
 """Register the function that transformers' ExpertsInterface calls for offloaded experts, for each call's engine."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class Dispatch:
         for config in configs.values():
             config._experts_implementation_internal = IMPLEMENTATION
         for number, module in enumerate(self._modules):
-            module._offloaded = _Layer(number, compute)
+            module._offloaded = partial(compute, number)
 
     def undo(self) -> None:
         """Give the modules their own implementation back."""
@@ -43,13 +44,6 @@ class Dispatch:
             config._experts_implementation_internal = implementation
 
 
-class _Layer:
-    """Holds what belongs to one module: no module and no parameter, so that torch does not register it."""
-
-    def __init__(self, number: int, compute: Compute) -> None:
-        self.number, self.compute = number, compute
-
-
 @torch.compiler.disable
 def offloaded_experts(module: Any, hidden_NH: Tensor, ids_NK: Tensor, weights_NK: Tensor) -> Tensor:
     """Compute the experts of a layer by way of the slots.
@@ -57,7 +51,8 @@ def offloaded_experts(module: Any, hidden_NH: Tensor, ids_NK: Tensor, weights_NK
     Raises:
         RuntimeError: the model is used outside of its ``with`` block.
     """
-    layer: _Layer | None = getattr(module, "_offloaded", None)
-    if layer is None:
+    compute = getattr(module, "_offloaded", None)
+    if compute is None:
         raise RuntimeError("experts are offloaded no longer: use the model inside of `with OffloadedExperts(...)`")
-    return layer.compute(layer.number, module, hidden_NH, ids_NK, weights_NK)
+    output: Tensor = compute(module, hidden_NH, ids_NK, weights_NK)
+    return output

@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -77,19 +78,13 @@ def checkpoint_dtype(config: Any, stored: Mapping[str, StoredTensor]) -> torch.d
 
 def read_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     """Read tensors into memory, leaving nothing of them in the page cache."""
-    readers: dict[Path, FileReader] = {}
-    try:
-        tensors = {}
-        for name, part in stored.items():
-            reader = readers.get(part.path) or readers.setdefault(part.path, FileReader(part.path))
-            tensor = torch.empty(part.shape, dtype=part.dtype)
-            if tensor.numel():
-                reader.read_into(as_bytes(tensor), part.offset)
-            tensors[name] = tensor
-        return tensors
-    finally:
-        for reader in readers.values():
-            reader.close()
+    tensors = {name: torch.empty(part.shape, dtype=part.dtype) for name, part in stored.items()}
+    for path in {part.path for part in stored.values()}:
+        with closing(FileReader(path)) as reader:
+            for name, part in stored.items():
+                if part.path == path and tensors[name].numel():
+                    reader.read_into(as_bytes(tensors[name]), part.offset)
+    return tensors
 
 
 def load_without_experts(

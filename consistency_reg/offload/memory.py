@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistency_reg.offload.cache import Cache, new_cache, replay
+from consistency_reg.offload.cache import Cache, new_caches, replay
 from consistency_reg.offload.layers import ExpertLayer
 from consistency_reg.offload.stores import Store
 
@@ -96,12 +96,11 @@ class FastMemory:
                 number = sum(count for count, other in zip(slots, kinds, strict=True) if other == kind)
                 made[kind] = Slots(layer, number + read_ahead, dtype, device)
         self._slots = [made[kind] for kind in kinds]
-        together = None if usage is None else torch.cat(list(usage))
-        one = new_cache(policy, sum(slots), together) if shared else None
-        self._caches: list[Cache] = [
-            one or _OfLayer(new_cache(policy, number, None if usage is None else usage[layer]), self._first[layer])
-            for layer, number in enumerate(slots)
-        ]
+        if shared:
+            together = None if usage is None else [torch.cat(list(usage))]
+            self._caches = new_caches(policy, [sum(slots)], together, [0]) * len(layers)
+        else:
+            self._caches = new_caches(policy, slots, usage, self._first)
 
     @property
     def nbytes(self) -> int:
@@ -136,24 +135,6 @@ class FastMemory:
             cache.clear()
         for slots in self._slots:
             slots.clear()
-
-
-class _OfLayer:
-    """Gives a layer's own cache, which numbers experts from 0, the numbers of the whole model."""
-
-    def __init__(self, cache: Cache, first: int) -> None:
-        self._cache, self._first = cache, first
-        self.slots = cache.slots
-
-    def use(self, expert: int) -> int | None:
-        evicted = self._cache.use(expert - self._first)
-        return None if evicted is None else evicted + self._first
-
-    def __contains__(self, expert: int) -> bool:
-        return expert - self._first in self._cache
-
-    def clear(self) -> None:
-        self._cache.clear()
 
 
 class Visit:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,37 +24,18 @@ from consistency_reg.offload.stores import DiskStore, HostStore, Opening
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class Origin(Protocol):
-    """Answers what the engine asks of a model before it runs.
-
-    Attributes:
-        layers: of experts.
-        config: of the model.
-        dtype: of the experts in their slots.
-        dense_bytes: of all other weights.
-    """
-
-    layers: list[ExpertLayer]
-    config: Any
-    dtype: torch.dtype
-    dense_bytes: int
-
-    def open_store(self, opening: Opening) -> DiskStore | HostStore:
-        """Open what holds the experts."""
-
-    def take(self, store: DiskStore | HostStore, device: torch.device) -> tuple[Any, list[ExpertLayer]]:
-        """Return the model without its experts, and its layers of experts."""
-
-    def give_back(self) -> None:
-        """Undo :meth:`take` where there was a model before."""
-
-
 class FromFolder:
     """Loads a model of a folder or of the hub without its experts.
 
     Args:
         place: folder or hub id.
         dtype: of the loaded weights, "auto" as saved.
+
+    Attributes:
+        layers: of experts.
+        config: of the model.
+        dtype: of the experts in their slots.
+        dense_bytes: of all other weights.
     """
 
     def __init__(self, place: str | Path, dtype: str | torch.dtype) -> None:
@@ -75,7 +56,7 @@ class FromFolder:
         return HostStore(_read_all(disk, self.layers, self.dtype), opening.threads)
 
     def take(self, store: DiskStore | HostStore, device: torch.device) -> tuple[Any, list[ExpertLayer]]:
-        """Load the model."""
+        """Return the loaded model, and its layers of experts."""
         model = load_without_experts(self._folder, self.config, self.layers, self._sources.dense, self.dtype)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -86,7 +67,7 @@ class FromFolder:
 
 
 class FromModel:
-    """Takes the experts out of a model in memory, and puts them back.
+    """Takes the experts out of a model in memory, and puts them back; has the attributes of :class:`FromFolder`.
 
     Args:
         model: of transformers.
@@ -103,7 +84,7 @@ class FromModel:
         self.dense_bytes = _dense_bytes(model, self.layers, self.dtype)
         self._folder = Path(getattr(self.config, "name_or_path", "") or ".")
         self._sources = None
-        self._taken: list[dict[str, nn.Parameter]] | None = None  # of each layer; empty where they are read again
+        self._taken: list[dict[str, nn.Parameter]] | None = None  # of each layer; without data where a disk has it
         if kind == "disk":
             if not (self._folder / "config.json").is_file():
                 raise ValueError("the model was loaded from no folder: save it and give that, or use store='host'")
@@ -117,7 +98,7 @@ class FromModel:
         return HostStore(weights, opening.threads)
 
     def take(self, store: DiskStore | HostStore, device: torch.device) -> tuple[Any, list[ExpertLayer]]:
-        """Put the experts' parameters onto the meta device.
+        """Put the experts' parameters onto the meta device; return the model, and its layers of experts.
 
         Raises:
             ValueError: they are not those of the checkpoint.
@@ -126,26 +107,26 @@ class FromModel:
             self._check_unchanged(store)
         self._device = next(self._model.parameters()).device
         self._needs_grad = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        taken = [{name: to_meta(layer.module, name) for name in layer.shapes} for layer in self.layers]
-        self._taken = [] if self._sources is not None else taken
+        self._taken = [{name: to_meta(layer.module, name) for name in layer.shapes} for layer in self.layers]
         for weights in self._taken:
             for weight in weights.values():
-                weight.data = weight.data.cpu()  # where a store in host memory is
+                weight.data = weight.data.cpu() if self._sources is None else weight.data.new_empty(0)
         for parameter in self._needs_grad:
             parameter.requires_grad_(False)
         return to_device(self._model, device), self.layers
 
     def give_back(self) -> None:
-        """Put the experts back if they were taken, from the checkpoint where they were read from it."""
-        if (taken := self._taken) is None:
+        """Put the experts' parameters back if they were taken, filled from the checkpoint where they were read."""
+        if self._taken is None:
             return
         if self._sources is not None:
             disk = DiskStore(self._sources, self.config, self.layers, Opening())
-            weights = _read_all(disk, self.layers, self.dtype)
-            taken = [{name: nn.Parameter(weight) for name, weight in layer.items()} for layer in weights]
-        for layer, back in zip(self.layers, taken, strict=True):
-            for name, weight in back.items():
-                layer.module.register_parameter(name, weight)
+            for taken, read in zip(self._taken, _read_all(disk, self.layers, self.dtype), strict=True):
+                for name, weight in read.items():
+                    taken[name].data = weight
+        for layer, taken in zip(self.layers, self._taken, strict=True):
+            for name, parameter in taken.items():
+                layer.module.register_parameter(name, parameter)
         to_device(self._model, self._device)
         for parameter in self._needs_grad:
             parameter.requires_grad_(True)

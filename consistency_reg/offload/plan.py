@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 from consistency_reg.byte_sizes import parse_bytes, show_bytes
 from consistency_reg.offload.budget import equal_slots, spread_slots
@@ -58,31 +59,32 @@ def plan_slots(
         raise ValueError("spread='auto' goes with the measured curves of the layers: give both or neither")
     if spread == "shared" and len({tuple(layer.shapes.items()) for layer in need.layers}) > 1:
         raise ValueError("spread='shared' needs experts of one shape, and this model's layers differ")
+    L, least = len(need.layers), need.top_k or 1
     if isinstance(slots, Sequence):
-        return _checked(need, _one_each(need, slots))
+        if len(slots) != L:
+            raise ValueError(f"slots must be one number or one for each of {L} layers, got {len(slots)}")
+        return _checked(need, slots)
     if curves is not None:
         _check_curves(need, curves)
-        least = [need.top_k or 1] * len(need.layers)
-        return _checked(
-            need, spread_slots(curves, need.expert_bytes, _available(need, cache_ratio, slots, memory), least)
-        )
+        available = _available(need, cache_ratio, slots, memory)
+        return _checked(need, spread_slots(curves, need.expert_bytes, available, [least] * L))
     if memory is None:
-        return _checked(need, [_number(need, cache_ratio, slots)] * len(need.layers))
-    available = _available(need, cache_ratio, slots, memory)
-    return _checked(
-        need, [equal_slots(available, need.expert_bytes, [e.num_experts for e in need.layers])] * len(need.layers)
-    )
+        number = _number(need, cache_ratio, slots)
+    else:
+        most = [layer.num_experts for layer in need.layers]
+        number = equal_slots(_available(need, cache_ratio, slots, memory), need.expert_bytes, most)
+    return _checked(need, [number] * L)
 
 
 def _number(need: Need, cache_ratio: float, slots: int | None) -> int:
-    """Return the slots of a layer."""
+    """Return the slots of a layer, rounded as those of :class:`~consistency_reg.CacheAwareRouting`."""
     if slots is not None:
         return slots
     if not (isinstance(cache_ratio, int | float) and 0 < cache_ratio < math.inf):
         raise ValueError(f"cache_ratio must be a positive number of slots per active expert, got {cache_ratio!r}")
     if need.top_k is None:
         raise ValueError("the model's configuration does not tell how many experts are active: give slots or memory")
-    return math.floor(cache_ratio * need.top_k)
+    return round(cache_ratio * need.top_k)
 
 
 def _available(need: Need, cache_ratio: float, slots: int | None, memory: str | int | None) -> int:
@@ -103,15 +105,11 @@ def _checked(need: Need, slots: Sequence[int]) -> list[int]:
     """Return the slots, at most one for each expert; ValueError where they are fewer than a token needs."""
     least = need.top_k or 1
     for number in slots:
+        if not isinstance(number, Integral):
+            raise ValueError(f"slots must be whole numbers of experts, got {number!r}")
         if number < least:
             raise ValueError(f"slots must be at least {least}, the experts that are active per token, got {number}")
     return [min(number, layer.num_experts) for layer, number in zip(need.layers, slots, strict=True)]
-
-
-def _one_each(need: Need, slots: Sequence[int]) -> Sequence[int]:
-    if len(slots) != len(need.layers):
-        raise ValueError(f"slots must be one number or one for each of {len(need.layers)} layers, got {len(slots)}")
-    return slots
 
 
 def _check_curves(need: Need, curves: Sequence[Sequence[float]]) -> None:

@@ -21,6 +21,7 @@ class FileReader:
     Args:
         path: of the file.
         reads: "direct" or "buffered".
+        buffers: each thread's, which readers of several files can share; its own when None.
 
     Attributes:
         path: of the file.
@@ -32,11 +33,11 @@ class FileReader:
         OSError: the file cannot be opened.
     """
 
-    def __init__(self, path: Path, reads: str = "direct") -> None:
+    def __init__(self, path: Path, reads: str = "direct", buffers: threading.local | None = None) -> None:
         if reads not in READS:
             raise ValueError(f"reads must be one of {', '.join(READS)}, got {reads!r}")
         self.path = path
-        self._local = threading.local()
+        self._buffers = threading.local() if buffers is None else buffers
         self.block, self.way, self._file = 1, "buffered", -1
         if reads == "direct":
             self._open_direct()
@@ -102,9 +103,9 @@ class FileReader:
 
     def _buffer(self, size: int) -> mmap.mmap:
         """Return this thread's page-aligned buffer of at least this size."""
-        buffer: mmap.mmap | None = getattr(self._local, "buffer", None)
+        buffer: mmap.mmap | None = getattr(self._buffers, "own", None)
         if buffer is None or len(buffer) < size:
-            buffer = self._local.buffer = mmap.mmap(-1, size)
+            buffer = self._buffers.own = mmap.mmap(-1, size)
         return buffer
 
     def _now(self) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Count what offloading cost, by layer and by step."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -114,8 +114,8 @@ class Recorder:
     def statistics(self, **about: Any) -> OffloadStatistics:
         """Return copies of all sums."""
         total = _sum(self.layers)
-        steps = [Step(**{**vars(step), "layers": list(step.layers)}) for step in self.steps]
-        layers = [Counts(**vars(layer)) for layer in self.layers]
+        steps = [replace(step, layers=list(step.layers)) for step in self.steps]
+        layers = [replace(layer) for layer in self.layers]
         return OffloadStatistics(**vars(total), layers=layers, steps=steps, **about)
 
     def clear(self) -> None:

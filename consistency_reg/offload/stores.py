@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,8 +76,12 @@ class DiskStore:
             part.path for weights in sources.experts for weight in weights for parts in weight.parts for part in parts
         }
         self._readers: dict[Path, FileReader] = {}
-        for path in sorted(paths):
-            self._readers[path] = FileReader(path, opening.reads)
+        buffers = threading.local()
+        with ExitStack() as opened:  # closes what is open where a file cannot be
+            for path in sorted(paths):
+                self._readers[path] = FileReader(path, opening.reads, buffers)
+                opened.callback(self._readers[path].close)
+            opened.pop_all()
         self._pool = ThreadPoolExecutor(opening.threads, thread_name_prefix="experts")
         self.way = next(iter(self._readers.values())).way
 

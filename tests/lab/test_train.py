@@ -355,6 +355,21 @@ def test_a_finished_run_goes_on_when_it_is_to_have_more_steps(tmp_path):
         fit.main(arguments(tmp_path / "run", **changes))
 
 
+def test_a_run_that_saved_nothing_but_its_end_goes_on_when_it_is_to_have_more_steps(tmp_path):
+    for steps in (2, 4):
+        assert fit.main(arguments(tmp_path / "run", trainer__max_steps=steps, wandb_project="")) == 0
+        assert (result(tmp_path / "run")["steps"], result(tmp_path / "run")["tokens"]) == (steps, steps * 2 * 64)
+
+
+def test_a_run_that_the_data_end_before_its_term_begins_is_warned_of(tmp_path):
+    changes = {"trainer__limit_train_batches": 2, "trainer__max_steps": 60, "consistency__start_step": 30}
+    with (
+        pytest.warns(UserWarning, match="the data end this run after 2 of trainer.max_steps=60 steps: raise"),
+        pytest.warns(UserWarning, match="the consistency term begins at step 30 and training ends after 2, so it has"),
+    ):
+        assert fit.main(arguments(tmp_path / "run", wandb_project="", **changes)) == 0
+
+
 def test_a_second_fit_in_a_folder_is_told_who_trains_there(tmp_path, monkeypatch):
     said, original = [], RunProgress.on_train_end
 

@@ -1,6 +1,7 @@
 """The arguments of ``consistency-reg fit``: its own words, and what they mean among the keys of a recipe."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,6 +46,8 @@ def recipe_words(argv: Sequence[str]) -> list[str]:
         >>> words = recipe_words(["--print_config", "--model", "runs/a", "--config", "quickstart", "--data=me/mine"])
         >>> [word for word in words if "quickstart" not in word]
         ['--config', '--model.model.path=runs/a', '--data.data={"mine": {"path": "me/mine"}}', '--print_config']
+        >>> recipe_words(["--data", "text/v1.5/"])
+        ['--data.data={"v1.5": {"path": "text/v1.5/"}}']
     """
     given, rest = _own_words().parse_known_args(argv)
     if rest and not rest[0].startswith("-"):
@@ -64,10 +67,12 @@ def recipe_words(argv: Sequence[str]) -> list[str]:
     words += [f"--model.model.path={place}" for place in given.model if not _is_config(place)]
     for place in given.data:
         if not _is_config(place):
-            name = check_name("a domain, here of the file or folder that --data names,", Path(place).stem)
+            source, path = _source(place), Path(os.path.abspath(place))  # which gives "." its name
+            called = path.stem if "data_files" in source else path.name
+            name = check_name("a domain, here of the file or folder that --data names,", called)
             if name in data:
                 raise ValueError(f"--data must name files of different names, got {name!r} again")
-            data[name] = _source(place)
+            data[name] = source
     if data:
         words.append(f"--data.data={json.dumps(data)}")
     if given.print_config is not None:

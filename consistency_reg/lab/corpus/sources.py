@@ -1,5 +1,6 @@
 """Hold the text of a domain as two ``datasets.Dataset``, and read it from files, folders and the hub."""
 
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -77,7 +78,7 @@ class DataSource:
         if self.validation_split is not None:
             validation = self._read(self.validation_split)
         elif len(train) < 2:
-            raise ValueError(f"{self.path!r} must hold at least 2 documents to set some aside, got {len(train)}")
+            raise ValueError(f"{self._said} must hold at least 2 documents to set some aside, got {len(train)}")
         else:
             parts = train.train_test_split(test_size=VALIDATION_SHARE, seed=SPLIT_SEED)
             train, validation = parts["train"], parts["test"]
@@ -91,18 +92,19 @@ class DataSource:
         if mistake := not_utf8(self._text_files(), CHECKED_BYTES):  # of JSON datasets would make other letters
             raise ValueError(mistake)
         try:
-            data = datasets.load_dataset(self.path, self.name, data_files=self.data_files, split=split)
+            if (saved := _saved_files(Path(self.path))) is not None:
+                data = datasets.load_dataset("arrow", data_files=saved, split=split)
+            else:
+                data = datasets.load_dataset(self.path, self.name, data_files=self.data_files, split=split)
         except (DatasetGenerationError, StopIteration, RuntimeError) as error:  # all of which an empty file raises
             if mistake := self._mistake() or not_utf8(self._text_files()):
                 raise ValueError(mistake) from error
-            files = f" of {self.data_files}" if self.data_files else ""
-            raise ValueError(f"no documents could be read from {self.path!r}{files}: is it empty? ({error})") from error
+            raise ValueError(f"no documents could be read from {self._said}: is it empty? ({error})") from error
         column, kind = self._column(data)
         if kind == CHAT and (mistake := self._mistake()):  # a message without content is read as one of nothing
             raise ValueError(mistake)
         if empty := data.data.column(column).null_count:
-            where = f"{self.path!r}{f' of {self.data_files}' if self.data_files else ''}"
-            warnings.warn(f"{empty} of the {len(data)} rows of {where} have no {column!r}: left out", stacklevel=3)
+            warnings.warn(f"{empty} of the {len(data)} rows of {self._said} have no {column!r}: left out", stacklevel=3)
         data = data.select_columns([column])
         return data if column == kind else data.rename_column(column, kind)
 
@@ -117,8 +119,13 @@ class DataSource:
             raise ValueError(mistake)
         there = f"one of {list(kinds)}" if kinds else f"of which there is none among {data.column_names}"
         raise ValueError(
-            f"text_column of {self.path!r} must be a column of strings or chats, {there}, got {self.text_column!r}"
+            f"text_column of {self._said} must be a column of strings or chats, {there}, got {self.text_column!r}"
         )
+
+    @property
+    def _said(self) -> str:
+        """Return the path and the files, for messages."""
+        return f"{self.path!r} of {self.data_files}" if self.data_files else repr(self.path)
 
     def _named_files(self) -> list[str]:
         return [self.data_files] if isinstance(self.data_files, str) else self.data_files or []
@@ -152,16 +159,20 @@ def local_source(path: str, **options: Any) -> DataSource:
 
     Raises:
         FileNotFoundError: it is named as a file and is not there.
+        ValueError: it is a file of another kind.
 
     Example:
         >>> local_source("allenai/c4", name="en").path
         'allenai/c4'
     """
     file = Path(path)
-    if file.suffix in FORMATS and not file.is_file():
+    kind = FORMATS.get(file.suffix.lower())
+    if kind is not None and not file.exists():
         raise FileNotFoundError(f"there is no file {path}")
-    if file.suffix in FORMATS:
-        return DataSource(FORMATS[file.suffix], data_files=path, **options)
+    if kind is not None and file.is_file():
+        return DataSource(kind, data_files=path, **options)
+    if file.is_file():
+        raise ValueError(f"the name of a file of data must end with one of {', '.join(FORMATS)}, got {path}")
     return DataSource(path, **options)
 
 
@@ -177,6 +188,17 @@ def read_text(folder: Path) -> Text:
     """Return the documents that :func:`write_text` kept, mapped into memory."""
     data = datasets.load_from_disk(str(folder))
     return Text(data["train"], data["validation"], key=folder.name)
+
+
+def _saved_files(folder: Path) -> dict[str, list[str]] | None:
+    """Return the files of each split of a data set that ``save_to_disk`` kept in a folder; None for other folders."""
+    splits, one = folder / "dataset_dict.json", folder / "state.json"
+    if splits.is_file():
+        names = json.loads(splits.read_text())["splits"]
+        return {name: files for name in names for files in (_saved_files(folder / name) or {}).values()}
+    if one.is_file():
+        return {"train": [str(folder / file["filename"]) for file in json.loads(one.read_text())["_data_files"]]}
+    return None
 
 
 def _kind(feature: Any) -> str | None:

@@ -38,7 +38,7 @@ class LlamaCpp:
         options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
         options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type(F32)
         options.flash_attn_type = xllamacpp.llama_flash_attn_type(OFF)
-        self._server = xllamacpp.Server(options)
+        self._server, self._context = xllamacpp.Server(options), context
         self._address = self._server.listening_address
 
     def token_ids(self, text: str) -> list[int]:
@@ -51,9 +51,14 @@ class LlamaCpp:
         Args:
             prompt: text, which llama.cpp's tokenizer encodes, or ids.
             tokens: to write at most.
+
+        Raises:
+            ValueError: prompt and continuation are longer than the context, where llama.cpp would stop early.
         """
-        asked: dict[str, Any] = {"temperature": 0, "return_tokens": True, "cache_prompt": False}
-        asked |= {"prompt": prompt if isinstance(prompt, str) else list(prompt), "n_predict": tokens}
+        ids = self.token_ids(prompt) if isinstance(prompt, str) else list(prompt)
+        if (needed := len(ids) + tokens) > self._context:
+            raise ValueError(f"context must be at least {needed} for {len(ids)} + {tokens} tokens, got {self._context}")
+        asked = {"prompt": ids, "n_predict": tokens, "temperature": 0, "return_tokens": True, "cache_prompt": False}
         return list(self._post("/completion", asked)["tokens"])
 
     def _post(self, place: str, content: dict[str, Any]) -> dict[str, Any]:

@@ -98,7 +98,8 @@ def sampler(temperature: float, seed: int) -> Choose:
 def _prefill(offloaded: OffloadedExperts, prompt: Tensor, *, empty: bool = True) -> tuple[Any, Pass]:
     if empty:
         offloaded.reset()
-    offloaded.forget()
+    else:
+        offloaded.forget()
     model: Any = offloaded.model
     began = time.perf_counter()
     output = model(prompt[None].to(offloaded.device), use_cache=True)

@@ -15,7 +15,7 @@ from consistency_reg.lab.checkpoint import model_folder, read_tokenizer
 from consistency_reg.lab.offload.decoding import READ_AT_ONCE, Pass, read_text, sampler, write_text
 from consistency_reg.lab.offload.measure import Measured
 from consistency_reg.offload import OffloadedExperts
-from consistency_reg.offload.calibration import Calibration, calibrate
+from consistency_reg.offload.calibration import calibrate
 from consistency_reg.optional import require
 
 with require("transformers"):
@@ -44,32 +44,35 @@ def measure(place: str, prompts: Sequence[str], options: argparse.Namespace, con
         "read_bandwidth": options.read_bandwidth,
         "best_last": True,
     }
-    curves = _curves(path, encoded, budget, options) if options.spread == "auto" else None
-    offloaded = OffloadedExperts(path, spread=options.spread, curves=curves, **budget)
+    auto = options.spread == "auto"
+    offloaded = OffloadedExperts(path, spread="equal" if auto else options.spread, record=auto, **budget)
+    _check_context(offloaded.config, encoded, options, place)
+    if auto:
+        curves = _curves(offloaded, encoded, options)
+        offloaded = OffloadedExperts(path, spread="auto", curves=curves, **budget)
+    strengths = options.cache_aware or [_configured_strength(offloaded.config)]
+    ratio = _equal_ratio(offloaded) if any(strengths) else 0.0
     with offloaded as model:
-        _check_context(model, encoded, options, place)
-        for strength in options.cache_aware or [_configured_strength(model)]:
+        for strength in strengths:
             name = _name(path, place) + (f" + bias {strength:g}" if strength else "")
             with ExitStack() as stack:
                 if strength:
-                    stack.enter_context(CacheAwareRouting(model, _equal_ratio(offloaded), strength))
-                calibration = _calibration(offloaded, encoded[0]) if options.calibrate else None
+                    stack.enter_context(CacheAwareRouting(model, ratio, strength))
+                first = encoded[0][None].to(offloaded.device)
+                calibration = calibrate(offloaded, first) if options.calibrate else None
                 passes = list(_run(offloaded, encoded, tokenizer, name, options, console))
             texts = ["" if options.read else str(tokenizer.decode(one.ids)) for one in passes]
             yield Measured(name, _about(offloaded, place, strength, options), passes, texts, calibration)
 
 
-def _configured_strength(model: Any) -> float:
+def _configured_strength(config: Any) -> float:
     """Return the strength of the bias that a model is to be deployed with, as its configuration says; 0 for none."""
-    deployment = getattr(model.config, "cache_aware_routing", None) or {}
+    deployment = getattr(config, "cache_aware_routing", None) or {}
     return float(deployment.get("strength", 0.0))
 
 
-def _curves(
-    path: str, encoded: Sequence[Tensor], budget: dict[str, Any], options: argparse.Namespace
-) -> list[list[float]]:
-    """Return the hits of every number of slots for each layer, from a first run with equal slots."""
-    offloaded = OffloadedExperts(path, record=True, **budget)
+def _curves(offloaded: OffloadedExperts, encoded: Sequence[Tensor], options: argparse.Namespace) -> list[list[float]]:
+    """Return the hits of every number of slots for each layer, from a first run that records its routing."""
     total = [torch.zeros(E, dtype=torch.float64) for E in offloaded.num_experts]
     with offloaded:
         for number, ids in enumerate(encoded):
@@ -144,8 +147,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, place: str) -> Tens
     return torch.tensor(ids)
 
 
-def _check_context(model: Any, encoded: Sequence[Tensor], options: argparse.Namespace, place: str) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def _check_context(config: Any, encoded: Sequence[Tensor], options: argparse.Namespace, place: str) -> None:
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     longest = max(map(len, encoded))
     if options.read and longest <= READ_AT_ONCE + 1:
         raise ValueError(f"--read needs texts of more than {READ_AT_ONCE + 1} tokens, got {longest}")
@@ -154,10 +157,6 @@ def _check_context(model: Any, encoded: Sequence[Tensor], options: argparse.Name
         raise ValueError(
             f"{place} reads {context} tokens, and a prompt of {longest} with {needed - longest} more would be {needed}"
         )
-
-
-def _calibration(offloaded: OffloadedExperts, prompt: Tensor) -> Calibration:
-    return calibrate(offloaded, prompt[None].to(offloaded.device))
 
 
 def _equal_ratio(offloaded: OffloadedExperts) -> float:

@@ -48,7 +48,7 @@ def price_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             [
                 name if name != before else "",
                 _cache(row),
-                f"{row['strength']:g}",
+                _strength(row, rows),
                 number(2)(row["perplexity"]),
                 change(row["perplexity_change"]),
                 percent(row["misses"]),
@@ -66,6 +66,19 @@ def price_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def _cache(row: Mapping[str, Any]) -> str:
     return f"{row['slots']:g} slots ({row['cache_ratio']:g} x K)" if row.get("slots") else f"{row['cache_ratio']:g} x K"
+
+
+def _strength(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the strength of a row, with method and guarantee where other rows have others."""
+    usual: dict[str, Any] = {"method": "prior", "guaranteed": 1}
+    biased = [usual | dict(other) for other in rows if other["strength"]]
+    methods, guarantees = ({other[name] for other in biased} for name in usual)
+    said, mine = [f"{row['strength']:g}"], usual | dict(row)
+    if row["strength"] and len(methods) > 1:
+        said.append(mine["method"])
+    if row["strength"] and len(guarantees) > 1:
+        said.append(f"{mine['guaranteed']} guaranteed")
+    return ", ".join(said)
 
 
 def bought(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -87,10 +100,10 @@ def bought(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         best = min(cheap, key=lambda row: (row["misses"], row["strength"]), default=None)
         found = "nothing: every strength costs more, or lets an expert fall below a tenth of its fair share."
         if best is not None and best["strength"]:
-            cost = change(best["perplexity_change"])
-            found = f"{change(best['misses_change'])} misses (strength {best['strength']:g}, {cost})."
+            how = f"strength {_strength(best, rows)}, {change(best['perplexity_change'])}"
+            found = f"{change(best['misses_change'])} misses ({how})."
         elif any(row["strength"] for row in cheap):
-            found = "nothing: no strength within it has fewer misses."
+            found = "nothing: no strength that costs as little has fewer misses."
         said.append(f"{key[0]}, {key[1]} slots: +0.5% perplexity buys {found}")
     return said
 

@@ -56,7 +56,8 @@ def _as_deployed(findings: Findings) -> str:
     kept = usual[usual["left_out"] == 0]
     best = best_within(kept, BUDGETS[0])
     if best is None or (best["cell"] == best["against"] and not best["strength"]):
-        return f"As deployed with {usual['deployed'].iloc[0]}, no strength of the bias is within +0.5% perplexity."
+        within = f"within {change(BUDGETS[0].mean)} perplexity and with balance held"
+        return f"As deployed with {usual['deployed'].iloc[0]}, nothing has fewer misses than its baseline {within}."
     said = f"As deployed with {best['deployed']}, {best['cell']} has {_reached(best)}"
     if best["loss"] == "none":
         return f"{said}, by the bias alone."

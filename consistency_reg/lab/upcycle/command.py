@@ -8,13 +8,14 @@ from torch import Tensor
 from consistency_reg.lab.arguments.upcycle import parser
 from consistency_reg.lab.checkpoint import read_tokenizer
 from consistency_reg.lab.corpus.text import load_domain
-from consistency_reg.lab.upcycle.convert import Plan, mlp_inputs, upcycle
+from consistency_reg.lab.render.outputs import check_writable
+from consistency_reg.lab.upcycle.convert import Plan, mlp_inputs, turned_layers, upcycle
 from consistency_reg.lab.upcycle.refit import refit
 from consistency_reg.lab.upcycle.smollm import place_of
 from consistency_reg.optional import require
 
 with require("transformers"):
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 CORPUS_BYTES = 4_500_000  # of each domain, as in the recipes, so that the same text is held out
 ROW = 256  # tokens, as in the recipes
@@ -34,10 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if (options.out / "config.json").exists():
         raise ValueError(f"--out must not hold a model yet, got {options.out}")
+    check_writable("--out", options.out)
+    if options.calibration_tokens < len(options.domains):
+        raise ValueError(f"--calibration-tokens must be one a domain or more, got {options.calibration_tokens}")
     place = place_of(options.dense)
+    layers = turned_layers(AutoConfig.from_pretrained(place), plan)
     tokenizer = read_tokenizer(place)
     dense = AutoModelForCausalLM.from_pretrained(place, dtype="auto").float().eval()
-    layers = range(dense.config.num_hidden_layers) if plan.layers is None else plan.layers
     rows = calibration_rows(tokenizer, options.calibration_tokens, options.domains)
     autocast = torch.bfloat16 if options.bf16 else None
     with torch.autocast(dense.device.type, torch.bfloat16, enabled=options.bf16):
@@ -50,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer.save_pretrained(options.out)
     total = sum(parameter.numel() for parameter in mixture.parameters())
     print(
-        f"{options.out}: {len(list(layers))} of {dense.config.num_hidden_layers} layers have {plan.num_experts} "
+        f"{options.out}: {len(layers)} of {dense.config.num_hidden_layers} layers have {plan.num_experts} "
         f"experts of {mixture.config.moe_intermediate_size} neurons, {plan.top_k} active; "
         f"{total / 1e6:.0f}M parameters"
     )

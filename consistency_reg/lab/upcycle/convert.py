@@ -98,7 +98,7 @@ def upcycle(dense: PreTrainedModel, plan: Plan, inputs: Mapping[int, Tensor]) ->
         ValueError: another family, biases that the mixture has no place for, layers that are not there, an MLP that
             cannot be split so.
     """
-    layers = _check(dense, plan)
+    layers = turned_layers(dense.config, plan)
     size, shared = plan.sizes(dense.config.intermediate_size)
     config = _config(dense, plan, layers, size, shared)
     state = dict(dense.state_dict())
@@ -115,8 +115,12 @@ def upcycle(dense: PreTrainedModel, plan: Plan, inputs: Mapping[int, Tensor]) ->
     return model.eval()
 
 
-def _check(dense: PreTrainedModel, plan: Plan) -> Sequence[int]:
-    config = dense.config
+def turned_layers(config: Any, plan: Plan) -> list[int]:
+    """Return the numbers of the layers that a plan turns in a dense model of a configuration, in their order.
+
+    Raises:
+        ValueError: the model cannot be turned so, see :func:`upcycle`.
+    """
     if config.model_type not in QKV_BIAS:
         raise ValueError(f"the dense model must be one of {sorted(QKV_BIAS)}, got {config.model_type!r}")
     if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
@@ -126,6 +130,7 @@ def _check(dense: PreTrainedModel, plan: Plan) -> Sequence[int]:
     layers = tuple(range(config.num_hidden_layers)) if plan.layers is None else plan.layers
     if not layers or not set(layers) <= set(range(config.num_hidden_layers)):
         raise ValueError(f"layers must be some of 0..{config.num_hidden_layers - 1}, got {list(layers)}")
+    plan.sizes(config.intermediate_size)
     return sorted(set(layers))
 
 

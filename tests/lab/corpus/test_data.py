@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,7 @@ from transformers import AutoTokenizer
 from consistency_reg.lab.corpus.data import TextDataModule, check_attention, model_inputs
 from consistency_reg.lab.corpus.disk_cache import cache_root
 from consistency_reg.lab.corpus.packing import MixedRows, PackedRows, ResumableLoader
-from consistency_reg.lab.corpus.sources import DataSource
+from consistency_reg.lab.corpus.sources import DataSource, local_source
 from consistency_reg.lab.corpus.text import DOMAINS
 from consistency_reg.lab.corpus.tokens import Tokens, tokenize
 
@@ -405,7 +406,7 @@ def test_vocabulary_without_room_for_all_bytes(cache):
 
 def test_wrong_column_is_named(tmp_path, cache):
     own = {"path": "json", "data_files": write_lines(tmp_path / "a.jsonl", ["x"] * 9, "body")}
-    with pytest.raises(ValueError, match=r"text_column of 'json' must be .*\['body'\], got 'text'"):
+    with pytest.raises(ValueError, match=r"text_column of 'json' of .*a\.jsonl must be .*\['body'\], got 'text'"):
         corpus(cache, data={"own": own}).prepare_data()
 
 
@@ -414,6 +415,28 @@ def test_an_empty_file_is_named(tmp_path, kind):
     (tmp_path / "empty.txt").touch()
     with pytest.raises(ValueError, match=rf"no documents could be read from '{kind}' of .*empty.txt: is it empty"):
         DataSource(kind, data_files=str(tmp_path / "empty.txt")).load()
+
+
+def test_data_sets_that_were_saved_to_disk_are_read_whole(tmp_path):
+    texts = [f"document {number}" for number in range(20)]
+    every = datasets.Dataset.from_dict({"text": texts})
+    every.save_to_disk(tmp_path / "one", num_shards=3)
+    found = DataSource(str(tmp_path / "one")).load()
+    assert sorted([*found.train["text"], *found.validation["text"]]) == sorted(texts)
+    parts = {"train_sft": every.select(range(15)), "test_sft": every.select(range(15, 20))}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "parts")
+    with pytest.raises(ValueError, match=r"Unknown split \"train\"\. Should be one of \['train_sft', 'test_sft'\]"):
+        DataSource(str(tmp_path / "parts")).load()
+    found = DataSource(str(tmp_path / "parts"), split="train_sft[:10]", validation_split="test_sft").load()
+    assert (found.train["text"][:], found.validation["text"][:]) == (texts[:10], texts[15:])
+
+
+def test_a_file_is_read_by_the_end_of_its_name_and_others_are_refused(tmp_path):
+    path = write_lines(tmp_path / "MINE.JSONL", ["some words"] * 9)
+    assert local_source(path) == DataSource("json", data_files=path)
+    (tmp_path / "mine.jsonl.gz").touch()
+    with pytest.raises(ValueError, match=r"must end with one of \.json, \.jsonl, .*, got .*mine\.jsonl\.gz"):
+        local_source(str(tmp_path / "mine.jsonl.gz"))
 
 
 @pytest.mark.parametrize("empty", ["train", "validation"])

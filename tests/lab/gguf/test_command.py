@@ -116,6 +116,18 @@ def test_matrices_can_be_rounded(dtype, place, tmp_path):
 
 
 @in_llama_cpp
+def test_a_text_that_is_longer_than_the_context_is_said(place, tmp_path):
+    from consistency_reg.lab.gguf.engine import LlamaCpp
+
+    assert main(["export", place, "--out", str(tmp_path / "a.gguf")]) == 0
+    engine = LlamaCpp(tmp_path / "a.gguf", context=64)
+    assert len(engine.greedy([5] * 40, 24)) == 24
+    for prompt in ([5] * 41, "x" * 41):
+        with pytest.raises(ValueError, match=r"context must be at least 65 for 41 \+ 24 tokens, got 64"):
+            engine.greedy(prompt, 24)
+
+
+@in_llama_cpp
 def test_another_text_is_said_and_is_a_failure(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("consistency_reg.lab.gguf.tensors.rotary_pairs", lambda weights, heads: weights)
     assert main(["export", place, "--out", str(tmp_path / "a.gguf"), "--check"]) == 1

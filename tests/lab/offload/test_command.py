@@ -168,16 +168,28 @@ def test_a_run_of_wandb_for_each_model(folders, prompt, tmp_path):
         (["--cache-aware", "-1"], "--cache-aware must be 0 or more, got [-1.0]"),
         (["--temperature", "-1"], "--temperature must be 0 or more"),
         (["--tokens", "500"], "reads 128 tokens, and a prompt of"),
+        (["--tokens", "500", "--spread", "auto"], "reads 128 tokens, and a prompt of"),
         (["--device", "cuda:9"], "device cuda:9 is not there"),
         (["--spread", "shared", "--policy", "belady"], "policy must be one of ('lru', 'lfu', 'fixed')"),
         (["--prompt", "nowhere.txt"], "nowhere.txt: No such file or directory"),
     ],
 )
-def test_what_is_refused(folders, options, message, tmp_path, capsys):
+def test_what_is_refused_before_anything_is_read(folders, options, message, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
+    monkeypatch.delattr(FileReader, "read_into")
     assert main(["offload", folders[0], *options, "--out", str(out)]) == 1
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_the_bias_and_slots_that_differ_are_refused_before_the_first_strength(folders, tmp_path, capsys, monkeypatch):
+    curves = [[1.0] * E, [float(size) for size in range(E)]]
+    monkeypatch.setattr("consistency_reg.lab.offload.run._curves", lambda *_: curves)
+    options = ["--spread", "auto", "--cache-aware", "0,0.1", "--tokens", "2", "--out", str(tmp_path / "out")]
+    assert main(["offload", folders[0], *options]) == 1
+    shown = capsys.readouterr()
+    assert "--cache-aware needs the same number of slots in every layer, got [" in shown.err
+    assert "tokens/s" not in shown.out
 
 
 def test_prompts_that_are_too_short(folders, tmp_path, capsys):

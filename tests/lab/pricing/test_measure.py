@@ -16,7 +16,7 @@ from consistency_reg.lab.pricing.command import main
 from consistency_reg.lab.pricing.measure import price
 from consistency_reg.lab.pricing.rows import read, write
 from consistency_reg.lab.pricing.runs import price_run
-from consistency_reg.lab.pricing.show import bought
+from consistency_reg.lab.pricing.show import bought, price_table
 
 VOCABULARY, ROWS, TOKENS = 64, 3, 24
 
@@ -185,15 +185,6 @@ def test_a_strength_that_costs_too_much_buys_nothing_whatever_the_order_of_the_r
         assert bought(order) == [f"olmoe, 16 slots: +0.5% perplexity buys nothing: {nothing}"]
 
 
-def test_strengths_that_save_nothing_are_not_said_to_cost_more():
-    row = {"model": "olmoe", "slots": 8, "misses": 0.0, "misses_change": None, "perplexity_change": 0.0}
-    rows = [row | {"strength": 0.0}, row | {"strength": 0.1}]
-    for order in (rows, rows[::-1]):
-        assert bought(order) == [
-            "olmoe, 8 slots: +0.5% perplexity buys nothing: no strength within it has fewer misses."
-        ]
-
-
 def test_an_expert_that_is_hardly_used_without_the_bias_does_not_speak_against_it():
     as_it_is = {"model": "olmoe", "slots": 16, "balance/min_share": 0.01, "strength": 0.0, "misses_change": 0.0}
     rows = [
@@ -201,3 +192,28 @@ def test_an_expert_that_is_hardly_used_without_the_bias_does_not_speak_against_i
         as_it_is | {"misses": 0.2, "perplexity_change": 0.001, "misses_change": -0.33, "strength": 0.1},
     ]
     assert bought(rows) == ["olmoe, 16 slots: +0.5% perplexity buys -33.0% misses (strength 0.1, +0.1%)."]
+
+
+def test_a_strength_that_costs_little_and_saves_nothing_is_not_called_dear():
+    as_it_is = {"model": "olmoe", "slots": 16, "strength": 0.0, "perplexity_change": 0.0, "misses_change": math.nan}
+    rows = [as_it_is | {"misses": 0.0}, as_it_is | {"misses": 0.0, "strength": 0.1, "perplexity_change": 0.001}]
+    nothing = "no strength that costs as little has fewer misses."
+    for order in (rows, rows[::-1]):
+        assert bought(order) == [f"olmoe, 16 slots: +0.5% perplexity buys nothing: {nothing}"]
+
+
+def test_rows_of_several_methods_are_told_apart():
+    row = {"run": "a", "slots": 8, "cache_ratio": 2.0, "perplexity": 70.0, "misses_change": 0.0} | {
+        "perplexity_change": 0.0,
+        "guaranteed": 1,
+    }
+    rows = [
+        row | {"method": "prior", "strength": 0.0, "misses": 0.4},
+        row | {"method": "prior", "strength": 1.0, "misses": 0.3, "misses_change": -0.25},
+        row | {"method": "max_rank", "strength": 1.0, "misses": 0.2, "misses_change": -0.5},
+    ]
+    assert [cells[2] for cells in price_table(rows).rows] == ["0", "1, prior", "1, max_rank"]
+    assert bought(rows) == ["a, 8 slots: +0.5% perplexity buys -50.0% misses (strength 1, max_rank, +0.0%)."]
+    assert [cells[2] for cells in price_table(rows[:2]).rows] == ["0", "1"]
+    rows[2] |= {"method": "prior", "guaranteed": 0}
+    assert [cells[2] for cells in price_table(rows).rows] == ["0", "1, 1 guaranteed", "1, 0 guaranteed"]

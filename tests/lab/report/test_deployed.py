@@ -118,6 +118,17 @@ def test_a_run_without_a_baseline_stands_next_to_itself(tmp_path):
     assert "baseline missing: against the run itself without any bias" in ranks.note
 
 
+def test_runs_that_miss_nothing_as_they_are_have_no_change_of_misses_and_no_picture_of_it(tmp_path):
+    folder = write_run(tmp_path, "on-seed0", weight=0.3, perplexity=70.0, hits=1.0)
+    rows = [price_row("on-seed0", 0, strength, 70.0, 0.0) for strength in (0.0, 0.1)]
+    prices.write(folder / "prices.csv", rows)
+    found = findings(read_folder(folder)[0])
+    assert "deployed" not in pictures(found)
+    assert "deployed" not in [figure.name for figure in explored(found)]
+    nothing = "nothing has fewer misses than its baseline within +0.5% perplexity and with balance held."
+    assert verdict(found).found.endswith(f"As deployed with 2 x K slots, {nothing}")
+
+
 def test_a_trained_run_without_its_baseline_is_not_taken_for_the_bias_alone(tmp_path):
     write_deployed(tmp_path)
     runs = [run for run in read_folder(tmp_path)[0] if run.cell == "loop-0.1-srp-0.35"]

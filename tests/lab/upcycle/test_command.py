@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from datasets import Dataset
+from offloading import save
 from places import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -41,9 +42,26 @@ def test_a_dense_folder_becomes_a_mixture_with_its_tokenizer(dense, tmp_path, ca
     assert "--out must not hold a model yet" in capsys.readouterr().err
 
 
-def test_what_is_no_layer_is_said(dense, tmp_path, capsys):
-    assert upcycle(dense, "--out", tmp_path / "moe", "--layers", "last") == 1
-    assert "--layers must be numbers and ranges such as 0,2,10-12, got 'last'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layers", "last"], "--layers must be numbers and ranges such as 0,2,10-12, got 'last'"),
+        (["--layers", "0-3"], "layers must be some of 0..1, got [0, 1, 2, 3]"),
+        (["--splits", "5"], "splits must divide the 64 routed neurons"),
+        (["--calibration-tokens", "1"], "--calibration-tokens must be one a domain or more, got 1"),
+        (["--out", "/proc/moe"], "--out must be a folder that can be written into, got /proc/moe"),
+    ],
+)
+def test_what_cannot_be_is_said_before_weights_are_read(dense, options, message, tmp_path, capsys):
+    (dense / "model.safetensors").unlink()
+    assert upcycle(dense, "--out", tmp_path / "moe", *options) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_of_another_family_is_named(dense, tmp_path, capsys):
+    save(dense, "olmoe")
+    assert upcycle(dense, "--out", tmp_path / "moe") == 1
+    assert "the dense model must be one of ['llama', 'qwen2'], got 'olmoe'" in capsys.readouterr().err
 
 
 def test_the_page_makes_the_mixture_and_its_baseline_of_the_same_layers():

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from offloading import save
+from offloading import in_memory, logits, read_by_token, save
 from safetensors.torch import load_file, save_file
-from tiny_models import COMMON, E, K
+from tiny_models import COMMON, E, K, token_ids
 
-from consistency_reg import OffloadedExperts
+from consistency_reg import CacheAwareRouting, OffloadedExperts
 
 
 @pytest.fixture
@@ -27,8 +27,11 @@ def olmoe(tmp_path):
         ({"slots": 4, "memory": "1GB"}, "slots and memory are two budgets"),
         ({"memory": "lots"}, "memory must be a positive number of bytes such as 500MB"),
         ({"memory": "1kB"}, r"memory must be at least [\d.]+ kB for this model, got 1 kB: .* for 2 slots a layer"),
+        ({"slots": 2.5}, "slots must be whole numbers of experts, got 2.5"),
+        ({"slots": [4, "4"]}, "slots must be whole numbers of experts, got '4'"),
         ({"slots": [4]}, "slots must be one number or one for each of 2 layers, got 1"),
         ({"policy": "belady"}, r"policy must be one of \('lru', 'lfu', 'fixed'\), got 'belady'"),
+        ({"policy": "fixed", "usage": [torch.ones(E)]}, r"usage must be \[E\] for .* = \[8, 8\], got shapes \[\[8\]\]"),
         ({"policy": "fixed"}, "policy='fixed' goes with the usage of every layer's experts"),
         ({"reads": "fast"}, "reads must be one of direct, buffered, got 'fast'"),
         ({"store": "cloud"}, "store must be one of disk, host, got 'cloud'"),
@@ -53,6 +56,17 @@ def test_the_memory_that_the_message_names_is_enough(olmoe):
     needed = float(str(caught.value).split("at least ")[1].split(" kB")[0])
     assert OffloadedExperts(olmoe, memory=f"{needed * 1.01}kB").slots == [K, K]
     assert OffloadedExperts(olmoe, memory="1GB").slots == [E, E]
+
+
+@pytest.mark.parametrize("ratio", [1.3, 1.75, 2.25, 2.8])
+def test_a_ratio_between_two_numbers_of_slots_means_those_of_cache_aware_routing(olmoe, ratio):
+    model, ids = in_memory(olmoe), token_ids(1, 40)
+    offloaded = OffloadedExperts(olmoe, ratio, best_last=True)
+    with CacheAwareRouting(model, ratio, strength=0.5) as routing:
+        read_by_token(model, ids, prompt=1)
+    with offloaded as read, CacheAwareRouting(read, ratio, strength=0.5):
+        read_by_token(read, ids, prompt=1)
+        assert offloaded.statistics().hits == routing.hits
 
 
 def test_curves_give_slots_where_hits_are(olmoe):
@@ -120,6 +134,14 @@ def test_places_without_a_model(tmp_path, olmoe):
     Path(olmoe, "model.safetensors.index.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"must hold model.safetensors or .* has neither"):
         OffloadedExperts(olmoe)
+
+
+def test_the_index_of_an_earlier_save_in_several_files_is_not_followed(olmoe):
+    """As for transformers: saving again in one file removes the former files, but not their index."""
+    in_memory(olmoe).save_pretrained(olmoe)
+    assert Path(olmoe, "model.safetensors.index.json").exists()
+    with OffloadedExperts(olmoe) as model:
+        assert torch.equal(logits(model, token_ids(1, 4)), logits(in_memory(olmoe), token_ids(1, 4)))
 
 
 def test_a_model_of_no_folder_says_where_its_experts_could_be(olmoe):

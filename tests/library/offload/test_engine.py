@@ -101,6 +101,21 @@ def test_a_model_in_memory_gets_its_experts_back(olmoe):
         assert torch.equal(logits(model, ids), expected)
 
 
+@pytest.mark.parametrize("store", ["host", "disk"])
+def test_a_model_gets_the_very_parameters_back_and_frozen_ones_stay_frozen(olmoe, store):
+    model = in_memory(olmoe)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.0" not in name)
+    before = {name: (parameter, parameter.requires_grad) for name, parameter in model.named_parameters()}
+    model(token_ids(1, 4), labels=token_ids(1, 4)).loss.backward()
+    with OffloadedExperts(model, store=store):
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    for name, parameter in model.named_parameters():
+        assert (parameter is before[name][0], parameter.requires_grad) == (True, before[name][1]), name
+    model.zero_grad()
+    model(token_ids(1, 4), labels=token_ids(1, 4)).loss.backward()
+
+
 def test_a_model_that_is_not_its_checkpoint_is_not_read_from_it(olmoe):
     model = in_memory(olmoe)
     with torch.no_grad():
@@ -327,6 +342,15 @@ def test_a_calibration_tells_the_slower_disk_from_the_one_that_is_there(olmoe):
         began = time.perf_counter()
         offloaded.fetch(0, 0, offloaded.empty_rows(0))()
         assert time.perf_counter() - began >= 0.02
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "fixed"])
+def test_computing_is_calibrated_without_reads_whatever_the_policy_keeps(olmoe, policy):
+    usage = [torch.arange(E)] * 2 if policy == "fixed" else None
+    offloaded = OffloadedExperts(olmoe, slots=K, policy=policy, usage=usage, read_bandwidth=50 * 3 * 32 * 16 * 4)
+    with offloaded:
+        found = calibrate(offloaded, token_ids(1, 30), reads=1, passes=3)
+    assert found.compute_seconds < 0.02  # of one read
 
 
 def test_reads_can_be_held_back_to_those_of_a_slower_disk(olmoe):

@@ -1,13 +1,20 @@
 """Bringing experts into slots: the order of a GPU's work on stand-ins for its streams, and reads that fail in part."""
 
+import mmap
+import os
 import threading
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from offloading import logits, save
 from safetensors.torch import save_file
+from tiny_models import token_ids
 
+from consistency_reg import OffloadedExperts
 from consistency_reg.offload.checkpoint import read_header
 from consistency_reg.offload.layers import ExpertLayer
 from consistency_reg.offload.memory import FastMemory
@@ -156,3 +163,40 @@ def test_an_error_is_raised_when_no_read_of_the_expert_is_under_way(tmp_path, mo
         wait()
     assert over == [stored["up"].offset]
     store.close()
+
+
+class Buffer(mmap.mmap):
+    """A buffer that can be counted for as long as it is held."""
+
+    held: ClassVar[weakref.WeakSet["Buffer"]] = weakref.WeakSet()
+
+    def __init__(self, *_):
+        self.held.add(self)
+
+
+def test_a_thread_has_one_buffer_for_all_files_of_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(mmap, "mmap", Buffer)
+    folder = save(tmp_path, "olmoe", shard="10KB")
+    offloaded = OffloadedExperts(folder, slots=K, threads=2)
+    with offloaded as model:
+        Buffer.held.clear()
+        logits(model, token_ids(1, 30))
+        assert len(list(tmp_path.glob("*.safetensors"))) > 4
+        assert sum(map(len, Buffer.held)) <= offloaded.statistics().buffer_bytes
+
+
+def test_a_file_that_cannot_be_opened_leaves_none_open(tmp_path, monkeypatch):
+    folder, whole, opened = save(tmp_path, "olmoe"), os.open, []
+    offloaded = OffloadedExperts(folder)
+
+    def denied(path, *options, **named):
+        if {*opened} - {path}:
+            raise PermissionError(13, "Permission denied", str(path))
+        opened.append(path)
+        return whole(path, *options, **named)
+
+    monkeypatch.setattr(os, "open", denied)
+    with pytest.raises(PermissionError):
+        offloaded.attach()
+    assert opened
+    assert not [link for link in Path("/proc/self/fd").iterdir() if str(tmp_path) in os.path.realpath(link)]

@@ -17,7 +17,8 @@ from toy_lightning import Validated, layer_ids, loader, regularizer, tokens, val
 from wandb_file import read_run
 
 from consistency_reg import RoutingMonitor, functional
-from consistency_reg.callbacks.progress import TrainingBar, total_steps
+from consistency_reg.callbacks.progress import TrainingBar
+from consistency_reg.callbacks.trainer_state import total_steps
 from consistency_reg.lab.workspace import workspace
 from consistency_reg.masks import count_tokens
 from consistency_reg.tracking.figures import Sample, cache_curve, pixels, routing_heatmap

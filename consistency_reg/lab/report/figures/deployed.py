@@ -81,10 +81,8 @@ def explore(findings: Findings, looks: Looks) -> Explored | None:
 
 def _usual(findings: Findings) -> pd.DataFrame:
     """Return the rows of the first setting, which is the usual one where it was measured."""
-    if findings.deployed.empty:
-        return findings.deployed
     strengths = findings.strengths.dropna(subset=["misses_change_mean", "perplexity_change_mean"])
-    return strengths[strengths["deployed"] == strengths["deployed"].iloc[0]]
+    return strengths[strengths["deployed"].isin(strengths["deployed"].head(1))]
 
 
 def _cheap(strengths: pd.DataFrame) -> pd.DataFrame:
