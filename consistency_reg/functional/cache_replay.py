@@ -160,8 +160,8 @@ class EngineReplay:
         """
         missed = [(asked & ~held).sum(dim=1) for held, asked in zip(self.held, self.looked_up, strict=True)]
         bytes_T = torch.stack([of_layer * size for of_layer, size in zip(missed, expert_bytes, strict=True)]).sum(dim=0)
-        number_T = calls.unique_consecutive(return_inverse=True)[1]
-        return bytes_T.new_zeros(int(number_T[-1]) + 1).index_add_(0, number_T, bytes_T)
+        distinct, number_T = calls.unique_consecutive(return_inverse=True)
+        return bytes_T.new_zeros(len(distinct)).index_add_(0, number_T, bytes_T)
 
 
 def replay_engine(

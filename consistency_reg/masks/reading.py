@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consistency_reg.devices import is_on_host
 from consistency_reg.masks.attention import read_attention
 from consistency_reg.masks.batches import (
     BOUNDARIES,
@@ -174,7 +175,7 @@ def _numbered_in(mask: Any) -> Tensor | None:
     """Return the documents that a [B, T] mask of integers numbers, 1, 2, ...; None where it can hold 0 and 1 alone."""
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_floating_point() or mask.dtype == torch.bool:
         return None
-    return mask.long() if mask.is_cuda or bool((mask > 1).any()) else None  # a GPU's host does not wait
+    return None if is_on_host(mask) and not bool((mask > 1).any()) else mask.long()  # a GPU's host does not wait
 
 
 def _without_lonely_pads(

@@ -86,6 +86,7 @@ def _rows(trace: RoutingTrace, rows: slice) -> RoutingTrace:
         expert_ids=[ids[rows] for ids in trace.expert_ids],
         scores=None,
         logits=None,
+        inputs=None,
         valid=None if trace.valid is None else trace.valid[rows],
         document_ids=None if trace.document_ids is None else trace.document_ids[rows],
     )

@@ -10,6 +10,7 @@ from torch import nn
 from consistency_reg.capture.calls import told_of
 from consistency_reg.capture.readings import Forward, shape_of
 from consistency_reg.capture.stacks import Stack
+from consistency_reg.devices import is_on_host
 from consistency_reg.masks import Masks, Shape, given_by, has_tokens, labelled_tokens, read_masks, token_shape
 from consistency_reg.masks.batches import DESCRIBES_TOKENS
 from consistency_reg.masks.hints import inner_batches, looks_padded, unread_hints
@@ -95,11 +96,11 @@ class TokenReader:
                 "give masks="
             )
         elif not any(told.get(name) is not None for name in DESCRIBES_TOKENS):
-            self._warn_of_pads(told, forward[stack.names[0]].logits.is_cuda, self._pad_id(forward))
+            self._warn_of_pads(told, is_on_host(forward[stack.names[0]].logits), self._pad_id(forward))
 
-    def _warn_of_pads(self, told: Mapping[str, Any], is_cuda: bool, pad_id: int | None) -> None:
+    def _warn_of_pads(self, told: Mapping[str, Any], on_host: bool, pad_id: int | None) -> None:
         """Warn once where ids look padded although no mask says so; on a GPU, whose host waits, look a few times."""
-        if not self._looks_left and is_cuda:
+        if not self._looks_left and not on_host:
             return
         self._looks_left = max(0, self._looks_left - 1)
         if looks_padded(told, pad_id):

@@ -66,6 +66,12 @@ def test_bytes_and_budgets_of_one_cache_or_one_for_each_layer():
     assert own.hit_rate == 3 / 8
 
 
+def test_an_empty_stream_reads_nothing():
+    replay = replay_engine([torch.zeros(0, 1, dtype=torch.int64)], 2, capacity=2)
+    assert (replay.hits, replay.misses, replay.bytes_read) == (0, 0, 0)
+    assert replay.bytes_of_calls([10], torch.zeros(0, dtype=torch.int64)).tolist() == []
+
+
 @pytest.mark.parametrize("policy", EVICTING)
 def test_a_cache_for_all_experts_misses_each_once(policy):
     ids = torch.rand(50, 6, generator=torch.Generator().manual_seed(0)).topk(2).indices

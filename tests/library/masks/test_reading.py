@@ -328,3 +328,9 @@ def test_what_does_not_describe_the_tokens_is_refused(name):
         read_masks({"input_ids": torch.ones(2, 4), name: REFUSED[name]})
     with pytest.raises(ValueError, match=rf"{name} must describe .*got str"):
         read_masks({"input_ids": torch.ones(2, 4), name: "text"})
+
+
+def test_a_mask_on_an_accelerator_is_read_without_a_wait_for_it():
+    ids, mask = torch.ones(2, 4, dtype=torch.int64, device="meta"), torch.ones(2, 4, dtype=torch.int64, device="meta")
+    valid, document_ids = read_masks({"input_ids": ids, "attention_mask": mask})  # a meta tensor has no value to read
+    assert valid.shape == document_ids.shape == (2, 4)

@@ -1,6 +1,7 @@
 """The metrics give what the functions give on the whole data, however the data comes in."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -332,6 +333,13 @@ def test_a_long_update_is_the_sum_of_its_parts():
     whole = updated(SegmentRoutingPerformance.from_trace(trace, 4, replicates=5), [trace])
     parts = updated(SegmentRoutingPerformance.from_trace(trace, 4, replicates=5), batches(trace, [300, 250, 50]))
     assert_equal_values(whole.compute(), parts.compute())
+
+
+def test_a_long_update_takes_a_trace_that_holds_the_inputs_of_routers():
+    trace = random_trace(rows=300, tokens=4)
+    with_inputs = replace(trace, inputs=[torch.zeros(300, 4, 3)] * 2)
+    of_both = [updated(SegmentRoutingPerformance.from_trace(trace, 2), [one]).compute() for one in (trace, with_inputs)]
+    assert_equal_values(*of_both)
 
 
 # --- caches
