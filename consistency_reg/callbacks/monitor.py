@@ -130,7 +130,10 @@ class RoutingMonitor(ListeningCallback):
         return self.core.usage_profile()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give wandb its axes, and draw pictures if a logger holds them."""
+        """Forget another training, give wandb its axes, and draw pictures if a logger holds them."""
+        if stage == "fit" and trainer.global_step == 0 and self.tokens:
+            self._tokens = 0
+            self.core.begin_anew()
         define_axes(trainer)
         board = TrainerBoard(trainer)
         if board.shows_pictures:

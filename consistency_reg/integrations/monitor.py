@@ -148,8 +148,11 @@ class RoutingMonitorCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Listen to the model; resume from a checkpoint."""
+        """Listen to the model; resume from a checkpoint, or forget another training."""
         self._processes = args.world_size
+        if state.global_step == 0 and self.tokens:
+            self._tokens = 0
+            self.core.begin_anew()
         self._listen(model)
         saved = checkpoint_of(args, state) / STATE_FILE
         if state.global_step and saved.exists():

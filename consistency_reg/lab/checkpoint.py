@@ -1,4 +1,4 @@
-"""Find the checkpoint of a model and its configuration: for fine-tuning, ``evaluate`` and ``offload``."""
+"""Find the checkpoint of a model, its configuration and its tokenizer: for all commands that read a model."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from consistency_reg.lab.run_folder import RunFolder
 from consistency_reg.optional import require
 
 with require("transformers"):
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
     import consistency_reg.lab.model  # noqa: F401  makes its models known to the Auto classes
 
@@ -61,3 +61,23 @@ def read_configuration(place: str, *, trust_remote_code: bool, option: str) -> P
         raise ValueError(f"{place} runs code of its own: read it, then allow it with {option}") from error
     except OSError as error:
         raise OSError(f"no model can be read from {place!r}: {error}") from error
+
+
+def read_tokenizer(place: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that comes with a checkpoint.
+
+    Args:
+        place: a folder with a model, or a hub id.
+        trust_remote_code: whether code that comes with the tokenizer may run.
+
+    Raises:
+        ValueError: the tokenizer knows special tokens alone: transformers makes such a one where there are no files.
+        OSError: no such tokenizer.
+    """
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError(
+            f"{place} must hold the model's tokenizer next to its weights, got none: save it there with "
+            "tokenizer.save_pretrained"
+        )
+    return tokenizer

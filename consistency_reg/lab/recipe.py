@@ -40,6 +40,7 @@ IN_THE_LOOP = "CacheAware"  # the name of cache-aware routing in training, where
 ROUTING = ("strength", "start_step", "ramp_steps", "cache_ratio", "guaranteed", "method")
 ADDED_LATER = {"trust_remote_code": False}  # options of a model
 STRENGTHS = ("weight", "target", "budget")  # how strong a term is, not what it is
+OF_A_GOAL = ("target", "budget", "reference", "max_weight", "response_steps")  # what a term of weight 0 may not have
 
 
 def consistency_term(config: Mapping[str, Any]) -> tuple[str, float]:
@@ -76,6 +77,18 @@ def term_options(config: Mapping[str, Any]) -> dict[str, Any]:
     options = {**section, **(loss.get("init_args") or {})}
     options |= {f"routing.{key}": value for key, value in _routing(config).items()}
     return {key: value for key, value in sorted(options.items()) if key not in STRENGTHS and value not in (None, [])}
+
+
+def without_term(config: Mapping[str, Any]) -> str:
+    """Return the options with which ``fit`` trains a recipe without its term, its goal and its routing in training.
+
+    Example:
+        >>> without_term({"consistency": {"weight": 0.1, "target": {"srp/m16": 0.5}}, "routing": {"strength": 0.1}})
+        '--consistency.weight 0 --consistency.target null --routing.strength 0'
+    """
+    section = config.get("consistency") or {}
+    goal = [f"--consistency.{key} null" for key in OF_A_GOAL if section.get(key) is not None]
+    return " ".join(["--consistency.weight 0", *goal, *(["--routing.strength 0"] if _routing(config) else [])])
 
 
 def _routing(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -111,7 +111,7 @@ class RecipeCLI(LightningCLI):
         self._let_the_model_follow()
         if is_fine_tuning(config):
             follow_checkpoint(config)
-        self.folder = RunFolder(Path(config.run_dir))
+        self.folder = RunFolder(Path(config.run_dir).expanduser())
         self.recipe = self.parser.dump(config, skip_none=False)
         self.compare_with_folder()
         if not self.is_finished:

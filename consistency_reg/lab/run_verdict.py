@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from consistency_reg.lab.recipe import consistency_term, pair_of
+from consistency_reg.lab.recipe import consistency_term, pair_of, without_term
 from consistency_reg.lab.render.verdict import Verdict, of_run
 from consistency_reg.lab.run_folder import RunFolder
 
@@ -17,7 +17,14 @@ def verdict(folder: RunFolder) -> Verdict:
     has_term = _has_term(result)
     baseline = _baseline(folder, result) if has_term else None
     there = None if baseline is None else (baseline["name"], baseline["metrics"])
-    return of_run(result["name"], result["metrics"], has_term=has_term, before=result.get("before"), baseline=there)
+    return of_run(
+        result["name"],
+        result["metrics"],
+        has_term=has_term,
+        before=result.get("before"),
+        baseline=there,
+        without_term=without_term(result["config"]),
+    )
 
 
 def _baseline(folder: RunFolder, result: dict[str, Any]) -> dict[str, Any] | None:

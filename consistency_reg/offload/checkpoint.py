@@ -93,6 +93,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             header = json.loads(file.read(length))
         except ValueError as error:
             raise ValueError(f"{path} is no safetensors file: its header is not JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is no safetensors file: its header is a {type(header).__name__}")
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
@@ -101,7 +103,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"{path} is truncated: {name} ends at byte {8 + length + end} of a file of {size}")
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"{path}: {name} is of the unknown dtype {entry['dtype']}")
-        tensors[name] = StoredTensor(path, 8 + length + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        found = StoredTensor(path, 8 + length + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        if begin < 0 or end - begin != found.nbytes:
+            raise ValueError(f"{path} is damaged: {name} of {found.nbytes} bytes would lie in bytes {begin} to {end}")
+        tensors[name] = found
     return tensors
 
 

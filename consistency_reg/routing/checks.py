@@ -24,8 +24,9 @@ def check_masks(shape: tuple[int, int], valid: Tensor | None, document_ids: Tens
 
 def check_id_shape(expert_ids: Tensor, num_experts: int, name: str = "expert_ids") -> None:
     """Raise if ``expert_ids`` is not int64 [B, T, K] with 1 <= K <= E. Reads no values: no wait for a GPU."""
-    if expert_ids.dtype != torch.int64:
-        raise TypeError(f"{name} must be an int64 tensor, got {expert_ids.dtype}")
+    if expert_ids.dtype != torch.int64:  # that of a NumPy array is none of torch's
+        kind = type(expert_ids).__name__
+        raise TypeError(f"{name} must be an int64 tensor, got a {kind} of {expert_ids.dtype}")
     if expert_ids.dim() != 3:
         raise ValueError(f"{name} must have shape [B, T, K], got {list(expert_ids.shape)}")
     if not 1 <= expert_ids.shape[-1] <= num_experts:

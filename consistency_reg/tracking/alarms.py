@@ -47,6 +47,10 @@ class Alarms:
         self.max_cv = max_cv
         self._raised: set[str] = set()
 
+    def begin_anew(self) -> None:
+        """Forget which alarms were raised."""
+        self._raised = set()
+
     def of_model(self, measures: Mapping[str, Tensor]) -> list[Alarm]:
         """Return the alarms that the measures of a model and its layers raise now, and have not raised before."""
         alarms = []

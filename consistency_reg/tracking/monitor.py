@@ -190,6 +190,13 @@ class MonitorCore:
         """Forget what was counted since the last validation."""
         self._measures = self.new_measures()
 
+    def begin_anew(self) -> None:
+        """Forget another training: its best validation, and that its alarms and warnings were raised."""
+        self.reset()
+        self.tradeoff = TradeOff(self.tradeoff.quality)
+        self.alarms.begin_anew()
+        self._gradient = None
+
     def state_dict(self) -> dict[str, Any]:
         """Return the best validation so far."""
         return {"best": dict(self.tradeoff.best)}

@@ -24,7 +24,7 @@ def load_grid(given: str | Path) -> Grid:
 
     The file::
 
-        recipe: ../quickstart.yaml     # relative to this file; or a list, later files override earlier ones
+        recipe: ../quickstart.yaml     # relative to this file, or a shipped name; of a list the later ones win
         runs: runs/demo                # relative to the folder that the command runs in
         seeds: [0, 1]                  # [0] when left out
         grid:                          # axes: every value with every other
@@ -54,7 +54,9 @@ def load_grid(given: str | Path) -> Grid:
     if ("grid" in content) == ("cells" in content):
         raise ValueError(f"{path}: expected either grid or cells, got {'both' if 'grid' in content else 'neither'}")
     axes = _axes(path, content["grid"]) if "grid" in content else {"cell": _listed(path, content["cells"])}
-    grid = Grid(path, _recipes(path, content["recipe"]), Path(content["runs"]), _seeds(path, content), axes)
+    grid = Grid(
+        path, _recipes(path, content["recipe"]), Path(content["runs"]).expanduser(), _seeds(path, content), axes
+    )
     for cell in grid.cells:
         try:
             nest(cell.overrides)
@@ -77,11 +79,17 @@ def _recipes(path: Path, names: Any) -> tuple[Path, ...]:
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: recipe must be a file or a list of files, got {names!r}")
-    recipes = tuple(Path(os.path.normpath(path.parent / name)) for name in names)
-    for recipe in recipes:
-        if not recipe.is_file():
-            raise FileNotFoundError(f"{path}: recipe {recipe} does not exist")
-    return recipes
+    return tuple(_recipe(path, name) for name in names)
+
+
+def _recipe(path: Path, name: str) -> Path:
+    beside = Path(os.path.normpath(path.parent / name))
+    if beside.is_file():
+        return beside
+    try:
+        return find_recipe(beside if "/" in name else name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: {error}") from None
 
 
 def _seeds(path: Path, content: Mapping[str, Any]) -> tuple[int, ...]:

@@ -138,5 +138,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     if not options.cache_ratio >= 1:
         raise ValueError(f"--cache-ratio must be at least 1, got {options.cache_ratio}")
     if options.csv is not None:
+        if options.csv.is_dir():
+            raise ValueError(f"--csv must be a file such as {options.csv / 'cloze.csv'}, got the folder {options.csv}")
         check_writable("the folder of --csv", options.csv.parent)
     return options

@@ -49,11 +49,10 @@ def make_items(
         >>> [item.choices[item.right][0] - item.context[-1] for item in items]
         [1, 1]
     """
-    for name, value, least in (("count", count, 1), ("context", context, 1), ("continuation", continuation, 1)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    if choices < 2:
-        raise ValueError(f"choices must be at least 2, got {choices}")
+    least = {"count": (count, 1), "context": (context, 1), "continuation": (continuation, 1), "choices": (choices, 2)}
+    for name, (value, lowest) in least.items():
+        if value < lowest:
+            raise ValueError(f"{name} must be at least {lowest}, got {value}")
     length = context + continuation
     cut = [[tuple(ids[k : k + length]) for k in range(0, len(ids) - length + 1, length)] for ids in documents]
     passages = [(passage, document) for document, parts in enumerate(cut) for passage in parts]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from consistency_reg.lab.checkpoint import is_adapter, model_folder, read_configuration
+from consistency_reg.lab.checkpoint import is_adapter, model_folder, read_configuration, read_tokenizer
 from consistency_reg.lab.evaluate.adapters import adapter_base, merged
 from consistency_reg.lab.evaluate.text import Document, Rows
 from consistency_reg.optional import require
@@ -17,7 +17,6 @@ with require("transformers"):
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForSeq2SeqLM,
-        AutoTokenizer,
         PreTrainedModel,
         PreTrainedTokenizerBase,
     )
@@ -107,7 +106,7 @@ def load(place: str, *, device: torch.device, dtype: str = "auto", trust_remote_
 
     Raises:
         ValueError: a run folder without a model, code that is not trusted, a model that is neither causal nor an
-            encoder-decoder, weights that are missing, an adapter that does not fit.
+            encoder-decoder, weights or a tokenizer that are missing, an adapter that does not fit.
         OSError: no such model or tokenizer.
     """
     if is_adapter(Path(place)):
@@ -115,7 +114,7 @@ def load(place: str, *, device: torch.device, dtype: str = "auto", trust_remote_
     path = str(model_folder(Path(place)) or place)
     config = read_configuration(path, trust_remote_code=trust_remote_code, option="--trust-remote-code")
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    tokenizer = read_tokenizer(path, trust_remote_code=trust_remote_code)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     loaded: Any = kind.from_pretrained(path, **options)
     model, read = loaded
@@ -140,7 +139,7 @@ def _with_adapter(folder: Path, *, device: torch.device, **options: Any) -> Cand
     nn.Module.to(model, device)
     tokenizer = base.tokenizer
     if (folder / "tokenizer_config.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=options["trust_remote_code"])
+        tokenizer = read_tokenizer(str(folder), trust_remote_code=options["trust_remote_code"])
     return replace(base, name=folder.resolve().name, model=model.eval(), tokenizer=tokenizer)
 
 

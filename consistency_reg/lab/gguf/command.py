@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from consistency_reg.lab.arguments.export import parser
-from consistency_reg.lab.checkpoint import model_folder, read_configuration
+from consistency_reg.lab.checkpoint import model_folder, read_configuration, read_tokenizer
 from consistency_reg.lab.gguf.engine import LlamaCpp, greedy_ids, same_tokens
 from consistency_reg.lab.gguf.settings import check_exportable
 from consistency_reg.lab.gguf.write import write_gguf
@@ -13,7 +13,7 @@ from consistency_reg.lab.render.outputs import check_writable
 from consistency_reg.optional import require
 
 with require("transformers"):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
 PROMPT = "The committee met on Tuesday, and 17 of its members didn't agree."
 TOKENS = 32  # that are compared
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         place, trust_remote_code=False, option="a tool that runs it, which this command does not"
     )
     check_exportable(config)
-    tokenizer = AutoTokenizer.from_pretrained(place)
+    tokenizer = read_tokenizer(place)
     model = AutoModelForCausalLM.from_pretrained(place, dtype="auto").eval()
     write_gguf(model, tokenizer, options.out, name=_name(Path(options.model)), dtype=options.dtype)
     print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB, {config.model_type}")

@@ -1,4 +1,4 @@
-"""Greedy text of a GGUF file from llama.cpp, to hold against transformers."""
+"""Write greedy text with a GGUF file in llama.cpp, and with transformers to compare it with."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ OFF = 0  # llama.cpp's number of "no flash attention"
 
 
 class LlamaCpp:
-    """A model in llama.cpp on the CPU, with a KV cache in float32 so that greedy text can be compared.
+    """Runs a model in llama.cpp on the CPU, with a KV cache in float32 so that greedy text can be compared.
 
     Args:
         path: of a GGUF file.

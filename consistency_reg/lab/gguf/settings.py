@@ -1,4 +1,4 @@
-"""Which models can be written as GGUF, and what llama.cpp has to know about them beside their weights."""
+"""Say which models can be written as GGUF, and what llama.cpp has to know about them beside their weights."""
 
 from typing import Any
 

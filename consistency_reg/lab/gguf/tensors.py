@@ -1,4 +1,4 @@
-"""The weights of a model under llama.cpp's names and in its order of rows."""
+"""Give the weights of a model under llama.cpp's names and in its order of rows."""
 
 from collections.abc import Iterator
 from typing import Any

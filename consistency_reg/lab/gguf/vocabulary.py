@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer as GGUF holds one."""
+"""Describe a byte-level BPE tokenizer as GGUF holds one."""
 
 import json
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ SPLITS = {
 
 @dataclass
 class Vocabulary:
-    """The vocabulary of a GGUF file.
+    """Holds the vocabulary of a GGUF file.
 
     Attributes:
         pre: llama.cpp's name of the rule that cuts text before merges.

@@ -2,7 +2,6 @@
 
 import argparse
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(soft_wrap=True)
     measured = [one for place in options.models for one in measure(place, prompts, options, console)]
     print_tables(tables(measured))
-    command = shlex.join(["consistency-reg", "offload", *(sys.argv[2:] if argv is None else argv)])
+    command = shlex.join(["consistency-reg", "offload", *(argv or ())])
     about: dict[str, Any] = {"command": command, "git_commit": git_commit(), "versions": package_versions()}
     about |= {"machine": device_name(options.device), "threads": torch.get_num_threads()}
     pictures = write(options.out, measured, about)

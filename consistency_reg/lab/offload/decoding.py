@@ -1,4 +1,4 @@
-"""Passes of an offloaded model over a text, timed token by token: written by the model, or read as it stands."""
+"""Time an offloaded model token by token over a text that it writes, or reads as it stands."""
 
 import time
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Choose = Callable[[Tensor], int]  # logits [V] of the next token -> its id
 
 @dataclass
 class Pass:
-    """What the tokens of one text took.
+    """Holds what the tokens of one text took.
 
     Attributes:
         prompt_tokens: tokens of the prompt.

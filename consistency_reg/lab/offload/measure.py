@@ -1,4 +1,4 @@
-"""The measures of one offloaded model, as the numbers that tables, files and wandb show."""
+"""Sum up what one offloaded model took, as the numbers that tables, files and wandb show."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ QUANTILES = (0.5, 0.95, 0.99)
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model did under a budget.
+    """Holds what a model did under a budget.
 
     Attributes:
         name: of the model.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from consistency_reg import CacheAwareRouting
 from consistency_reg.functional.cache_hits import cache_hit_counts
-from consistency_reg.lab.checkpoint import model_folder
+from consistency_reg.lab.checkpoint import model_folder, read_tokenizer
 from consistency_reg.lab.offload.decoding import READ_AT_ONCE, Pass, read_text, sampler, write_text
 from consistency_reg.lab.offload.measure import Measured
 from consistency_reg.offload import OffloadedExperts
@@ -19,7 +19,7 @@ from consistency_reg.offload.calibration import calibrate
 from consistency_reg.optional import require
 
 with require("transformers"):
-    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 with require("plots"):
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -30,7 +30,7 @@ TAIL = 48  # letters of the text beside the progress
 def measure(place: str, prompts: Sequence[str], options: argparse.Namespace, console: Console) -> Iterator[Measured]:
     """Run one model over all prompts, once for each strength of the bias."""
     path = str(model_folder(Path(place)) or place)
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = read_tokenizer(path)
     encoded = [_encode(tokenizer, prompt, place) for prompt in prompts]
     budget = {
         "cache_ratio": options.cache_ratio,

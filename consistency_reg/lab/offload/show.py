@@ -1,4 +1,4 @@
-"""The measures of offloaded models as a table, as files and as a picture."""
+"""Show the measures of offloaded models as a table, as files and as a picture."""
 
 import json
 import math
@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from consistency_reg.lab.files import csv_text
+from consistency_reg.lab.files import csv_text, without_nan
 from consistency_reg.lab.offload.measure import Measured
 from consistency_reg.lab.render.palette import COLOURS
 from consistency_reg.lab.render.png import panels, png
 from consistency_reg.lab.render.table import Table, in_bytes, multiple, number, percent
+from consistency_reg.optional import require
+
+with require("plots"):
+    import pandas as pd
 
 COLUMNS = ("model", "prompt", "token", "ms", "hits", "misses", "bytes_read", "ms_waiting")
 PICTURE = "token_time"
@@ -65,7 +69,7 @@ def to_json(measured: Sequence[Measured], about: dict[str, Any]) -> str:
         {
             "model": one.name,
             **one.about,
-            "numbers": {name: None if math.isnan(value) else value for name, value in one.numbers.items()},
+            "numbers": without_nan(one.numbers),
             "calibration": None if one.calibration is None else asdict(one.calibration),
             "texts": list(one.texts),
             "tokens": one.token_rows(),
@@ -84,17 +88,13 @@ def token_time(measured: Sequence[Measured]) -> bytes:
     """Return a picture of each token's time against its misses; the line is the mean of tokens with as many."""
     figure, (axes,) = panels(1, 1, 6.5, 4.2)
     for one, colour in zip(measured, COLOURS * len(measured), strict=False):
-        rows = one.token_rows()
-        misses, times = [float(row["misses"]) for row in rows], [float(row["ms"]) for row in rows]
-        axes.scatter(misses, times, s=8, alpha=0.3, color=colour, linewidths=0)
-        counts = sorted(set(misses))
-        means = [
-            sum(t for m, t in zip(misses, times, strict=True) if m == count) / misses.count(count) for count in counts
-        ]
-        axes.plot(counts, means, "o-", color=colour, markersize=4, label=one.name)
+        tokens = pd.DataFrame(one.token_rows())
+        axes.scatter(tokens["misses"], tokens["ms"], s=8, alpha=0.3, color=colour, linewidths=0)
+        means = tokens.groupby("misses")["ms"].mean()
+        axes.plot(means.index, means, "o-", color=colour, markersize=4, label=one.name)
         if one.calibration is not None:
-            floor = [1e3 * one.calibration.seconds_per_token(count) for count in counts]
-            axes.plot(counts, floor, ":", color=colour, label=f"{one.name}, predicted")
+            floor = [1e3 * one.calibration.seconds_per_token(misses) for misses in means.index]
+            axes.plot(means.index, floor, ":", color=colour, label=f"{one.name}, predicted")
     axes.set(xlabel="experts of the token that had to be read", ylabel="time of the token [ms]")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)

@@ -1,4 +1,4 @@
-"""The measures of offloaded models in wandb: a run for each model."""
+"""Log the measures of offloaded models to wandb: a run for each model."""
 
 import math
 from collections.abc import Mapping, Sequence

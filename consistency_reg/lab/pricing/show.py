@@ -97,7 +97,7 @@ def bought(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         mine = [row for row in rows if (name_of(row), row["slots"]) == key]
         as_it_is_alive = all(is_alive(row) for row in mine if not row["strength"])
         cheap = [row for row in mine if row["perplexity_change"] <= MOST_COST and (is_alive(row) or not as_it_is_alive)]
-        best = min(cheap, key=lambda row: row["misses"], default=None)
+        best = min(cheap, key=lambda row: (row["misses"], row["strength"]), default=None)
         found = "nothing: every strength costs more, or lets an expert fall below a tenth of its fair share."
         if best is not None and best["strength"]:
             how = f"strength {_strength(best, rows)}, {change(best['perplexity_change'])}"

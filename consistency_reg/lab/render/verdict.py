@@ -26,10 +26,7 @@ from consistency_reg.measures.reading import DEPLOYED, VALIDATION, Reading
 CV_RATIO_AT_MOST = 1.5  # of the baseline's global CV: what a run may give up of balance and still be compared
 WORTH_ITS_COST = 0.005  # more perplexity than this is too much for what it saves
 LEAST_SEEDS = 3
-WITH_BASELINE, WITH_CONTROL = (
-    f"Next: the {other}, the same command with --consistency.weight 0, and consistency-reg report on both."
-    for other in ("baseline", "control")
-)
+WITHOUT_TERM = "--consistency.weight 0"
 WITH_TERM = "Next: the same command with --consistency.weight 0.35, and consistency-reg report on both."
 Values = Mapping[str, float]  # measures by their name in a log, with or without "val/" before it
 
@@ -193,6 +190,7 @@ def of_run(
     has_term: bool,
     before: Values | None = None,
     baseline: tuple[str, Values] | None = None,
+    without_term: str = WITHOUT_TERM,
 ) -> Verdict:
     """Return the verdict on one run: next to its baseline, to the checkpoint that it began with, or by itself.
 
@@ -202,17 +200,19 @@ def of_run(
         has_term: whether it was trained with a consistency term.
         before: measures of the checkpoint that it began with, on the same text; none for a run from scratch.
         baseline: name and measures of the run that differs in the term alone, where there is one.
+        without_term: options with which the same command trains without the term.
     """
+    both = f"the same command with {without_term}, and consistency-reg report on both."
     reference = baseline or (("the checkpoint before", before) if before else None)
     if reference is None:
         deployed = as_deployed(name, metrics, "the model as it is", metrics)
-        return Verdict(f"{describe(name, metrics)}{deployed}", WITH_BASELINE if has_term else WITH_TERM)
+        return Verdict(f"{describe(name, metrics)}{deployed}", f"Next: the baseline, {both}" if has_term else WITH_TERM)
     outcome = compare(name, metrics, *reference)
     found = f"{outcome}{as_deployed(name, metrics, *reference)}"
     if baseline is None and not has_term:
         return Verdict(found, WITH_TERM)
     if baseline is None and outcome.is_balanced:
-        return Verdict(found, WITH_CONTROL)
+        return Verdict(found, f"Next: the control, {both}")
     return Verdict(found, advise(outcome))
 
 

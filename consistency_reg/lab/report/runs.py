@@ -142,8 +142,8 @@ def attach(runs: Sequence[Run], rows: Sequence[Row]) -> list[Run]:
     """Return the runs with the prices that are theirs, by name and seed.
 
     Warns:
-        UserWarning: prices whose perplexity at strength 0 is not the run's: they are of another model, and are left
-            out; prices of runs that are not there.
+        UserWarning: prices whose perplexity at strength 0 is not the run's: they are of another model or text, and are
+            left out; prices of runs that are not there.
     """
     known = {(run.name, run.seed) for run in runs}
     if strange := sorted({str(row["run"]) for row in rows if (row["run"], row["seed"]) not in known}):
@@ -154,7 +154,7 @@ def attach(runs: Sequence[Run], rows: Sequence[Row]) -> list[Run]:
         as_it_is = [row["perplexity"] for row in mine if not row["strength"] and not row.get("domains")]
         if any(abs(value / run.get(PERPLEXITY) - 1) > SAME_PERPLEXITY for value in as_it_is):
             said = f"perplexity {as_it_is[0]:.2f} as it is, where the run has {run.get(PERPLEXITY):.2f}"
-            warnings.warn(f"prices of {run.name} are of another model ({said}) and are left out", stacklevel=2)
+            warnings.warn(f"prices of {run.name} are of another model or text ({said}) and are left out", stacklevel=2)
             mine = []
         priced.append(replace(run, priced=tuple(merge(run.priced, mine))) if mine else run)
     return priced

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from consistency_reg.lab.render.table import change
-from consistency_reg.lab.render.verdict import Outcome, Verdict, advise, describe, in_words
+from consistency_reg.lab.render.verdict import WITHOUT_TERM, Outcome, Verdict, advise, describe, in_words
 from consistency_reg.lab.report.findings import Findings
 from consistency_reg.lab.report.hypervolume import BUDGETS, best_within
 from consistency_reg.lab.report.measured import HITS
@@ -13,7 +13,7 @@ from consistency_reg.optional import require
 with require("plots"):
     import pandas as pd
 
-NO_BASELINE = "Next: the same command with --consistency.weight 0 and the same seed, and a report on both."
+NO_BASELINE = "Next: the same command with {} and the same seed, and a report on both."
 NO_TERM = "Next: the same command with --consistency.weight 0.35 and the same seed, and a report on both."
 
 
@@ -30,8 +30,10 @@ def verdict(findings: Findings) -> Verdict:
 def _as_they_are(findings: Findings) -> Verdict:
     if not findings.pairs:
         best = min(findings.runs, key=lambda run: math.inf if math.isnan(run.misses) else run.misses)
-        without = all(run.loss == "none" for run in findings.runs)
-        return Verdict(describe(best.name, best.metrics), NO_TERM if without else NO_BASELINE)
+        if all(run.loss == "none" for run in findings.runs):
+            return Verdict(describe(best.name, best.metrics), NO_TERM)
+        off = f"{WITHOUT_TERM} --routing.strength 0" if best.loop else WITHOUT_TERM
+        return Verdict(describe(best.name, best.metrics), NO_BASELINE.format(off))
     best = best_cell(findings.cells)
     of_loss = findings.cells[(findings.cells["loss"] == best["loss"]) & (findings.cells["against"] == best["against"])]
     outcome = Outcome(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from consistency_reg.lab.arguments.upcycle import parser
+from consistency_reg.lab.checkpoint import read_tokenizer
 from consistency_reg.lab.corpus.text import load_domain
 from consistency_reg.lab.render.outputs import check_writable
 from consistency_reg.lab.upcycle.convert import Plan, mlp_inputs, turned_layers, upcycle
@@ -14,7 +15,7 @@ from consistency_reg.lab.upcycle.smollm import place_of
 from consistency_reg.optional import require
 
 with require("transformers"):
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 CORPUS_BYTES = 4_500_000  # of each domain, as in the recipes, so that the same text is held out
 ROW = 256  # tokens, as in the recipes
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"--calibration-tokens must be one a domain or more, got {options.calibration_tokens}")
     place = place_of(options.dense)
     layers = turned_layers(AutoConfig.from_pretrained(place), plan)
-    tokenizer = AutoTokenizer.from_pretrained(place)
+    tokenizer = read_tokenizer(place)
     dense = AutoModelForCausalLM.from_pretrained(place, dtype="auto").float().eval()
     rows = calibration_rows(tokenizer, options.calibration_tokens, options.domains)
     autocast = torch.bfloat16 if options.bf16 else None

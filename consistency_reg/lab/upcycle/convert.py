@@ -24,7 +24,7 @@ KEPT = (  # settings that a dense config and the mixture's have in common
 
 @dataclass(frozen=True)
 class Plan:
-    """How a dense MLP becomes a mixture of experts.
+    """Says how a dense MLP becomes a mixture of experts.
 
     Attributes:
         splits: parts of equal size that the neurons are split into; 1 copies the MLP whole.
@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def routed_scale(self) -> int:
-        """What experts' outputs are multiplied by: the router's K weights add up to 1, the parts of an MLP do not."""
+        """The factor of the experts' outputs: the router's K weights add up to 1, the parts of an MLP do not."""
         return min(self.top_k, self.splits)
 
     def sizes(self, neurons: int) -> tuple[int, int]:
@@ -105,7 +105,7 @@ def upcycle(dense: PreTrainedModel, plan: Plan, inputs: Mapping[int, Tensor]) ->
     for index in layers:
         prefix = f"model.layers.{index}.mlp."
         mlp = {name: state.pop(f"{prefix}{name}_proj.weight").float() for name in ("gate", "up", "down")}
-        built = _layer(mlp, plan, inputs[index].float(), size, shared, ACT2FN[config.hidden_act], plan.seed + index)
+        built = _layer(mlp, plan, inputs[index].float(), shared, ACT2FN[config.hidden_act], plan.seed + index)
         state |= {prefix + name: weights.to(dense.dtype) for name, weights in built.items()}
     model = Qwen2MoeForCausalLM(config)
     nn.Module.to(model, dense.dtype)
@@ -152,7 +152,6 @@ def _layer(
     mlp: Mapping[str, Tensor],
     plan: Plan,
     inputs: Tensor,
-    size: int,
     shared: int,
     activation: nn.Module,
     seed: int,

@@ -122,11 +122,18 @@ def test_a_grid_that_makes_no_sense_is_refused_with_its_reason(folder, changes, 
 def test_a_missing_file_or_recipe_is_named(folder):
     with pytest.raises(FileNotFoundError, match=r"no\.yaml"):
         load_grid(Path("no.yaml"))
-    with pytest.raises(FileNotFoundError, match=r"recipe nowhere\.yaml does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"there is no recipe nowhere\.yaml, nor does one come"):
         load_grid(write_grid(recipe="nowhere.yaml"))
     Path("broken.yaml").write_text("a: [")
     with pytest.raises(ValueError, match=r"broken\.yaml is no YAML"):
         load_grid(Path("broken.yaml"))
+
+
+def test_a_grid_may_name_a_shipped_recipe_and_a_folder_below_home(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    grid = load_grid(write_grid(recipe="quickstart", runs="~/runs"))
+    assert [recipe.name for recipe in grid.recipes] == ["quickstart.yaml"]
+    assert grid.runs == tmp_path / "runs"
 
 
 def test_every_cell_is_checked_before_the_first_is_trained(folder):

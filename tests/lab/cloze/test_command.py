@@ -74,6 +74,11 @@ def test_a_mixture_is_asked_with_cache_aware_routing_too(folders, tmp_path):
     assert float(biased["difference_standard_error"]) > 0  # other experts, other answers
 
 
+def test_rows_cannot_be_added_to_a_folder(folders, tmp_path, capsys):
+    assert main(["cloze", str(folders / "dense"), *SMALL, "--csv", str(tmp_path)]) == 1
+    assert f"--csv must be a file such as {tmp_path / 'cloze.csv'}, got the folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -629,6 +629,11 @@ def lacking(folder, place):
     return [str(folder / "lacking")]
 
 
+def without_tokenizer(folder, place):
+    tiny_model("olmoe").save_pretrained(folder / "bare")
+    return [str(folder / "bare")]
+
+
 def model_and(*arguments):
     return lambda folder, place: [str(place / "olmoe"), *(argument.format(place=place) for argument in arguments)]
 
@@ -638,6 +643,7 @@ def model_and(*arguments):
     [
         (dense, "model must contain mixture-of-experts routers.*It looks dense"),
         (lacking, r"lacks 1 of the model.s weights, such as model\.layers\.1\.mlp\.gate\.weight"),
+        (without_tokenizer, "bare must hold the model.s tokenizer next to its weights, got none"),
         (unfinished, "is a run without a saved model"),
         (remote_code, "runs code of its own: read it, then allow it with --trust-remote-code"),
         (lambda folder, place: [str(folder)], "must hold a model"),

@@ -198,7 +198,8 @@ def test_a_strength_that_costs_little_and_saves_nothing_is_not_called_dear():
     as_it_is = {"model": "olmoe", "slots": 16, "strength": 0.0, "perplexity_change": 0.0, "misses_change": math.nan}
     rows = [as_it_is | {"misses": 0.0}, as_it_is | {"misses": 0.0, "strength": 0.1, "perplexity_change": 0.001}]
     nothing = "no strength that costs as little has fewer misses."
-    assert bought(rows) == [f"olmoe, 16 slots: +0.5% perplexity buys nothing: {nothing}"]
+    for order in (rows, rows[::-1]):
+        assert bought(order) == [f"olmoe, 16 slots: +0.5% perplexity buys nothing: {nothing}"]
 
 
 def test_rows_of_several_methods_are_told_apart():

@@ -1,5 +1,6 @@
 """The two sentences at the end of a command: what was saved, what it cost, whether balance held, what to try next."""
 
+import json
 import math
 
 import pytest
@@ -99,6 +100,18 @@ def test_a_run_is_compared_with_its_baseline_among_its_neighbours(tmp_path):
     assert "on has 50.0% fewer LRU misses at 25% of the experts for +0.2% perplexity against off" in said.found
     assert "other seeds" in said.advice
     assert "--consistency.weight 0.35" in verdict_of_fit(RunFolder(tmp_path / "off")).advice
+
+
+def test_the_baseline_that_is_asked_for_has_neither_the_goal_nor_the_routing_of_the_run(tmp_path):
+    folder = write_run(tmp_path, "on", weight=0.3)
+    result = json.loads((folder / "result.json").read_text())
+    result["config"]["consistency"] |= {"budget": {"ce": 0.01}, "reference": "runs/off", "max_weight": None}
+    result["config"]["routing"] = {"strength": 0.1, "start_step": 0}
+    (folder / "result.json").write_text(json.dumps(result))
+    off = "--consistency.weight 0 --consistency.budget null --consistency.reference null --routing.strength 0"
+    assert f"the same command with {off}, and" in verdict_of_fit(RunFolder(folder)).advice
+    runs, _ = read_folder(folder)
+    assert "--consistency.weight 0 --routing.strength 0 and" in verdict(Findings(runs, [])).advice
 
 
 def test_models_stand_next_to_the_first():

@@ -60,6 +60,15 @@ def test_several_loaders_have_one_quality_weighted_by_their_tokens(tmp_path):
     assert {"tradeoff/val_loss", "tradeoff/srp_m3", "tradeoff/misses_25pct"} <= set(header)
 
 
+def test_another_training_with_the_same_callback_begins_anew():
+    both, alone = RoutingMonitor((3,)), RoutingMonitor((3,))
+    trainer(False, both, max_epochs=3).fit(validated(ByLoader), loader(TRAIN), loader(PROSE))
+    trainer(False, both).fit(validated(ByLoader), loader(TRAIN), loader(CODE))
+    trainer(False, alone).fit(validated(ByLoader), loader(TRAIN), loader(CODE))
+    assert both.tokens == alone.tokens
+    assert both.tradeoff.best == alone.tradeoff.best
+
+
 def test_a_module_without_a_quality_is_told_once():
     class Silent(Validated):
         def validation_step(self, batch, batch_idx):

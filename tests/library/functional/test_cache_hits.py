@@ -206,7 +206,7 @@ def test_results_are_ordinary_tensors():
         ({"policy": "fifo"}, ValueError, "policy must be one of .* got 'fifo'"),
         ({"replay": "batch"}, ValueError, "replay must be one of .* got 'batch'"),
         ({"cold": "hit"}, ValueError, "cold must be one of .* got 'hit'"),
-        ({"expert_ids": torch.zeros(1, 2, 1)}, TypeError, "must be an int64 tensor, got torch.float32"),
+        ({"expert_ids": torch.zeros(1, 2, 1)}, TypeError, "must be an int64 tensor, got a Tensor of torch.float32"),
         ({"expert_ids": torch.tensor([[[0], [4]]])}, ValueError, r"must lie in 0\.\.3"),
         ({"expert_ids": torch.tensor([[[1, 1], [0, 1]]])}, ValueError, "must not repeat an expert within a token"),
         ({"expert_ids": torch.zeros(1, 2, 5, dtype=torch.int64)}, ValueError, "got K=5"),

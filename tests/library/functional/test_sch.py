@@ -104,7 +104,7 @@ def test_a_window_of_the_whole_document_knows_all_future_uses():
         ({"segment_length": 0}, ValueError, "segment_length must be an integer of at least 1, got 0"),
         ({"segment_length": 2.0}, TypeError, "segment_length must be one integer"),
         ({"segment_length": [4, 8]}, TypeError, "segment_length must be one integer"),
-        ({"expert_ids": torch.zeros(1, 2, 1)}, TypeError, "must be an int64 tensor, got torch.float32"),
+        ({"expert_ids": torch.zeros(1, 2, 1)}, TypeError, "must be an int64 tensor, got a Tensor of torch.float32"),
         ({"expert_ids": torch.tensor([[[0], [4]]])}, ValueError, r"must lie in 0\.\.3"),
         ({"expert_ids": torch.tensor([[[1, 1], [0, 1]]])}, ValueError, "must not repeat an expert within a token"),
         ({"valid": torch.ones(1, 2)}, TypeError, "valid must be a bool tensor"),

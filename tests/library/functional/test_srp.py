@@ -178,7 +178,8 @@ def test_memory_is_bounded_whatever_the_number_of_sequences():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"expert_ids": torch.zeros(1, 2, 1)}, TypeError, "must be an int64 tensor, got torch.float32"),
+        ({"expert_ids": torch.zeros(1, 2, 1)}, TypeError, "must be an int64 tensor, got a Tensor of torch.float32"),
+        ({"expert_ids": torch.zeros(1, 2, 1).long().numpy()}, TypeError, "int64 tensor, got a ndarray of int64"),
         ({"expert_ids": torch.tensor([[[0, 4]]])}, ValueError, r"must lie in 0\.\.3"),
         ({"expert_ids": torch.tensor([[[1, 1]]])}, ValueError, "must not repeat an expert within a token"),
         ({"expert_ids": torch.zeros(1, 2, 5, dtype=torch.int64)}, ValueError, "got K=5"),

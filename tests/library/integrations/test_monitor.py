@@ -232,6 +232,17 @@ def test_a_resumed_training_goes_on_with_tokens_and_best(tmp_path):
     assert resumed.core.tradeoff.best == straight.core.tradeoff.best
 
 
+def test_another_training_with_the_same_callback_begins_anew(tmp_path):
+    options = {"evaluated": rows(4), "max_steps": 2}
+    both, alone = monitor(alarms=Alarms(0.99, None)), monitor()
+    trainer_of(tiny_model("olmoe"), tmp_path, [both], learning_rate=1.0, **options).train()
+    with pytest.warns(UserWarning, match="an expert is used less than 0.99 of its fair share"):
+        trainer_of(tiny_model("olmoe", seed=1), tmp_path, [both], **options).train()
+    trainer_of(tiny_model("olmoe", seed=1), tmp_path, [alone], **options).train()
+    assert both.tokens == alone.tokens
+    assert both.core.tradeoff.best == alone.core.tradeoff.best
+
+
 def test_wandb_has_numbers_tables_pictures_and_the_best(tmp_path, monkeypatch):
     import wandb
 

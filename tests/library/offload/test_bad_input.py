@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import COMMON, E, K, token_ids
 
 from consistency_reg import CacheAwareRouting, OffloadedExperts
+from consistency_reg.offload.checkpoint import read_header
 
 
 @pytest.fixture
@@ -121,6 +122,23 @@ def test_a_truncated_file_is_named(olmoe):
     file.write_bytes(b"1234")
     with pytest.raises(ValueError, match=rf"{file.name} is truncated or no safetensors file"):
         OffloadedExperts(olmoe)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("[1]", "is no safetensors file: its header is a list"),
+        ("{1}", "is no safetensors file: its header is not JSON"),
+        ('{"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 20]}}', "is damaged: a of 24 bytes would lie in"),
+        ('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}', "is damaged: a of 8 bytes would lie in"),
+        ('{"a": {"dtype": "F31", "shape": [2], "data_offsets": [0, 8]}}', "a is of the unknown dtype F31"),
+    ],
+)
+def test_a_header_that_cannot_be_is_named(tmp_path, header, message):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(24))
+    with pytest.raises(ValueError, match=message):
+        read_header(file)
 
 
 def test_places_without_a_model(tmp_path, olmoe):
