@@ -94,7 +94,14 @@ class Candidate:
         return [leading + ids if is_plain else ids for ids, is_plain in zip(encoded, is_text, strict=True)]
 
 
-def load(place: str, *, device: torch.device, dtype: str = "auto", trust_remote_code: bool = False) -> Candidate:
+def load(
+    place: str,
+    *,
+    device: torch.device,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    tokenizer_place: str | None = None,
+) -> Candidate:
     """Load a model and its tokenizer.
 
     Args:
@@ -103,6 +110,7 @@ def load(place: str, *, device: torch.device, dtype: str = "auto", trust_remote_
         device: where the model goes.
         dtype: one of :data:`DTYPES`; "auto" is that of the saved weights.
         trust_remote_code: run code that comes with the model.
+        tokenizer_place: where the tokenizer is; with the model when None.
 
     Raises:
         ValueError: a run folder without a model, code that is not trusted, a model that is neither causal nor an
@@ -114,7 +122,7 @@ def load(place: str, *, device: torch.device, dtype: str = "auto", trust_remote_
     path = str(model_folder(Path(place)) or place)
     config = read_configuration(path, trust_remote_code=trust_remote_code, option="--trust-remote-code")
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    tokenizer = read_tokenizer(path, trust_remote_code=trust_remote_code)
+    tokenizer = read_tokenizer(tokenizer_place or path, trust_remote_code=trust_remote_code)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     loaded: Any = kind.from_pretrained(path, **options)
     model, read = loaded
@@ -130,17 +138,15 @@ def _with_adapter(folder: Path, *, device: torch.device, **options: Any) -> Cand
     with require("peft"):
         import peft  # noqa: F401  missed before a large base is read
     base_place = adapter_base(folder)
+    own = str(folder) if (folder / "tokenizer_config.json").exists() else None
     try:
-        base = load(base_place, device=torch.device("cpu"), **options)
+        base = load(base_place, device=torch.device("cpu"), tokenizer_place=own, **options)
     except OSError as error:
         said = f"{folder} is a PEFT adapter of {base_place!r}, which cannot be read: {error}"
         raise OSError(said.splitlines()[0]) from error
     model = merged(base.model, folder)
     nn.Module.to(model, device)
-    tokenizer = base.tokenizer
-    if (folder / "tokenizer_config.json").exists():
-        tokenizer = read_tokenizer(str(folder), trust_remote_code=options["trust_remote_code"])
-    return replace(base, name=folder.resolve().name, model=model.eval(), tokenizer=tokenizer)
+    return replace(base, name=folder.resolve().name, model=model.eval())
 
 
 def _check_complete(place: str, model: PreTrainedModel, missing: Collection[str]) -> bool:

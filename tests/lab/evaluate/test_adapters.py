@@ -34,7 +34,7 @@ def save_adapter(model, config, folder):
 @pytest.fixture
 def base(tmp_path):
     tiny_model("olmoe").save_pretrained(tmp_path / "base")
-    words = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "word": 1}, unk_token="<pad>"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>").save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
@@ -61,6 +61,13 @@ def test_a_base_is_found_next_to_the_adapter(base, tmp_path):
     save_adapter(reload(base), LoraConfig(r=2, target_modules=["q_proj"]), tmp_path / "tuned")
     change(tmp_path / "tuned", base_model_name_or_path="../base")
     assert load(str(tmp_path / "tuned"), device=CPU).name == "tuned"
+
+
+def test_the_tokenizer_may_be_next_to_the_adapter_alone(base, tmp_path):
+    save_adapter(reload(base), LoraConfig(r=2, target_modules=["q_proj"]), tmp_path / "tuned")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.move(base / name, tmp_path / "tuned" / name)
+    assert load(str(tmp_path / "tuned"), device=CPU).tokenizer.get_vocab() == {"<pad>": 0, "word": 1}
 
 
 def change(folder, **values):
