@@ -1,9 +1,14 @@
 """Fixtures of all tests: nothing leaves the machine, and what is downloaded or prepared stays in a temporary folder."""
 
+import signal
+
 import pytest
 import torch
 
 collect_ignore = ["days"]  # scripts that test_days.py runs with the wheel alone
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background; tests interrupt what they start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
