@@ -1,5 +1,6 @@
 """The recipes that come with this package, and the values that every recipe starts from."""
 
+from contextlib import suppress
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -15,7 +16,7 @@ def shipped() -> Path:
 def find_recipe(given: str | Path, kind: str = "") -> Path:
     """Return the file of a recipe that is given by its path or by the name of one that comes with this package.
 
-    A file goes before a name.
+    A file goes before a name, a name before a folder (its reader says that it is no file).
 
     Args:
         given: such as ``mine.yaml``, ``recipes/quickstart.yaml`` or ``quickstart``.
@@ -29,8 +30,14 @@ def find_recipe(given: str | Path, kind: str = "") -> Path:
         ('quickstart.yaml', 'ablations')
     """
     path = Path(given)
-    if path.exists():
-        return path
+    if path.is_dir():
+        with suppress(FileNotFoundError):
+            return shipped_recipe(given, kind)
+    return path if path.exists() else shipped_recipe(given, kind)
+
+
+def shipped_recipe(given: str | Path, kind: str = "") -> Path:
+    """Return the file of a recipe that comes with this package; arguments and errors as :func:`find_recipe`."""
     known = {found.stem: found for found in sorted((shipped() / kind).glob("*.yaml"))}
     name = str(given).removeprefix("recipes/").removeprefix(f"{kind}/").removesuffix(".yaml")
     if name in known:

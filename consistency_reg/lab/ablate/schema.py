@@ -7,7 +7,7 @@ from typing import Any
 
 from consistency_reg.lab.ablate.grid import Axes, Grid, Overrides, nest
 from consistency_reg.lab.files import check_name
-from consistency_reg.lab.recipe_files import find_recipe
+from consistency_reg.lab.recipe_files import find_recipe, shipped_recipe
 from consistency_reg.optional import require
 
 with require("lightning"):
@@ -87,7 +87,7 @@ def _recipe(path: Path, name: str) -> Path:
     if beside.is_file():
         return beside
     try:
-        return find_recipe(beside if "/" in name else name)
+        return shipped_recipe(beside if "/" in name else name)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: {error}") from None
 

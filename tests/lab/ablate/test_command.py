@@ -17,6 +17,7 @@ from rich.console import Console
 from consistency_reg.lab.ablate import LocalLauncher, command, load_grid, run_cells, sweep
 from consistency_reg.lab.ablate.launchers import cell_environment
 from consistency_reg.lab.ablate.progress import CellState, LiveDisplay, remaining_seconds
+from consistency_reg.lab.recipe_files import find_recipe
 
 STUB = (sys.executable, str(STUB_FIT))
 RECIPE = {"steps": 2, "seconds": 0.0, "model": {"width": 8, "depth": 1}}
@@ -134,6 +135,16 @@ def test_a_grid_may_name_a_shipped_recipe_and_a_folder_below_home(folder, monkey
     grid = load_grid(write_grid(recipe="quickstart", runs="~/runs"))
     assert [recipe.name for recipe in grid.recipes] == ["quickstart.yaml"]
     assert grid.runs == tmp_path / "runs"
+
+
+def test_what_lies_in_the_working_folder_is_not_taken_for_a_shipped_recipe(folder):
+    Path("quickstart").mkdir()  # as a run of that name
+    shipped = find_recipe("quickstart")
+    assert shipped.name == "quickstart.yaml"
+    Path("grids").mkdir()
+    write_grid(recipe="quickstart.yaml").rename("grids/mine.yaml")
+    Path("quickstart.yaml").write_text("{}")
+    assert load_grid("grids/mine.yaml").recipes == (shipped,)
 
 
 def test_every_cell_is_checked_before_the_first_is_trained(folder):
